@@ -1,0 +1,1 @@
+"""Fused operators of LaVin-DiT: Triton kernels on CUDA, their plain references on a CPU."""

@@ -1,0 +1,228 @@
+"""Plain PyTorch meaning of every operator of the diffusion transformer: the oracle of tests and benchmarks.
+
+The public functions of `lavin_kernels` have these signatures, and call these functions for tensors on a CPU. Statistics, rotary positions and
+softmax are computed in float32 (float64 for float64 tensors), results are in the dtype of the rows. Stream 0 is "cond", stream 1 is "x".
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from lavin_kernels.branches import Branches
+
+
+def _scale_streams_(rows: torch.Tensor, split: int, factor: torch.Tensor) -> torch.Tensor:
+    """Multiplies the rows of each stream by its `factor[stream]`, in place."""
+    rows[:split].mul_(factor[0])
+    rows[split:].mul_(factor[1])
+    return rows
+
+
+def ada_rms_norm(rows: torch.Tensor, split: int, scale: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """Adaptive RMSNorm, `rms(rows) * (1 + scale[stream])` (LaVin-DiT, arXiv 2411.11505, section 3.3; no learned weight).
+
+    Args:
+        rows: `[rows, D]`, stream-major; the x stream starts at row `split`.
+        split: rows of the cond stream, 0 <= split <= rows.
+        scale: `[2, D]`, one row per stream; any stride between the two, e.g. of a modulation table.
+        eps: added to the mean of squares.
+
+    Returns:
+        `[rows, D]` in the dtype of `rows`.
+    """
+    return _scale_streams_(F.rms_norm(rows, rows.shape[-1:], eps=eps), split, 1 + scale)
+
+
+def gated_residual(
+    residual: torch.Tensor, update: torch.Tensor, split: int, gate: torch.Tensor, eps: float = 1e-6
+) -> torch.Tensor:
+    """Sandwich-normed residual, `residual + gate[stream] * rms(update)`.
+
+    Args:
+        residual, update: `[rows, D]`, stream-major.
+        split: rows of the cond stream.
+        gate: `[2, D]`, one row per stream, tanh already applied.
+        eps: added to the mean of squares.
+
+    Returns:
+        `[rows, D]` in the dtype of `residual`.
+    """
+    return _scale_streams_(F.rms_norm(update, update.shape[-1:], eps=eps), split, gate).add_(residual)
+
+
+def gated_residual_ada_rms_norm(
+    residual: torch.Tensor,
+    update: torch.Tensor,
+    split: int,
+    gate: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gated_residual` and the `ada_rms_norm` that follows it, both results.
+
+    Args:
+        residual, update: `[rows, D]`, stream-major.
+        split: rows of the cond stream.
+        gate, scale: `[2, D]`, one row per stream.
+        eps: added to both means of squares.
+
+    Returns:
+        `(residual + gate * rms(update), rms(of that) * (1 + scale))`, both `[rows, D]`.
+    """
+    residual = gated_residual(residual, update, split, gate, eps)
+    return residual, ada_rms_norm(residual, split, scale, eps)
+
+
+def apply_rope(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates `[..., heads, head_size]` by per-row angles: thirds of the head for (frame, row, column), half-split pairs.
+
+    Args:
+        heads: `[..., heads, head_size]`.
+        cos, sin: `[..., 3, head_size / 6]`, of the angles of every row.
+    """
+    first, second = heads.unflatten(-1, (3, 2, -1)).unbind(-2)  # [..., heads, 3, head_size / 6] each
+    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-2).flatten(-3)
+
+
+def qk_norm_rope(
+    cond: torch.Tensor,
+    x: torch.Tensor,
+    branches: Branches,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    head_size: int,
+    eps: float = 1e-6,
+    padded_head_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """RMSNorm over all heads of q and of k, 3D rotary positions, and the change to branch-contiguous order.
+
+    Args:
+        cond: `[cond rows, Q + 2 KV]`, the joined q, k, v of the cond stream, or `[cond rows, 2 KV]` where nothing needs its queries (the
+            last block). `Q = heads * head_size`, `KV = kv_heads * head_size`. Rows may be strided.
+        x: `[x rows, Q + 2 KV]` of the x stream.
+        branches: the row ranges.
+        positions: `[rows, 3]` int32, (frame, row, column) of every stream-major row.
+        cos, sin: `[positions, head_size / 6]` float32, of `p * 10000 ** (-2 j / (head_size / 3))` for position p and pair j.
+        q_weight: `[2, Q]`, one row per stream. k_weight: `[2, KV]`.
+        head_size: size of one head, divisible by 6.
+        eps: added to the means of squares.
+        padded_head_size: width at which heads are stored, the rest zero; `head_size` by default.
+
+    Returns:
+        q `[rows, heads, padded]` in branch-contiguous order, or the x rows alone where `cond` has no queries;
+        k and v `[rows, kv_heads, padded]` in branch-contiguous order.
+    """
+    q_size, kv_size = q_weight.shape[-1], k_weight.shape[-1]
+    split = cond.shape[0]
+    compute = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos.to(compute)[positions], sin.to(compute)[positions]  # [rows, 3, head_size / 6]
+
+    def rotated(part: torch.Tensor, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+        normed = F.rms_norm(part.to(compute), part.shape[-1:], weight.to(compute), eps)
+        return apply_rope(normed.unflatten(-1, (-1, head_size)), cos[rows], sin[rows]).to(x.dtype)
+
+    def in_branches(of_cond: torch.Tensor, of_x: torch.Tensor) -> torch.Tensor:
+        pieces = zip(of_cond.split(branches.cond_lens), of_x.split(branches.x_lens), strict=True)
+        return torch.cat([piece for pair in pieces for piece in pair])
+
+    cond_rows, x_rows = slice(0, split), slice(split, None)
+    cond_q, cond_k, cond_v = cond.split([cond.shape[1] - 2 * kv_size, kv_size, kv_size], dim=1)
+    x_q, x_k, x_v = x.split([q_size, kv_size, kv_size], dim=1)
+    q = rotated(x_q, q_weight[1], x_rows)
+    if cond_q.shape[1]:
+        q = in_branches(rotated(cond_q, q_weight[0], cond_rows), q)
+    k = in_branches(rotated(cond_k, k_weight[0], cond_rows), rotated(x_k, k_weight[1], x_rows))
+    v = in_branches(cond_v, x_v).unflatten(-1, (-1, head_size))
+    if padded_head_size is not None and padded_head_size != head_size:
+        q, k, v = (F.pad(part, (0, padded_head_size - head_size)) for part in (q, k, v))
+    return q, k, v
+
+
+def joint_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    branches: Branches,
+    head_size: int,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Full (non-causal) attention of every branch over all its rows, cond and x together, with grouped heads.
+
+    Args:
+        q: `[rows, heads, >= head_size]` branch-contiguous, or the x rows alone.
+        k, v: `[rows, kv_heads, >= head_size]` branch-contiguous; query head i reads key/value head `i // (heads / kv_heads)`.
+        branches: the row ranges.
+        head_size: size of one head; what is stored beyond it is ignored.
+        scale: softmax scale, `head_size ** -0.5` by default.
+
+    Returns:
+        `[query rows, heads * head_size]` in stream-major order, ready for the output projection.
+    """
+    outputs = []
+    for part_q, part_k, part_v in _branch_parts(q, k, v, branches, head_size):
+        # Query rows of a shorter stream-only q are all of the x stream.
+        outputs.append(
+            F.scaled_dot_product_attention(part_q, part_k, part_v, scale=scale, enable_gqa=True)[0]
+            .transpose(0, 1)
+            .flatten(1)
+        )
+    return _stream_major(outputs, branches)
+
+
+def joint_attention_with_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    branches: Branches,
+    head_size: int,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`joint_attention` and the natural log-sum-exp of its scaled scores, `[query rows, heads]` float32, stream-major."""
+    scale = head_size**-0.5 if scale is None else scale
+    lses = []
+    for part_q, part_k, _ in _branch_parts(q, k, v, branches, head_size):
+        compute = torch.promote_types(q.dtype, torch.float32)
+        keys = part_k.to(compute).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        lses.append((part_q.to(compute) @ keys.transpose(-1, -2) * scale).logsumexp(-1)[0].transpose(0, 1))
+    return joint_attention(q, k, v, branches, head_size, scale), _stream_major(lses, branches)
+
+
+def _branch_parts(q, k, v, branches: Branches, head_size: int):
+    """The q, k, v of each branch as `[1, heads, rows, head_size]`."""
+    lens = [cond + x for cond, x in zip(branches.cond_lens, branches.x_lens, strict=True)]
+    q_lens = lens if q.shape[0] == sum(lens) else branches.x_lens
+    for part in zip(q.split(q_lens), k.split(lens), v.split(lens), strict=True):
+        yield tuple(rows[..., :head_size].transpose(0, 1).unsqueeze(0) for rows in part)
+
+
+def _stream_major(parts: list[torch.Tensor], branches: Branches) -> torch.Tensor:
+    """Branch outputs `[rows of the branch, ...]`, or their x rows alone, to one stream-major tensor."""
+    if sum(part.shape[0] for part in parts) != branches.rows:
+        return torch.cat(parts)
+    pairs = [part.split([cond, part.shape[0] - cond]) for part, cond in zip(parts, branches.cond_lens, strict=True)]
+    return torch.cat([pair[0] for pair in pairs] + [pair[1] for pair in pairs])
+
+
+def stream_linear(rows: torch.Tensor, split: int, weight: torch.Tensor) -> torch.Tensor:
+    """Bias-free linear of each stream with its own weight.
+
+    Args:
+        rows: `[rows, K]`, stream-major.
+        split: rows of the cond stream.
+        weight: `[2, N, K]`, cond then x.
+
+    Returns:
+        `[rows, N]`.
+    """
+    return torch.cat([F.linear(rows[:split], weight[0]), F.linear(rows[split:], weight[1])])
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up` of the joined projection `[rows, 2 * inner]`, gate first; returns `[rows, inner]`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

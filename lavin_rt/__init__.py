@@ -1,0 +1,1 @@
+"""Run LaVin-DiT: official checkpoints in, pictures out."""

@@ -1,0 +1,28 @@
+"""What a user is told when something they gave cannot be used."""
+
+
+class InputError(ValueError):
+    """Something given by the user cannot be used: one line with what was found, what was expected and what to do.
+
+    The command line prints it on stderr and exits with code 2.
+    """
+
+
+class NonFiniteError(RuntimeError):
+    """The sampler's latents stopped being finite numbers."""
+
+    def __init__(self, step: int, evaluations: int):
+        self.step = step
+        super().__init__(
+            f"latents became NaN or infinite in step {step} of {evaluations}; "
+            "check the weights, or run with --dtype float32 if they are sound"
+        )
+
+
+class Cancelled(RuntimeError):
+    """The callback asked a sampling run to stop."""
+
+
+def missing_extra(package: str, extra: str, purpose: str) -> InputError:
+    """The error for an optional package that is not installed."""
+    return InputError(f"{purpose} needs the package {package}, which is not installed: pip install 'lavin-rt[{extra}]'")

@@ -1,0 +1,134 @@
+"""One guided sampling step on packed rows: what inference runs, on every device."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+
+import lavin_kernels
+import lavin_kernels.reference
+from lavin_rt.config import DiTConfig
+from lavin_rt.errors import InputError
+from lavin_rt.layout import Layout
+from lavin_rt.model import GATE_MLP, GATE_MSA, NORM_EPS, SCALE_MLP, SCALE_MSA, JDiT, patchify, unpatchify
+
+IMPLEMENTATIONS = ("auto", "plain", "torch", "triton")
+
+
+def resolve_impl(impl: str, device: torch.device, config: DiTConfig) -> str:
+    """The implementation that `impl` names on this device; `"auto"` is Triton on CUDA where the head size is a multiple of 8, else torch.
+
+    Raises:
+        InputError: an unknown name, or Triton kernels for a head size that they do not cover.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise InputError(f"impl is {impl!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
+    fits = config.head_size % 8 == 0 and config.head_size <= 128
+    if impl == "auto":
+        return "triton" if device.type == "cuda" and fits else "torch"
+    if impl == "triton" and not fits:
+        raise InputError(
+            f"impl is 'triton', whose kernels take head sizes that are a multiple of 8 up to 128; this model's is "
+            f"{config.head_size}; use impl='torch'"
+        )
+    return impl
+
+
+def operators(impl: str) -> ModuleType:
+    """The module whose functions a packed step calls: the kernels or their plain references, with the same signatures."""
+    return lavin_kernels if impl == "triton" else lavin_kernels.reference
+
+
+class PackedStep:
+    """The velocity of all branches of a step, on stream-major packed rows.
+
+    What the mathematics does not need is not done: the modulation comes from a table, the condition's embedding is made once
+    (`embed_condition`), both guidance branches run as one pass, and in the last block the cond stream stops at its keys and values.
+    """
+
+    def __init__(self, dit: JDiT, layout: Layout, impl: str):
+        self.dit = dit
+        self.layout = layout
+        self.ops = operators(impl)
+        head_size = dit.config.head_size
+        # Tensor cores take 16 elements of a head at a time; zeros written once spare the attention kernel its masks.
+        self.padded_head_size = -(-head_size // 16) * 16 if impl == "triton" else head_size
+
+    @torch.no_grad()
+    def embed_condition(self, cond_latents: torch.Tensor) -> torch.Tensor:
+        """Cond rows of all branches, once per condition.
+
+        Args:
+            cond_latents: `[queries, 16, condition frames, h, w]`.
+
+        Returns:
+            `[cond rows, D]` in the model's dtype: the conditions, then the null conditions `[zero frame, query frames]`.
+        """
+        shape = self.layout.shape
+        embed = self.dit.cond_embedder
+        rows = embed(patchify(cond_latents.to(self.dit.device, self.dit.dtype)))  # [queries, Lc, D]
+        if not shape.guided:
+            return rows.flatten(0, 1)
+        zeros = rows.new_zeros(shape.queries, shape.frame_tokens, self.dit.config.patch_features)
+        query = rows[:, -shape.query_frames * shape.frame_tokens :]
+        return torch.cat([rows.flatten(0, 1), torch.cat([embed(zeros), query], dim=1).flatten(0, 1)])
+
+    def __call__(
+        self, latents: torch.Tensor, cond_rows: torch.Tensor, modulation: torch.Tensor, head_scale: torch.Tensor
+    ) -> torch.Tensor:
+        """Velocity of every branch.
+
+        Args:
+            latents: `[queries, 16, target frames, h, w]`.
+            cond_rows: `[cond rows, D]` of `embed_condition`.
+            modulation: `[depth, 2, 4, D]`, one evaluation of the modulation table.
+            head_scale: `[D]`, likewise.
+
+        Returns:
+            `[branches, 16, target frames, h, w]` in the model's dtype, ordered as `Shape.condition_frames`.
+        """
+        dit, ops, layout = self.dit, self.ops, self.layout
+        shape, branches, config = layout.shape, layout.branches, dit.config
+        split, q_size = branches.split, config.hidden_size
+        x_rows = dit.x_embedder(patchify(latents.to(dit.dtype))).flatten(0, 1)
+        # All branches of a query start from the same latents.
+        residual = torch.cat([cond_rows] + [x_rows] * (shape.branches // shape.queries))
+        normed = ops.ada_rms_norm(residual, split, modulation[0, :, SCALE_MSA], NORM_EPS)
+        for index, block in enumerate(dit.blocks):
+            attention, mlp = block.attention, block.mlp
+            last = index + 1 == config.depth
+            if last:
+                cond = F.linear(normed[:split], attention.qkv[0, q_size:])
+                x = F.linear(normed[split:], attention.qkv[1])
+            else:
+                qkv = ops.stream_linear(normed, split, attention.qkv)
+                cond, x = qkv[:split], qkv[split:]
+            q, k, v = ops.qk_norm_rope(
+                cond,
+                x,
+                branches,
+                layout.positions,
+                layout.cos,
+                layout.sin,
+                attention.q_norm,
+                attention.k_norm,
+                config.head_size,
+                NORM_EPS,
+                self.padded_head_size,
+            )
+            update = ops.joint_attention(q, k, v, branches, config.head_size)
+            if last:
+                residual, split = residual[split:], 0
+            update = ops.stream_linear(update, split, attention.proj)
+            residual, normed = ops.gated_residual_ada_rms_norm(
+                residual, update, split, modulation[index, :, GATE_MSA], modulation[index, :, SCALE_MLP], NORM_EPS
+            )
+            update = ops.stream_linear(ops.swiglu(ops.stream_linear(normed, split, mlp.gate_up)), split, mlp.down)
+            next_scale = head_scale.expand(2, -1) if last else modulation[index + 1, :, SCALE_MSA]
+            residual, normed = ops.gated_residual_ada_rms_norm(
+                residual, update, split, modulation[index, :, GATE_MLP], next_scale, NORM_EPS
+            )
+        tokens = dit.head.linear(normed).unflatten(0, (shape.branches, -1))
+        return unpatchify(tokens, shape.target_frames, shape.height, shape.width)
