@@ -11,12 +11,14 @@ import torch
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Branches:
-    """Row ranges of a packed step: every branch has `cond_lens[b]` rows of the cond stream and `x_lens[b]` of the x stream.
+    """Row ranges of a packed step: every branch has `cond_lens[b]` rows of the cond stream and `x_lens[b]` of the x
+    stream.
 
     Two orders of the same rows:
 
     * stream-major, in which the row-wise operators and the linears work:
-      `[cond of branch 0 | cond of branch 1 | ... | x of branch 0 | x of branch 1 | ...]`, the x rows starting at `split`;
+      `[cond of branch 0 | cond of branch 1 | ... | x of branch 0 | x of branch 1 | ...]`, the x rows starting at
+      `split`;
     * branch-contiguous, in which attention reads: `[cond of 0 | x of 0 | cond of 1 | x of 1 | ...]`.
 
     The lengths are kept on the host, where references slice by them, and as two int32 tables on the device, which the

@@ -1,7 +1,9 @@
 """Plain PyTorch meaning of every operator of the diffusion transformer: the oracle of tests and benchmarks.
 
-The public functions of `lavin_kernels` have these signatures, and call these functions for tensors on a CPU. Statistics, rotary positions and
-softmax are computed in float32 (float64 for float64 tensors), results are in the dtype of the rows. Stream 0 is "cond", stream 1 is "x".
+The public functions of `lavin_kernels` have these signatures, and call these functions for tensors on a CPU.
+Statistics, rotary positions and
+softmax are computed in float32 (float64 for float64 tensors), results are in the dtype of the rows. Stream 0 is
+"cond", stream 1 is "x".
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ def _scale_streams_(rows: torch.Tensor, split: int, factor: torch.Tensor) -> tor
 
 
 def ada_rms_norm(rows: torch.Tensor, split: int, scale: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """Adaptive RMSNorm, `rms(rows) * (1 + scale[stream])` (LaVin-DiT, arXiv 2411.11505, section 3.3; no learned weight).
+    """Adaptive RMSNorm, `rms(rows) * (1 + scale[stream])` (LaVin-DiT, arXiv 2411.11505, section 3.3; no learned
+    weight).
 
     Args:
         rows: `[rows, D]`, stream-major; the x stream starts at row `split`.
@@ -75,7 +78,8 @@ def gated_residual_ada_rms_norm(
 
 
 def apply_rope(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates `[..., heads, head_size]` by per-row angles: thirds of the head for (frame, row, column), half-split pairs.
+    """Rotates `[..., heads, head_size]` by per-row angles: thirds of the head for (frame, row, column), half-split
+    pairs.
 
     Args:
         heads: `[..., heads, head_size]`.
@@ -102,12 +106,14 @@ def qk_norm_rope(
     """RMSNorm over all heads of q and of k, 3D rotary positions, and the change to branch-contiguous order.
 
     Args:
-        cond: `[cond rows, Q + 2 KV]`, the joined q, k, v of the cond stream, or `[cond rows, 2 KV]` where nothing needs its queries (the
+        cond: `[cond rows, Q + 2 KV]`, the joined q, k, v of the cond stream, or `[cond rows, 2 KV]` where nothing
+            needs its queries (the
             last block). `Q = heads * head_size`, `KV = kv_heads * head_size`. Rows may be strided.
         x: `[x rows, Q + 2 KV]` of the x stream.
         branches: the row ranges.
         positions: `[rows, 3]` int32, (frame, row, column) of every stream-major row.
-        cos, sin: `[positions, head_size / 6]` float32, of `p * 10000 ** (-2 j / (head_size / 3))` for position p and pair j.
+        cos, sin: `[positions, head_size / 6]` float32, of `p * 10000 ** (-2 j / (head_size / 3))` for position p and
+            pair j.
         q_weight: `[2, Q]`, one row per stream. k_weight: `[2, KV]`.
         head_size: size of one head, divisible by 6.
         eps: added to the means of squares.
@@ -155,7 +161,8 @@ def joint_attention(
 
     Args:
         q: `[rows, heads, >= head_size]` branch-contiguous, or the x rows alone.
-        k, v: `[rows, kv_heads, >= head_size]` branch-contiguous; query head i reads key/value head `i // (heads / kv_heads)`.
+        k, v: `[rows, kv_heads, >= head_size]` branch-contiguous; query head i reads key/value head `i // (heads /
+            kv_heads)`.
         branches: the row ranges.
         head_size: size of one head; what is stored beyond it is ignored.
         scale: softmax scale, `head_size ** -0.5` by default.
@@ -182,7 +189,9 @@ def joint_attention_with_lse(
     head_size: int,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`joint_attention` and the natural log-sum-exp of its scaled scores, `[query rows, heads]` float32, stream-major."""
+    """`joint_attention` and the natural log-sum-exp of its scaled scores, `[query rows, heads]` float32,
+    stream-major.
+    """
     scale = head_size**-0.5 if scale is None else scale
     lses = []
     for part_q, part_k, _ in _branch_parts(q, k, v, branches, head_size):

@@ -14,7 +14,8 @@ from lavin_rt.rope import grid_positions, rotary_tables
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What decides a layout: counts of latent frames, the latent grid, queries in the batch, and whether a null branch runs.
+    """What decides a layout: counts of latent frames, the latent grid, queries in the batch, and whether a null
+    branch runs.
 
     Attributes:
         queries: queries answered together.

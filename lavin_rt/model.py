@@ -1,6 +1,7 @@
 """J-DiT as a plain module: the oracle, what training uses and what export traces.
 
-Every weight that exists once per stream is held as one tensor with the stream first (0 = "cond", 1 = "x"), and weights that read the same
+Every weight that exists once per stream is held as one tensor with the stream first (0 = "cond", 1 = "x"), and
+weights that read the same
 input are joined (q, k, v; gate, up), so that the packed step runs on the very same parameters.
 """
 
@@ -24,7 +25,9 @@ SCALE_MSA, GATE_MSA, SCALE_MLP, GATE_MLP = range(4)
 
 
 def patchify(latents: torch.Tensor) -> torch.Tensor:
-    """Latents `[B, C, T, h, w]` to tokens `[B, T * h/2 * w/2, 4 C]`, features ordered (row in patch, column in patch, channel)."""
+    """Latents `[B, C, T, h, w]` to tokens `[B, T * h/2 * w/2, 4 C]`, features ordered (row in patch, column in patch,
+    channel).
+    """
     batch, channels, frames, height, width = latents.shape
     patches = latents.reshape(batch, channels, frames, height // 2, 2, width // 2, 2).permute(0, 2, 3, 5, 4, 6, 1)
     return patches.reshape(batch, frames * (height // 2) * (width // 2), 4 * channels)
@@ -121,7 +124,9 @@ class Modulation(nn.Module):
 
 
 def modulate(weight: torch.Tensor, bias: torch.Tensor, silu_t: torch.Tensor) -> torch.Tensor:
-    """`SiLU(t)` of both streams `[B, 2, D]` to `[B, 2, 4, D]`: scale_msa, gate_msa, scale_mlp, gate_mlp, the gates through tanh."""
+    """`SiLU(t)` of both streams `[B, 2, D]` to `[B, 2, 4, D]`: scale_msa, gate_msa, scale_mlp, gate_mlp, the gates
+    through tanh.
+    """
     streams = [F.linear(silu_t[:, stream], weight[stream], bias[stream]) for stream in range(2)]
     scale_msa, gate_msa, scale_mlp, gate_mlp = torch.stack(streams, dim=1).unflatten(-1, (4, -1)).unbind(2)
     return torch.stack([scale_msa, gate_msa.tanh(), scale_mlp, gate_mlp.tanh()], dim=2)
@@ -143,7 +148,9 @@ class Block(nn.Module):
         modulation: torch.Tensor,
         angles: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`cond` `[B, Lc, D]`, `x` `[B, Lx, D]`, `modulation` `[B, 2, 4, D]` of `modulate`; returns the new cond and x."""
+        """`cond` `[B, Lc, D]`, `x` `[B, Lx, D]`, `modulation` `[B, 2, 4, D]` of `modulate`; returns the new cond and
+        x.
+        """
         of_cond, of_x = ([part.unsqueeze(1) for part in stream.unbind(1)] for stream in modulation.unbind(1))
         cond_out, x_out = self.attention(
             ada_rms_norm(cond, of_cond[SCALE_MSA]), ada_rms_norm(x, of_x[SCALE_MSA]), angles
@@ -219,7 +226,9 @@ class JDiT(nn.Module):
         return F.silu(torch.stack([embedded + self.prompt_embed, embedded + self.answer_embed], dim=1))
 
     def modulation_parameters(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight `[2, 4 D, D]` and bias `[2, 4 D]` of a block's modulation, read from the checkpoint if they stayed there."""
+        """Weight `[2, 4 D, D]` and bias `[2, 4 D]` of a block's modulation, read from the checkpoint if they stayed
+        there.
+        """
         modulation = self.blocks[index].modulation
         if modulation.weight is not None:
             return modulation.weight, modulation.bias

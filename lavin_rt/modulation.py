@@ -1,6 +1,7 @@
 """The modulation of every evaluation of a schedule, computed once.
 
-The adaptive norms depend on the time alone and the knots are fixed, so a run needs one small table instead of 28 % of the model's parameters.
+The adaptive norms depend on the time alone and the knots are fixed, so a run needs one small table instead of 28 % of
+the model's parameters.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ class ModulationTable:
     """Modulation of a schedule's evaluations.
 
     Attributes:
-        blocks: `[evaluations, depth, 2, 4, D]` float32: per stream scale_msa, gate_msa, scale_mlp, gate_mlp, tanh applied to the gates.
+        blocks: `[evaluations, depth, 2, 4, D]` float32: per stream scale_msa, gate_msa, scale_mlp, gate_mlp, tanh
+            applied to the gates.
         head_scale: `[evaluations, D]` float32.
     """
 
@@ -31,7 +33,8 @@ class ModulationTable:
 def modulation_table(dit: JDiT, times: torch.Tensor) -> ModulationTable:
     """Tabulates a model's modulation at `times` `[evaluations]`.
 
-    Runs in float32 whatever the model's dtype, one block at a time, so that weights still in the checkpoint's file pass through memory a block at a
+    Runs in float32 whatever the model's dtype, one block at a time, so that weights still in the checkpoint's file
+    pass through memory a block at a
     time (42 MB for the released model in bfloat16) and are released.
     """
     times = times.to(dit.device, torch.float32)

@@ -18,7 +18,8 @@ IMPLEMENTATIONS = ("auto", "plain", "torch", "triton")
 
 
 def resolve_impl(impl: str, device: torch.device, config: DiTConfig) -> str:
-    """The implementation that `impl` names on this device; `"auto"` is Triton on CUDA where the head size is a multiple of 8, else torch.
+    """The implementation that `impl` names on this device; `"auto"` is Triton on CUDA where the head size is a
+    multiple of 8, else torch.
 
     Raises:
         InputError: an unknown name, or Triton kernels for a head size that they do not cover.
@@ -37,15 +38,19 @@ def resolve_impl(impl: str, device: torch.device, config: DiTConfig) -> str:
 
 
 def operators(impl: str) -> ModuleType:
-    """The module whose functions a packed step calls: the kernels or their plain references, with the same signatures."""
+    """The module whose functions a packed step calls: the kernels or their plain references, with the same
+    signatures.
+    """
     return lavin_kernels if impl == "triton" else lavin_kernels.reference
 
 
 class PackedStep:
     """The velocity of all branches of a step, on stream-major packed rows.
 
-    What the mathematics does not need is not done: the modulation comes from a table, the condition's embedding is made once
-    (`embed_condition`), both guidance branches run as one pass, and in the last block the cond stream stops at its keys and values.
+    What the mathematics does not need is not done: the modulation comes from a table, the condition's embedding is
+    made once
+    (`embed_condition`), both guidance branches run as one pass, and in the last block the cond stream stops at its
+    keys and values.
     """
 
     def __init__(self, dit: JDiT, layout: Layout, impl: str):
@@ -64,7 +69,8 @@ class PackedStep:
             cond_latents: `[queries, 16, condition frames, h, w]`.
 
         Returns:
-            `[cond rows, D]` in the model's dtype: the conditions, then the null conditions `[zero frame, query frames]`.
+            `[cond rows, D]` in the model's dtype: the conditions, then the null conditions `[zero frame, query
+            frames]`.
         """
         shape = self.layout.shape
         embed = self.dit.cond_embedder

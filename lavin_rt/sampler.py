@@ -12,7 +12,7 @@ from lavin_rt.layout import Layout, Shape
 from lavin_rt.model import JDiT
 from lavin_rt.modulation import ModulationTable, modulation_table
 from lavin_rt.packed import PackedStep, resolve_impl
-from lavin_rt.schedule import schedule
+from lavin_rt.knots import schedule
 
 Denoiser = Callable[[torch.Tensor, int], torch.Tensor]
 """`(latents [B, 16, T, h, w] float32, evaluation) -> guided velocity`, of whatever runs the network."""
@@ -162,7 +162,7 @@ def check_inputs(
     batch, _, frames, height, width = cond_latents.shape
     if noise.shape[0] != batch or noise.shape[3:] != (height, width):
         raise InputError(
-            f"noise is {list(noise.shape)}; expected [{batch}, {channels}, T, {height}, {width}] to go with cond_latents"
+            f"noise is {list(noise.shape)}; expected [{batch}, {channels}, T, {height}, {width}], as cond_latents has"
         )
     if not math.isfinite(guidance):
         raise InputError(f"guidance is {guidance}; expected a finite number, such as 1.5")

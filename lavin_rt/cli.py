@@ -1,0 +1,163 @@
+"""The command line: `lavin-rt run` and `lavin-rt info`.
+
+Exit codes: 0 done, 1 the run failed, 2 something given cannot be used, 130 interrupted. Errors are one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+
+from lavin_rt.errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        from importlib.metadata import version
+
+        print(f"lavin-rt {version('lavin-rt')}")
+        parser.exit()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    root = _Parser(
+        prog="lavin-rt",
+        description="Run LaVin-DiT: show it a few input-target pairs of a vision task, and it does the task.",
+    )
+    root.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_run(commands)
+    _add_info(commands)
+    return root
+
+
+def _add_checkpoint_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("checkpoint and machine")
+    group.add_argument("--revision", help="revision of a Hugging Face id")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    group.add_argument("--impl", default="auto", help="auto, plain, torch or triton (default: auto)")
+    group.add_argument("--strict", action="store_true", help="stop on unexpected tensors instead of warning")
+
+
+def _add_run(commands) -> None:
+    run = commands.add_parser(
+        "run",
+        help="answer queries with a task's context",
+        description="Answers one or more queries with the task that the context shows.",
+        epilog="example: lavin-rt run --checkpoint weights/ --task depth --query photo.jpg -o depth.png",
+    )
+    what = run.add_argument_group("what to do")
+    what.add_argument(
+        "--task",
+        required=True,
+        metavar="DIR|NAME|FILE",
+        help="folder of *_input and *_target pictures, a task's name in the checkpoint's templates, or a saved context",
+    )
+    what.add_argument(
+        "--query", required=True, nargs="+", metavar="PICTURE", help="pictures, or folders of pictures; see --clip"
+    )
+    what.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUT",
+        help="file (.png .jpg .webp, clips also .gif) for one query, else a folder",
+    )
+    what.add_argument("--clip", action="store_true", help="each query is a clip: a folder of frames or an animation")
+    what.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="PATH|HUB-ID",
+        help="folder with lavin_dit.safetensors and stvae.pt, weights.tar.gz, or Hugging Face id",
+    )
+    how = run.add_argument_group("how to do it")
+    how.add_argument("--pairs", type=int, default=4, help="pairs chosen from the task's folder (default: 4)")
+    how.add_argument("--repeats", action="store_true", help="choose pairs with repeats, as the published scripts do")
+    how.add_argument("--size", default="512", help="N or HEIGHTxWIDTH, multiples of 16 (default: 512)")
+    how.add_argument("--steps", type=int, default=20, help="knots of the schedule, even, 4 to 136 (default: 20)")
+    how.add_argument("--guidance", type=float, default=1.5, help="guidance scale; 1.0 is faster (default: 1.5)")
+    how.add_argument("--seed", type=int, default=0, help="of pairs and noise; query i uses SEED + i (default: 0)")
+    how.add_argument("--posterior", default="mean", help="mean or sample (default: mean)")
+    how.add_argument("--batch-size", type=int, default=4, help="queries that run together (default: 4)")
+    how.add_argument("--tile", type=int, help="VAE tile in pixels for pictures too large for memory; approximate")
+    how.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    out = run.add_argument_group("output")
+    out.add_argument("--keep-size", action="store_true", help="return pictures at each query's own size")
+    out.add_argument("--grid", action="store_true", help="also write OUT-grid: context, query and result side by side")
+    out.add_argument("--save-context", metavar="FILE", help="keep the encoded context as a .safetensors file")
+    out.add_argument("--json", action="store_true", help="print a JSON record of the run on stdout, nothing else")
+    out.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    _add_checkpoint_options(run)
+    run.set_defaults(main="run")
+
+
+def _add_info(commands) -> None:
+    info = commands.add_parser(
+        "info",
+        help="what a checkpoint is and what this machine can run it with",
+        description="Describes this machine and, where one is given, a checkpoint.",
+    )
+    info.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="folder, archive or Hugging Face id")
+    info.add_argument(
+        "--self-check",
+        action="store_true",
+        help="compute known answers; with a checkpoint, also its packed step against its plain model",
+    )
+    info.add_argument("--json", action="store_true", help="print JSON")
+    _add_checkpoint_options(info)
+    info.set_defaults(main="info")
+
+
+def _warn(message, category, filename, lineno, file=None, line=None) -> None:
+    print(f"lavin-rt: warning: {message}", file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code."""
+    options = parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            if options.main == "run":
+                from lavin_rt.run import run
+
+                run(options)
+            else:
+                from lavin_rt.info import info
+
+                info(options)
+        except InputError as error:
+            return _fail(str(error), 2)
+        except KeyboardInterrupt:
+            return _fail("interrupted", 130)
+        except BrokenPipeError:
+            return 1
+        except (RuntimeError, MemoryError) as error:
+            return _fail(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, 1)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"lavin-rt: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def print_json(record: dict) -> None:
+    """A record on stdout."""
+    print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

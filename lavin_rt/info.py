@@ -1,0 +1,103 @@
+"""`lavin-rt info`: what a checkpoint is, and what this machine can run it with."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+
+import torch
+
+from lavin_rt.cli import print_json
+from lavin_rt.config import PRESETS
+from lavin_rt.packed import resolve_impl
+from lavin_rt.pipeline import resolve_device, resolve_dtype
+
+
+def info(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    record: dict = {"machine": machine(device, dtype)}
+    checks = []
+    if options.self_check:
+        from lavin_rt.self_check import check_known_answers
+
+        checks += check_known_answers(device)
+    if options.checkpoint:
+        record["checkpoint"], more = checkpoint(options, device, dtype)
+        checks += more
+    if options.self_check:
+        record["self-check"] = [
+            {"name": check.name, "error": check.error, "allowed": check.allowed, "passed": check.passed}
+            for check in checks
+        ]
+    if options.json:
+        print_json(record)
+    else:
+        show(record)
+    if not all(check.passed for check in checks):
+        raise RuntimeError("the self-check failed: results of this machine cannot be trusted")
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> dict:
+    """Versions and the device that a run would take."""
+    released = PRESETS["lavin-dit-3.4b"]
+    described = {
+        "lavin-rt": importlib.metadata.version("lavin-rt"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "device": f"{device} ({_device_name(device)})",
+        "dtype": str(dtype).removeprefix("torch."),
+        "impl": resolve_impl("auto", device, released),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        described["compute capability"] = f"{major}.{minor}"
+        described["memory"] = f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} GiB"
+    return described
+
+
+def checkpoint(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[dict, list]:
+    """What a checkpoint holds; loads its weights for the self-check only."""
+    from lavin_rt.checkpoint import describe, find_checkpoint, load_dit
+
+    files = find_checkpoint(options.checkpoint, revision=options.revision)
+    described = describe(files)
+    impl = resolve_impl(options.impl, device, described.config)
+    record = {**described.record(), "impl": impl}
+    if not options.self_check:
+        return record, []
+    from lavin_rt.self_check import check_checkpoint
+
+    dit = load_dit(files.dit, device=device, dtype=dtype, strict=options.strict)
+    return record, [check_checkpoint(dit, impl)]
+
+
+def show(record: dict) -> None:
+    """The record as aligned lines."""
+    for section, values in record.items():
+        print(section)
+        if isinstance(values, list):
+            for check in values:
+                verdict = "ok" if check["passed"] else "FAILED"
+                print(f"  {verdict}  {check['name']}: error {check['error']:.1e}, allowed {check['allowed']:.0e}")
+            continue
+        width = max(len(name) for name in values)
+        for name, value in values.items():
+            print(f"  {name:<{width}}  {', '.join(map(str, value)) if isinstance(value, list) else value}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()

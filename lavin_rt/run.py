@@ -1,0 +1,201 @@
+"""`lavin-rt run`: queries in, pictures out, with progress and a record."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lavin_rt import images
+from lavin_rt.cli import print_json
+from lavin_rt.errors import InputError
+from lavin_rt.knots import schedule
+from lavin_rt.pipeline import Pipeline, Result, Task
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command; raises `InputError` for what cannot be used, before work is lost to it."""
+    queries = find_queries(options.query, options.clip)
+    outputs = output_paths(queries, options.output)
+    schedule(options.steps)
+    size = images.parse_size(options.size)
+    clips = [images.load_clip(query) for query in queries]
+    for clip, query, output in zip(clips, queries, outputs, strict=True):
+        images.check_clip_frames(len(clip), str(query))
+        target = clip.shape[-2:] if options.keep_size else size
+        images.check_output(output, len(clip), tuple(target))
+    if options.save_context:
+        if not options.save_context.endswith(".safetensors"):
+            raise InputError(f"--save-context {options.save_context}: expected a name ending in .safetensors")
+        images.check_writable(options.save_context)
+    if options.tile is not None and (options.tile < 64 or options.tile % 16):
+        raise InputError(f"--tile is {options.tile}; expected a multiple of 16 from 64 on, in pixels")
+
+    progress = Progress(quiet=options.quiet or options.json)
+    began = time.perf_counter()
+    with progress.bar("loading", "B") as loading:
+        pipe = Pipeline.from_pretrained(
+            options.checkpoint,
+            device=options.device,
+            dtype=options.dtype,
+            impl=options.impl,
+            compile=options.compile,
+            tile=options.tile and options.tile // 8,
+            revision=options.revision,
+            strict=options.strict,
+            progress=loading,
+        )
+    loaded = time.perf_counter()
+    task = pipe.task(
+        options.task,
+        pairs=options.pairs,
+        size=size,
+        seed=options.seed,
+        repeats=options.repeats,
+        posterior=options.posterior,
+    )
+    if options.save_context:
+        task.context.save(options.save_context)
+    encoded = time.perf_counter()
+    results = answer(task, clips, options, progress)
+    sampled = time.perf_counter()
+    for result, clip, output in zip(results, clips, outputs, strict=True):
+        images.save_picture(result.frames, output)
+        if options.grid:
+            images.save_picture(grid_of(task, clip, result), grid_path(output))
+    seconds = {
+        "loading": loaded - began,
+        "context": encoded - loaded,
+        "queries": sampled - encoded,
+        "writing": time.perf_counter() - sampled,
+    }
+    report(options, task, queries, outputs, results, seconds)
+
+
+def answer(task: Task, clips: list, options: argparse.Namespace, progress: Progress) -> list[Result]:
+    """Runs all queries under one bar that counts steps."""
+    runs = -(-len(clips) // max(options.batch_size, 1))
+    with progress.bar("sampling", " steps") as sampling:
+        done = 0
+
+        def callback(step: int, evaluations: int, latents: object) -> None:
+            nonlocal done
+            done += 1
+            sampling(done, runs * evaluations)
+
+        return task.run(
+            # A clip is [T, 3, H, W]; as an array it is given as [T, H, W, 3].
+            [clip.permute(0, 2, 3, 1).numpy() for clip in clips],
+            steps=options.steps,
+            guidance=options.guidance,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            keep_size=options.keep_size,
+            callback=callback,
+        )
+
+
+def find_queries(given: list[str], clip: bool) -> list[Path]:
+    """The query pictures: what was given, and of folders (unless they are clips) the pictures in them."""
+    queries: list[Path] = []
+    for name in given:
+        path = Path(name)
+        if path.is_dir() and not clip:
+            queries += images.frame_files(path)
+        else:
+            queries.append(path)
+    return queries
+
+
+def output_paths(queries: list[Path], output: str) -> list[Path | str]:
+    """One output for every query: the file named, or files with the queries' names in the folder named."""
+    if len(queries) == 1 and Path(output).suffix and not output.endswith(os.sep) and not os.path.isdir(output):
+        return [output]
+    if Path(output).suffix and not os.path.isdir(output) and not output.endswith(os.sep):
+        raise InputError(f"--output {output} is one file for {len(queries)} queries; give a folder such as results/")
+    paths = [Path(output) / f"{query.stem}.png" for query in queries]
+    if len(set(paths)) < len(paths):
+        same = next(path for path in paths if paths.count(path) > 1)
+        raise InputError(f"two queries would both be written to {same}; rename one or run them apart")
+    return paths
+
+
+def grid_path(output: Path | str) -> Path:
+    """`depth.png` has its grid in `depth-grid.png`."""
+    path = Path(output)
+    return path.with_name(f"{path.stem}-grid{path.suffix or '.png'}")
+
+
+def grid_of(task: Task, clip, result: Result):
+    """Context inputs and the query above, their targets and the result below."""
+    if task.frames is None:
+        return images.grid([[clip], [result.frames]], size=task.size)
+    return images.grid(task.frames.rows(clip, result.frames), size=task.size)
+
+
+def report(
+    options: argparse.Namespace,
+    task: Task,
+    queries: list[Path],
+    outputs: list[Path | str],
+    results: list[Result],
+    seconds: dict[str, float],
+) -> None:
+    """Says what was done: a record in JSON, or a line for every picture and one for the time."""
+    pipe = task.pipeline
+    setting = {
+        "checkpoint": pipe.source,
+        "task": options.task,
+        "pairs": task.context.pairs,
+        "size": list(task.size),
+        "steps": options.steps,
+        "guidance": options.guidance,
+        "impl": pipe.impl,
+        "compile": pipe.compile,
+        "device": str(pipe.device),
+        "dtype": str(pipe.dit.dtype).removeprefix("torch."),
+    }
+    if options.json:
+        answers = [
+            {"query": str(query), "output": str(output), "seed": result.seed}
+            for query, output, result in zip(queries, outputs, results, strict=True)
+        ]
+        rounded = {part: round(value, 4) for part, value in seconds.items()}
+        print_json({**setting, "results": answers, "seconds": rounded})
+    elif not options.quiet:
+        for output, result in zip(outputs, results, strict=True):
+            print(f"{output}  seed {result.seed}")
+        parts = ", ".join(f"{part} {value:.2f} s" for part, value in seconds.items())
+        print(f"{parts}  (impl {pipe.impl}, {setting['device']}, {setting['dtype']})")
+
+
+class Progress:
+    """Bars on stderr, shown where it is a terminal."""
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet
+
+    def bar(self, what: str, unit: str) -> _Bar:
+        return _Bar(what, unit, disable=True if self.quiet else None)
+
+
+class _Bar:
+    """A tqdm bar that is told where it stands: `bar(done, total)`."""
+
+    def __init__(self, what: str, unit: str, disable: bool | None):
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc=what, unit=unit, unit_scale=unit == "B", disable=disable, file=sys.stderr, leave=False)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self._update
+
+    def _update(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
