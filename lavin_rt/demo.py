@@ -26,13 +26,13 @@ CONTEXT = ("astronaut", "chelsea", "rocket", "retina")
 QUERY = "coffee"
 
 
-def write_photographs(folder: Path) -> tuple[Path, Path]:
-    """Writes a template folder photo -> edges (Sobel) and the query; returns both paths."""
+def write_photographs(folder: Path) -> Path:
+    """Writes the template of a task photo -> edges (Sobel), and the query; returns the query's path."""
     try:
         from skimage import color, data, filters
     except ImportError:
         raise missing_extra("scikit-image", "demo", "the demo") from None
-    template = folder / "template" / "edge_detection"
+    template = folder / "checkpoint" / "template" / "edge_detection"
     template.mkdir(parents=True, exist_ok=True)
     for name in CONTEXT:
         photo = getattr(data, name)()
@@ -42,7 +42,7 @@ def write_photographs(folder: Path) -> tuple[Path, Path]:
         Image.fromarray(edges).convert("RGB").save(template / f"{name}_target.png")
     query = folder / f"{QUERY}.png"
     Image.fromarray(getattr(data, QUERY)()).save(query)
-    return template, query
+    return query
 
 
 def write_checkpoint(folder: Path) -> Path:
@@ -62,9 +62,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lavin_rt.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write to (default: demo)")
     folder = parser.parse_args().output
-    template, query = write_photographs(folder)
+    query = write_photographs(folder)
     checkpoint = write_checkpoint(folder / "checkpoint")
-    command = ["run", "--checkpoint", checkpoint, "--task", template, "--query", query, "-o", folder / "edges.png"]
+    command = [
+        "run",
+        "--checkpoint",
+        checkpoint,
+        "--task",
+        "edge_detection",
+        "--query",
+        query,
+        "-o",
+        folder / "edges.png",
+    ]
     command = [str(word) for word in command] + ["--size", "128", "--grid"]
     print(
         "This demo's checkpoint has random weights: the picture shows that the path works, not what the model can do."

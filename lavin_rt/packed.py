@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -80,6 +81,10 @@ class PackedStep:
         zeros = rows.new_zeros(shape.queries, shape.frame_tokens, self.dit.config.patch_features)
         query = rows[:, -shape.query_frames * shape.frame_tokens :]
         return torch.cat([rows.flatten(0, 1), torch.cat([embed(zeros), query], dim=1).flatten(0, 1)])
+
+    def compiled(self) -> Callable[..., torch.Tensor]:
+        """The step through `torch.compile`, whose cache on disk outlives the process."""
+        return torch.compile(self.__call__, dynamic=False, fullgraph=True)
 
     def __call__(
         self, latents: torch.Tensor, cond_rows: torch.Tensor, modulation: torch.Tensor, head_scale: torch.Tensor

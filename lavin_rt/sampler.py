@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 
 from lavin_rt.errors import InputError, NonFiniteError
+from lavin_rt.knots import schedule
 from lavin_rt.layout import Layout, Shape
 from lavin_rt.model import JDiT
 from lavin_rt.modulation import ModulationTable, modulation_table
 from lavin_rt.packed import PackedStep, resolve_impl
-from lavin_rt.knots import schedule
 
 Denoiser = Callable[[torch.Tensor, int], torch.Tensor]
 """`(latents [B, 16, T, h, w] float32, evaluation) -> guided velocity`, of whatever runs the network."""
@@ -85,14 +85,13 @@ def plain_denoiser(
 
 
 def packed_denoiser(
+    network: Callable[..., torch.Tensor],
     step: PackedStep,
     cond_rows: torch.Tensor,
     table: ModulationTable,
     guidance: float,
-    compile: bool = False,
 ) -> Denoiser:
-    """One packed pass a step. `compile` runs it through `torch.compile`, whose cache on disk outlives the process."""
-    network = torch.compile(step.__call__, dynamic=False, fullgraph=True) if compile else step
+    """One packed pass a step; `network` is `step`, or what `step.compiled()` made of it."""
 
     def denoise(latents: torch.Tensor, evaluation: int) -> torch.Tensor:
         velocities = network(latents, cond_rows, table.blocks[evaluation], table.head_scale[evaluation])
@@ -143,10 +142,9 @@ def sample(
                 plain_denoiser(dit, cond_latents, knots, guidance, query_frames, compile), noise, knots, callback
             )
     step = PackedStep(dit, Layout.make(dit.config, shape, dit.device), impl)
-    table = modulation_table(dit, knots[:-1])
-    return euler(
-        packed_denoiser(step, step.embed_condition(cond_latents), table, guidance, compile), noise, knots, callback
-    )
+    network = step.compiled() if compile else step
+    cond_rows, table = step.embed_condition(cond_latents), modulation_table(dit, knots[:-1])
+    return euler(packed_denoiser(network, step, cond_rows, table, guidance), noise, knots, callback)
 
 
 def check_inputs(
