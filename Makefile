@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check-slow lint clean
+.PHONY: demo test check-slow lint gpu-check clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ test: lint
 
 check-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# DIR is the folder for the JSON files; FULL=1 adds the whole matrix of sizes and pairs.
+gpu-check: $(READY)
+	$(BIN)/python -m lavin_bench.gpu_check --output $(or $(DIR),gpu-check) $(if $(FULL),--full)
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

@@ -1,7 +1,7 @@
 """The packed sampling step against the plain two-pass loop: `python -m lavin_bench.sampling_forms`.
 
 Hidden 576, depth 6, 8 heads, kv_group 4, 128 px, 4 pairs, 20 knots, guidance 1.5, random weights, float32. Each form
-runs whole samplings, from condition latents to target latents, eagerly and through `torch.compile`; a form whose latents
+runs whole samplings, from condition latents to target latents, eagerly and through `torch.compile`; one whose latents
 differ from the plain loop's gets no time.
 """
 

@@ -18,6 +18,7 @@ _HOMES = {
     "Pipeline": "pipeline",
     "STVAE": "vae",
     "Task": "pipeline",
+    "find_checkpoint": "checkpoint",
     "load_dit": "checkpoint",
     "load_vae": "checkpoint",
     "randomize_": "model",

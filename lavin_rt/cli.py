@@ -1,4 +1,4 @@
-"""The command line: `lavin-rt run` and `lavin-rt info`.
+"""The command line: `lavin-rt run`, `info` and `bench`.
 
 Exit codes: 0 done, 1 the run failed, 2 something given cannot be used, 130 interrupted. Errors are one line on stderr.
 """
@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_run(commands)
     _add_info(commands)
+    _add_bench(commands)
     return root
 
 
@@ -120,6 +121,26 @@ def _add_info(commands) -> None:
     info.set_defaults(main="info")
 
 
+def _add_bench(commands) -> None:
+    bench = commands.add_parser("bench", help="measure this machine", description="Measures this machine.")
+    kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
+    kernels = kinds.add_parser(
+        "kernels",
+        help="every operator at the model's shapes, against the best that PyTorch has",
+        description="Checks every operator's result, then times it at the model's shapes, beside PyTorch's own.",
+    )
+    kernels.add_argument("--operator", default="", help="only operators whose name contains this")
+    kernels.add_argument("--full", action="store_true", help="all sizes and pairs, with and without the null branch")
+    kernels.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    kernels.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
+    kernels.add_argument("--repeats", type=int, default=15, help="samples per variant (default: 15)")
+    kernels.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    kernels.add_argument(
+        "--static", action="store_true", help="no timing: compile for all targets without a GPU, and check the results"
+    )
+    kernels.set_defaults(main="bench kernels")
+
+
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
     print(f"lavin-rt: warning: {message}", file=sys.stderr)
 
@@ -131,13 +152,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _warn
         try:
             if options.main == "run":
-                from lavin_rt.run import run
-
-                run(options)
+                from lavin_rt.run import run as command
+            elif options.main == "info":
+                from lavin_rt.info import info as command
             else:
-                from lavin_rt.info import info
-
-                info(options)
+                from lavin_bench.kernels import bench_kernels as command
+            command(options)
         except InputError as error:
             return _fail(str(error), 2)
         except KeyboardInterrupt:

@@ -17,7 +17,7 @@ DIT = "lavin_dit.safetensors"
 VAES = ("stvae.safetensors", "stvae.pt")
 WEIGHTS_ARCHIVE, TEMPLATE_ARCHIVE = "weights.tar.gz", "template.tar.gz"
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz")
-EXPECTED = f"{DIT} with {' or '.join(VAES)}, or {WEIGHTS_ARCHIVE}"
+EXPECTED = f"{DIT} and {' or '.join(VAES)}, or {WEIGHTS_ARCHIVE}"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
@@ -141,7 +141,7 @@ def _weights_in(archive: Path, root: Path) -> Path:
         if (folder / DIT).is_file():
             _vae_in(folder)
             return folder
-    raise InputError(f"{archive} holds {_contents(root)}; expected {DIT} with {' or '.join(VAES)}")
+    raise InputError(f"{archive} holds {_contents(root)}; expected {DIT} and {' or '.join(VAES)}")
 
 
 def _tasks_in(archive: Path, root: Path) -> Path:

@@ -6,10 +6,13 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lavin_rt.errors import InputError
+
+Progress = Callable[[int, int], None]
+"""`(bytes done, bytes in all)`, called while files are read or unpacked."""
 
 
 @contextlib.contextmanager

@@ -87,7 +87,8 @@ def show(record: dict) -> None:
             continue
         width = max(len(name) for name in values)
         for name, value in values.items():
-            print(f"  {name:<{width}}  {', '.join(map(str, value)) if isinstance(value, list) else value}")
+            text = ", ".join(map(str, value)) if isinstance(value, list) else value
+            print(f"  {name:<{width}}  {'none' if text in ('', None) else text}")
 
 
 def _version(package: str) -> str:

@@ -143,16 +143,16 @@ class Pipeline:
             device, dtype, impl: `"auto"` picks once, by what the machine has.
             revision: of a hub id.
             strict: treat unexpected tensors as an error instead of a warning.
-            progress: `(bytes read, bytes in all)` while loading.
+            progress: `(bytes done, bytes in all)` while an archive is unpacked and while the transformer is read.
 
         Raises:
             InputError: files, tensors or a device that are not there or do not fit.
         """
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
-        files = find_checkpoint(checkpoint, revision=revision)
+        files = find_checkpoint(checkpoint, revision=revision, progress=progress)
         dit = load_dit(files.dit, device=device, dtype=dtype, strict=strict, progress=progress)
-        vae = load_vae(files.vae, device=device, dtype=dtype)
+        vae = load_vae(files.vae, device=device, dtype=dtype, strict=strict)
         roots = [files.templates] if files.templates else []
         return cls(dit, vae, impl, compile, tile, roots, files.source)
 

@@ -1,0 +1,90 @@
+"""Attention as PyTorch offers it, on the packed branches: what `joint_attention` is measured against.
+
+Every backend gets q, k, v in the layout that it likes best and padded as it needs, made beforehand: only attention is
+timed. Key/value heads are repeated for their query heads, as not every backend knows grouped heads; that costs bytes,
+which do not limit attention at these lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Call = Callable[[], list[torch.Tensor]]
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def attention_backends(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lens: list[int]
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """Calls of every backend of the installed torch that runs here, and the reason of every one that does not.
+
+    Args:
+        q: `[rows, heads, head_size]` branch-contiguous. k, v: `[rows, kv_heads, head_size]`.
+        lens: rows of every branch.
+
+    Returns:
+        `(calls, skipped)`. A call returns an output `[1, heads, rows, >= head_size]` for every branch.
+    """
+    if q.device.type != "cuda":
+        return {}, dict.fromkeys((*BACKENDS, "flex"), "needs a CUDA device")
+    calls: dict[str, Call] = {}
+    skipped: dict[str, str] = {}
+    for name, attempts in _attempts(q, k, v, lens).items():
+        for make in attempts:
+            try:
+                call = make()
+                call()
+                torch.cuda.synchronize()
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                skipped[name] = " ".join(str(error).split())[:200] or type(error).__name__
+            else:
+                calls[name] = call
+                skipped.pop(name, None)
+                break
+    return calls, skipped
+
+
+def _attempts(q, k, v, lens: list[int]) -> dict[str, Iterator[Callable[[], Call]]]:
+    """Ways to make each backend's call, the least padded first."""
+    head_size = q.shape[-1]
+    scale = head_size**-0.5
+    widths = sorted({head_size, -(-head_size // 16) * 16, -(-head_size // 32) * 32, 1 << (head_size - 1).bit_length()})
+
+    def sdpa(backend: SDPBackend, width: int) -> Call:
+        parts = _branches(q, k, v, lens, width)
+
+        def call() -> list[torch.Tensor]:
+            with sdpa_kernel(backend):
+                return [F.scaled_dot_product_attention(*part, scale=scale) for part in parts]
+
+        return call
+
+    def flex(width: int) -> Call:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        compiled = torch.compile(flex_attention, dynamic=False)
+        parts = _branches(q, k, v, lens, width)
+        return lambda: [compiled(*part, scale=scale) for part in parts]
+
+    attempts = {name: (lambda b=backend, w=width: sdpa(b, w) for width in widths) for name, backend in BACKENDS.items()}
+    return {**attempts, "flex": (lambda w=width: flex(w) for width in widths)}
+
+
+def _branches(q, k, v, lens: list[int], width: int) -> list[tuple[torch.Tensor, ...]]:
+    """q, k, v of every branch as contiguous `[1, heads, rows, width]`."""
+    group = q.shape[1] // k.shape[1]
+    parts = []
+    for of_q, of_k, of_v in zip(q.split(lens), k.split(lens), v.split(lens), strict=True):
+        of_k, of_v = (part.repeat_interleave(group, dim=1) for part in (of_k, of_v))
+        wide = (F.pad(part, (0, width - part.shape[-1])) for part in (of_q, of_k, of_v))
+        parts.append(tuple(part.transpose(0, 1).unsqueeze(0).contiguous() for part in wide))
+    return parts

@@ -1,0 +1,164 @@
+"""`lavin-rt bench kernels`: every operator at the model's real shapes, correct first, then timed.
+
+Each variant's result is held against a float32 or float64 truth before anything is timed. One that errs more than twice
+as much as eager PyTorch in the same dtype, plus one unit in the last place, gets no time and fails the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lavin_bench.cases import Case, Setting, Tensors, cases, settings
+from lavin_bench.ceilings import ceilings
+from lavin_bench.timing import Timing, header, header_line, measure
+from lavin_rt.errors import InputError
+from lavin_rt.files import written_whole
+from lavin_rt.images import check_writable
+from lavin_rt.pipeline import resolve_device, resolve_dtype
+
+
+class WrongResult(RuntimeError):
+    """A variant computed something else than the operator."""
+
+
+def relative_error(results: Tensors, truth: Tensors) -> float:
+    """The largest `||result - truth|| / ||truth||` of several results, in float64."""
+    if len(results) != len(truth):
+        raise WrongResult(f"{len(results)} results; expected {len(truth)}")
+    errors = [
+        float((result.double() - wanted.double()).norm() / wanted.double().norm())
+        for result, wanted in zip(results, truth, strict=True)
+    ]
+    # A NaN would lose every comparison.
+    return max(float("inf") if error != error else error for error in errors)
+
+
+def check(case: Case, dtype: torch.dtype) -> dict[str, float]:
+    """Errors of all variants of a case.
+
+    Raises:
+        WrongResult: a variant is outside the error budget.
+    """
+    truth = case.truth()
+    errors = {name: relative_error(v.compared(v.call()), truth) for name, v in case.variants.items()}
+    allowed = 2 * errors["eager"] + torch.finfo(dtype).eps
+    # Eager PyTorch sets the budget, so it is itself held to a bound that any honest arithmetic keeps.
+    bounds = {name: 0.05 if name == "eager" else allowed for name in errors}
+    wrong = {name: error for name, error in errors.items() if not error <= bounds[name]}
+    if wrong:
+        found = ", ".join(f"{name} {error:.1e}" for name, error in wrong.items())
+        raise WrongResult(f"{case.name}: no times, wrong results: {found}; allowed {allowed:.1e}")
+    return errors
+
+
+def row(case: Case, name: str, error: float, timing: Timing, top: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """One variant's figures: useful FLOP/s where the operator is matrix work, else bytes per second, and their share
+    of the ceiling measured in the same run."""
+    if case.flops:
+        rate, ceiling, unit = case.flops / timing.median, top["matmul"]["flops_per_second"], "FLOP/s"
+    else:
+        rate, ceiling, unit = case.bytes / timing.median, top["copy"]["bytes_per_second"], "B/s"
+    return {
+        "operator": case.operator,
+        "setting": case.setting,
+        "variant": name,
+        "seconds": timing.as_dict(),
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "rate": rate,
+        "unit": unit,
+        "share_of_ceiling": rate / ceiling,
+        "relative_error": error,
+    }
+
+
+def run(
+    chosen: Iterable[Setting],
+    device: torch.device,
+    dtype: torch.dtype,
+    operators: str = "",
+    repeats: int = 15,
+    show: bool = True,
+) -> dict[str, Any]:
+    """Checks and times all cases whose operator contains `operators`; returns the record that `report` reads.
+
+    Raises:
+        WrongResult: see `check`; nothing of that case is timed.
+    """
+    top = ceilings(device, dtype)
+    record: dict[str, Any] = {
+        "kind": "kernels",
+        "header": {**header(device), "dtype": str(dtype).removeprefix("torch."), "repeats": repeats},
+        "ceilings": top,
+        "rows": [],
+        "skipped": [],
+    }
+    if show:
+        print(header_line(record["header"]))
+        print(f"copy {_si(top['copy']['bytes_per_second'])}B/s, matmul {_si(top['matmul']['flops_per_second'])}FLOP/s")
+    for setting in chosen:
+        for case in cases(setting, device, dtype):
+            if operators not in case.operator:
+                continue
+            errors = check(case, dtype)
+            calls = {name: variant.call for name, variant in case.variants.items()}
+            rows = [
+                row(case, name, errors[name], timing, top)
+                for name, timing in measure(calls, repeats, warmup=3, device=device).items()
+            ]
+            skipped = [
+                {"operator": case.operator, "setting": case.setting, "variant": name, "reason": reason}
+                for name, reason in case.skipped.items()
+            ]
+            record["rows"] += rows
+            record["skipped"] += skipped
+            if show:
+                _show(case, rows, skipped)
+    return record
+
+
+def _show(case: Case, rows: list[dict[str, Any]], skipped: list[dict[str, str]]) -> None:
+    print(case.name)
+    for figures in rows:
+        seconds = figures["seconds"]
+        print(
+            f"  {figures['variant']:10}{seconds['median'] * 1e6:10.1f} us"
+            f" ({seconds['low'] * 1e6:.1f} - {seconds['high'] * 1e6:.1f})"
+            f"  {_si(figures['rate'])}{figures['unit']}  {figures['share_of_ceiling']:6.1%} of the ceiling"
+            f"  error {figures['relative_error']:.1e}"
+        )
+    for reason in skipped:
+        print(f"  {reason['variant']:10}skipped: {reason['reason']}")
+
+
+def _si(value: float) -> str:
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+def bench_kernels(options: argparse.Namespace) -> None:
+    """Runs the command; a wrong result or a violation raises `RuntimeError`."""
+    if options.static:
+        from lavin_kernels import static
+
+        if static.main(["--json", options.json] if options.json else []):
+            raise RuntimeError("the static check found violations, named above")
+        return
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    if options.repeats < 1:
+        raise InputError(f"--repeats is {options.repeats}; expected at least 1")
+    if options.json:
+        check_writable(options.json)
+    with torch.no_grad():
+        record = run(settings(device, options.full), device, dtype, options.operator, options.repeats)
+    if options.json:
+        with written_whole(options.json) as partial:
+            partial.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,101 @@
+"""Makes the README's tables from result files: `python -m lavin_bench.report [--write README.md]`.
+
+A table stands between `<!-- results: FILE -->` and `<!-- end -->`; FILE is one of `benchmarks/results/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PLACE = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def kernels_table(record: dict[str, Any]) -> str:
+    """Median, rate, share of the ceiling and error of every variant."""
+    rows = []
+    for figures in record["rows"]:
+        seconds = figures["seconds"]
+        scale, prefix = (1e12, "T") if figures["unit"] == "FLOP/s" else (1e9, "G")
+        rows.append(
+            [
+                f"`{figures['operator']}`, {figures['setting']}",
+                figures["variant"],
+                f"{seconds['median'] * 1e6:.0f} µs ({seconds['low'] * 1e6:.0f}–{seconds['high'] * 1e6:.0f})",
+                f"{figures['rate'] / scale:.0f} {prefix}{figures['unit']}",
+                f"{figures['share_of_ceiling']:.0%}",
+                f"{figures['relative_error']:.1e}",
+            ]
+        )
+    columns = ["operator", "variant", "median (spread)", "rate", "of ceiling", "error"]
+    return f"{caption(record['header'])}\n\n{table(columns, rows)}"
+
+
+def forms_table(record: dict[str, Any]) -> str:
+    """Median, peak memory and error of the forms of one computation, on a CPU."""
+    rows = []
+    for figures in record["rows"]:
+        seconds = figures["seconds"]
+        name = ", ".join(figures[key] for key in ("direction", "form") if key in figures)
+        rows.append(
+            [
+                name,
+                f"{seconds['median']:.2f} s ({seconds['low']:.2f}–{seconds['high']:.2f})",
+                f"{figures['peak_bytes'] / 2**20:.0f} MiB",
+                f"{figures['relative_error']:.1e}",
+            ]
+        )
+    return f"{caption(record['header'])}\n\n{table(['form', 'median (spread)', 'peak memory', 'error'], rows)}"
+
+
+def caption(header: dict[str, Any]) -> str:
+    """Where, with what and when."""
+    parts = [header["device"], f"torch {header['torch']}", f"{header['date'][:10]}"]
+    if header.get("dtype"):
+        parts.insert(1, header["dtype"])
+    if header.get("commit"):
+        parts.append(f"commit {header['commit'][:10]}")
+    return ", ".join(parts) + "."
+
+
+def render(record: dict[str, Any]) -> str:
+    """The table of a record, by its kind."""
+    return kernels_table(record) if record.get("kind") == "kernels" else forms_table(record)
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """The text with every table made anew from its file."""
+
+    def replaced(match: re.Match) -> str:
+        record = json.loads((results / match[2]).read_text())
+        return f"{match[1]}{render(record)}{match[3]}"
+
+    return PLACE.sub(replaced, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="lavin_bench.report", description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", type=Path, help="result files to print; all committed ones by default")
+    parser.add_argument("--write", type=Path, metavar="README.md", help="fill this file's tables instead")
+    options = parser.parse_args()
+    if options.write:
+        options.write.write_text(fill(options.write.read_text()))
+        return 0
+    for path in options.files or sorted(RESULTS.glob("*.json")):
+        print(f"{path.name}\n\n{render(json.loads(path.read_text()))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

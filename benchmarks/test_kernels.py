@@ -1,0 +1,69 @@
+"""The kernel cases for pytest-benchmark, which selects, compares and stores: `pytest benchmarks/ --benchmark-autosave`.
+
+The project's own timer takes the samples (on CUDA: device time between events, with a cold L2); pytest-benchmark is
+given a clock that advances by them.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lavin_bench.cases import Case, cases, settings
+from lavin_bench.kernels import check
+from lavin_bench.timing import cuda_sampler, wall_clock
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+OPERATORS = (
+    "ada_rms_norm",
+    "gated_residual",
+    "gated_residual_ada_rms_norm",
+    "qk_norm_rope",
+    "swiglu",
+    "stream_linear",
+    "joint_attention",
+)
+VARIANTS = ("ours", "eager", "compiled", "flash", "cudnn", "efficient", "flex")
+
+
+class DeviceClock:
+    """A clock that stands still but for the samples of the project's timer."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+CLOCK = DeviceClock()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("setting", settings(DEVICE), ids=lambda setting: setting.name)
+@pytest.mark.benchmark(timer=CLOCK)
+def test_kernel(benchmark, setting, operator, variant):
+    for case in cases(setting, DEVICE, DTYPE):
+        if case.operator != operator:
+            continue
+        if variant in case.skipped:
+            pytest.skip(case.skipped[variant])
+        if variant not in case.variants:
+            pytest.skip(f"{variant} is no variant of {operator}")
+        benchmark.group = case.name
+        benchmark.extra_info |= {"bytes": case.bytes, "flops": case.flops, "error": check(case, DTYPE)[variant]}
+        _time(benchmark, case, variant)
+        return
+    raise AssertionError(f"no case of {operator}")
+
+
+def _time(benchmark, case: Case, variant: str) -> None:
+    sample = cuda_sampler(DEVICE) if DEVICE.type == "cuda" else wall_clock
+    call = case.variants[variant].call
+
+    def timed() -> None:
+        CLOCK.now += sample(call)
+
+    benchmark.pedantic(timed, rounds=7, iterations=1, warmup_rounds=2)

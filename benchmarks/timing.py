@@ -1,0 +1,170 @@
+"""The one timer: interleaved variants, medians with their spread, a cold L2 on a GPU, and a header that says where."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one variant; `samples` in the order they were taken."""
+
+    median: float
+    low: float
+    high: float
+    samples: tuple[float, ...]
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Timing:
+        return cls(statistics.median(samples), min(samples), max(samples), tuple(samples))
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def measure(
+    variants: Mapping[str, Callable[[], object]],
+    repeats: int = 7,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+    graph: bool = False,
+) -> dict[str, Timing]:
+    """Times every variant `repeats` times, in rounds that hold each once and start with another one each.
+
+    On CUDA a sample is the time between two events around the call, taken after a buffer of twice the L2's size was
+    written: the call finds a cold L2, and the host has the time of that write to get ahead. A call that keeps the host
+    busy for longer than the device needs `graph`.
+
+    Args:
+        variants: calls without arguments, by name. Their results are dropped.
+        repeats: samples per variant, at least 1.
+        warmup: calls before the first sample, per variant; with `graph` they run before the capture.
+        device: where the calls run.
+        graph: capture each call in a CUDA graph and time its replay. Only on CUDA, and only calls that may be captured.
+
+    Raises:
+        ValueError: no variants, no repeats, or `graph` without CUDA.
+    """
+    device = torch.device(device)
+    if not variants or repeats < 1:
+        raise ValueError(f"{len(variants)} variants and {repeats} repeats; expected at least one of each")
+    if graph and device.type != "cuda":
+        raise ValueError(f"graph=True needs a CUDA device, got {device}")
+    for call in variants.values():
+        for _ in range(warmup):
+            call()
+    calls = {name: captured(call, device) if graph else call for name, call in variants.items()}
+    sample = cuda_sampler(device) if device.type == "cuda" else wall_clock
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for number in range(repeats):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(sample(calls[name]))
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def wall_clock(call: Callable[[], object]) -> float:
+    """Seconds of one call on the host."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def cuda_sampler(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """A function that gives the device seconds of one call, with a cold L2."""
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    flush = torch.empty(2 * l2_bytes, dtype=torch.uint8, device=device)
+
+    def sample(call: Callable[[], object]) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            flush.zero_()
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return sample
+
+
+def captured(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The replay of a CUDA graph of one call."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    return graph.replay
+
+
+def header(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Where and with what a measurement was made; the commit is None outside a checkout, the date is UTC."""
+    device = torch.device(device)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "torch": torch.__version__,
+        "triton": installed_version("triton"),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "lavin_rt": installed_version("lavin-rt"),
+        "commit": commit(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def header_line(values: Mapping[str, Any]) -> str:
+    """A header for people: one line."""
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+
+
+def cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit this file was checked out from, with "+" where tracked files differ from it; None outside a
+    checkout.
+    """
+
+    def git(*arguments: str) -> str | None:
+        folder = Path(__file__).resolve().parent
+        try:
+            answer = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    revision = git("rev-parse", "HEAD")
+    return revision + ("+" if git("status", "--porcelain", "--untracked-files=no") else "") if revision else None
