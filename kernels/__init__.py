@@ -1,1 +1,77 @@
-"""Fused operators of LaVin-DiT: Triton kernels on CUDA, their plain references on a CPU."""
+"""Fused operators of LaVin-DiT: Triton kernels on CUDA, their plain references on a CPU.
+
+Public functions are loaded on first use, so that importing the package imports neither Triton nor a kernel. Where
+Triton is not installed (it has no wheels beyond Linux) they are the references, which they run on a CPU anyway.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lavin_kernels.ada_norm import ada_rms_norm, gated_residual, gated_residual_ada_rms_norm
+    from lavin_kernels.branches import Branches
+    from lavin_kernels.group_norm import group_norm_silu
+    from lavin_kernels.joint_attention import joint_attention, joint_attention_with_lse
+    from lavin_kernels.qk_norm_rope import qk_norm_rope
+    from lavin_kernels.spatial_norm import spatial_norm_silu
+    from lavin_kernels.stream_linear import stream_linear
+    from lavin_kernels.swiglu import swiglu
+
+__all__ = [
+    "Branches",
+    "ada_rms_norm",
+    "gated_residual",
+    "gated_residual_ada_rms_norm",
+    "group_norm_silu",
+    "joint_attention",
+    "joint_attention_with_lse",
+    "qk_norm_rope",
+    "spatial_norm_silu",
+    "stream_linear",
+    "swiglu",
+]
+
+_MODULES = {
+    "Branches": "branches",
+    "ada_rms_norm": "ada_norm",
+    "gated_residual": "ada_norm",
+    "gated_residual_ada_rms_norm": "ada_norm",
+    "group_norm_silu": "group_norm",
+    "joint_attention": "joint_attention",
+    "joint_attention_with_lse": "joint_attention",
+    "qk_norm_rope": "qk_norm_rope",
+    "spatial_norm_silu": "spatial_norm",
+    "stream_linear": "stream_linear",
+    "swiglu": "swiglu",
+}
+
+
+class _Package(types.ModuleType):
+    """Keeps `lavin_kernels.swiglu` the function: the import system would put the module of that name in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _MODULES[name]
+    if module != "branches" and importlib.util.find_spec("triton") is None:
+        module = "reference_vae" if module in ("group_norm", "spatial_norm") else "reference"
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,77 @@
+"""Where an operator runs, and what the row-wise kernels share: the cut of a row into tiles, and their static cases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+
+from lavin_kernels.static_cases import StaticCase
+
+# Read once, as `@triton.jit` does when a kernel is defined; a compiled graph could not read it.
+_INTERPRETED = triton.knobs.runtime.interpret
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which takes CPU tensors (`TRITON_INTERPRET=1`)."""
+    return _INTERPRETED
+
+
+def runs_kernel(device: torch.device) -> bool:
+    """Whether tensors of a device go to the kernel (CUDA, or a CPU under Triton's interpreter) or to the reference."""
+    return device.type == "cuda" or (device.type == "cpu" and interpreted())
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """`torch.library.wrap_triton`, which before torch 2.13 refuses a kernel that the interpreter runs."""
+    return kernel if interpreted() else torch.library.wrap_triton(kernel)
+
+
+def pieces(width: int) -> tuple[int, int]:
+    """Two powers of two that cover `width`, the first always full: 2304 = 2048 + 256, 72 = 64 + 8, 4096 = 2048 + 2048.
+
+    One tile of 4096 for 2304 elements would leave 44 % of its lanes idle.
+    """
+    first = triton.next_power_of_2(width) // 2
+    return first, triton.next_power_of_2(width - first)
+
+
+def row_warps(width: int, num_warps: int, lane_elements: int) -> int:
+    """Warps for one row: as configured, more where a lane would get more than `lane_elements` of `width` elements."""
+    return min(max(num_warps, triton.next_power_of_2(triton.cdiv(width, 32 * lane_elements))), 32)
+
+
+def row_case(
+    name: str,
+    kernel: Any,
+    dtype: torch.dtype,
+    constexprs: Mapping[str, int],
+    num_warps: int,
+    bytes: int,
+    types: Mapping[str, str] | None = None,
+) -> StaticCase:
+    """The static case of a row-wise kernel, which does no matrix work.
+
+    Arguments named `*_ptr` point to `dtype`, `eps` is a float32 and the others are int32, unless `types` says
+    otherwise; pointers and strides are divisible by 16, as at the model's widths.
+    """
+    pointer = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+    known = {"eps": "fp32", **dict.fromkeys(constexprs, "constexpr"), **(types or {})}
+    signature = {
+        argument: known.get(argument, pointer if argument.endswith("_ptr") else "i32") for argument in kernel.arg_names
+    }
+    return StaticCase(
+        name=f"{name}/{str(dtype).removeprefix('torch.')}",
+        fn=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        divisible=tuple(argument for argument in signature if argument.endswith(("_ptr", "_stride"))),
+        num_warps=num_warps,
+        num_stages=1,
+        useful_flops=0,
+        executed_flops=0,
+        bytes=bytes,
+        dtype=dtype,
+    )
