@@ -10,9 +10,9 @@ from lavin_kernels import reference, validate
 def stream_linear(rows: torch.Tensor, split: int, weight: torch.Tensor) -> torch.Tensor:
     """Bias-free linear of each stream, `rows @ weight[stream].T`.
 
-    On CUDA these are two matrix products of cuBLAS, each written straight into its slice of the output. Where a graph
-    is traced (`torch.compile`, `torch.export`) or a gradient is wanted, and on a CPU, it is the reference: two linears
-    and a concatenation, whose copy a compiler plans away and eager PyTorch would not.
+    There is no kernel behind it: two products of the library (cuBLAS on CUDA), each written straight into its slice of
+    the output. Where a graph is traced (`torch.compile`, `torch.export`) or a gradient is wanted, it is two linears and
+    a concatenation, whose copy a compiler plans away and eager PyTorch would not.
 
     Args:
         rows: `[rows, K]`, stream-major; bfloat16, float16 or float32 (float64 on a CPU); rows may be strided.
@@ -30,15 +30,4 @@ def stream_linear(rows: torch.Tensor, split: int, weight: torch.Tensor) -> torch
     validate.split(split, rows.shape[0])
     validate.tensor("weight", weight, (2, None, rows.shape[1]), device=rows.device)
     validate.alike("weight", weight, "rows", rows)
-    wants_gradient = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
-    if rows.device.type != "cuda" or torch.compiler.is_compiling() or wants_gradient:
-        return reference.stream_linear(rows, split, weight)
-    return _into_slices(rows, split, weight)
-
-
-def _into_slices(rows: torch.Tensor, split: int, weight: torch.Tensor) -> torch.Tensor:
-    out = rows.new_empty(rows.shape[0], weight.shape[1])
-    for stream, part in enumerate((slice(0, split), slice(split, None))):
-        if out[part].numel():
-            torch.mm(rows[part], weight[stream].T, out=out[part])
-    return out
+    return reference.stream_linear(rows, split, weight)

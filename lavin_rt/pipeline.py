@@ -114,8 +114,8 @@ class Pipeline:
         template_roots: Sequence[Path] = (),
         source: str = "memory",
     ):
-        self.dit, self.vae = dit.eval(), vae.eval()
         self.impl = resolve_impl(impl, dit.device, dit.config)
+        self.dit, self.vae = dit.eval(), vae.eval().use(self.impl)
         self.compile = compile
         self.tile = tile
         self.template_roots = tuple(template_roots)

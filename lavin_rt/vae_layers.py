@@ -64,8 +64,8 @@ class DerivedKernel(nn.Module):
     """A convolution `conv` that computes with a kernel derived from its weight, kept outside the state dict.
 
     The derived kernel is made at first use, and again after the weight was replaced, changed in place, loaded, moved or
-    cast. Where gradients reach the weight it is derived in every call and not kept; a trace takes the kept one or
-    derives it.
+    cast; a CUDA graph therefore needs a call before its capture. Where gradients reach the weight it is derived in
+    every call and not kept; a trace takes the kept one or derives it.
     """
 
     conv: nn.Conv2d | nn.Conv3d

@@ -41,9 +41,9 @@ def compiled_test(test: Callable) -> Callable | None:
     return None if INTERPRETED else test
 
 
-def run_under_interpreter(path: str) -> None:
-    """Runs a test module in a process in which kernels are interpreted."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", path]
+def run_under_interpreter(path: str, marker: str = "") -> None:
+    """Runs a test module, or what `marker` selects of it, in a process in which kernels are interpreted."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marker, path]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[1]
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600)
