@@ -10,7 +10,7 @@ import torch
 
 import lavin_kernels
 from lavin_bench.attention_backends import attention_backends
-from lavin_kernels import reference
+from lavin_kernels import reference, reference_vae
 from lavin_kernels.branches import Branches
 from lavin_rt.config import PRESETS, DiTConfig
 from lavin_rt.layout import Layout, Shape
@@ -44,9 +44,12 @@ class Setting:
     pairs: int
     guided: bool = True
     config: DiTConfig = RELEASED
+    label: str = ""
 
     @property
     def name(self) -> str:
+        if self.label:
+            return self.label
         return f"{self.size} px, {self.pairs} pair{'s' * (self.pairs > 1)}, {'guided' if self.guided else 'one branch'}"
 
     def layout(self, device: torch.device) -> Layout:
@@ -97,13 +100,23 @@ def cases(setting: Setting, device: torch.device, dtype: torch.dtype) -> Iterato
         yield make(setting, device, dtype)
     yield from _linears(setting, device, dtype)
     yield _joint_attention(setting, device, dtype)
+    # The VAE's norms know neither pairs nor branches: once a size is enough.
+    if setting.guided and (setting.pairs == 4 or device.type != "cuda"):
+        for channels, size in ((128, setting.size), (512, setting.size // 8)):
+            yield _group_norm_silu(setting, device, dtype, channels, size)
+            yield _spatial_norm_silu(setting, device, dtype, channels, size)
+
+
+def plain_operator(operator: str) -> Callable[..., Any]:
+    """The reference of an operator."""
+    return getattr(reference, operator, None) or getattr(reference_vae, operator)
 
 
 def variants(
     operator: str, arguments: tuple[Any, ...], device: torch.device
 ) -> tuple[dict[str, Variant], dict[str, str]]:
     """Ours, eager PyTorch and compiled PyTorch of an operator; and what is skipped, with the reason."""
-    plain, ours = getattr(reference, operator), getattr(lavin_kernels, operator)
+    plain, ours = plain_operator(operator), getattr(lavin_kernels, operator)
     compiled = torch.compile(plain, dynamic=False)
     calls = {"eager": Variant(lambda: plain(*arguments)), "compiled": Variant(lambda: compiled(*arguments))}
     if device.type == "cuda":
@@ -139,7 +152,7 @@ def _row_case(operator: str, setting: Setting, device: torch.device, arguments: 
     calls, skipped = variants(operator, arguments, device)
 
     def truth() -> Tensors:
-        results = getattr(reference, operator)(*_double(arguments))
+        results = plain_operator(operator)(*_double(arguments))
         return results if isinstance(results, tuple) else (results,)
 
     return Case(operator, setting.name, moved, 0, calls, truth, skipped)
@@ -209,6 +222,32 @@ def _linears(setting: Setting, device: torch.device, dtype: torch.dtype) -> Iter
             return (reference.stream_linear(rows.float(), branches.split, weight.float()),)
 
         yield Case("stream_linear", f"{name}, {setting.name}", moved, flops, calls, truth, skipped)
+
+
+def _feature_map(random: _Random, channels: int, size: int) -> torch.Tensor:
+    """One frame of the VAE, `[1, channels, 1, size, size]` channels-last."""
+    return random(1, channels, 1, size, size).contiguous(memory_format=torch.channels_last_3d)
+
+
+def _norm_case(operator: str, setting: Setting, device: torch.device, arguments: tuple[Any, ...]) -> Case:
+    x = arguments[0]
+    # Two passes read x, for the statistics and for the result, which the second writes.
+    moved = 3 * _nbytes(x) + _nbytes(*(part for part in arguments[4:] if isinstance(part, torch.Tensor)))
+    named = dataclasses.replace(setting, label=f"{x.shape[1]} channels, {x.shape[3]}x{x.shape[4]}, {setting.size} px")
+    return _row_case(operator, named, device, arguments, moved)
+
+
+def _group_norm_silu(setting: Setting, device: torch.device, dtype: torch.dtype, channels: int, size: int) -> Case:
+    random = _Random(device, dtype)
+    arguments = (_feature_map(random, channels, size), random(channels), random(channels), 32)
+    return _norm_case("group_norm_silu", setting, device, arguments)
+
+
+def _spatial_norm_silu(setting: Setting, device: torch.device, dtype: torch.dtype, channels: int, size: int) -> Case:
+    random = _Random(device, dtype)
+    latents = [_feature_map(random, channels, setting.size // 8) for _ in range(2)]
+    arguments = (_feature_map(random, channels, size), random(channels), random(channels), 32, *latents)
+    return _norm_case("spatial_norm_silu", setting, device, arguments)
 
 
 def _joint_attention(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:

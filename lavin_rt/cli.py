@@ -139,6 +139,19 @@ def _add_bench(commands) -> None:
         "--static", action="store_true", help="no timing: compile for all targets without a GPU, and check the results"
     )
     kernels.set_defaults(main="bench kernels")
+    tune = kinds.add_parser(
+        "tune",
+        help="find the best kernel launches of the GPU at hand",
+        description="Times every kernel's launch candidates on the GPU at hand and writes the device's file.",
+    )
+    tune.add_argument("--operator", default="", help="only operators whose name contains this")
+    tune.add_argument("--device", default="auto", help="auto, cuda, cuda:1, ... (default: auto)")
+    tune.add_argument("--repeats", type=int, default=15, help="samples per candidate (default: 15)")
+    tune.add_argument(
+        "-o", "--output", metavar="FILE", help="file to write (default: the installed package's, per device)"
+    )
+    tune.add_argument("--json", metavar="FILE", help="write all times to this file")
+    tune.set_defaults(main="bench tune")
 
 
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
@@ -155,6 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from lavin_rt.run import run as command
             elif options.main == "info":
                 from lavin_rt.info import info as command
+            elif options.main == "bench tune":
+                from lavin_bench.tune import bench_tune as command
             else:
                 from lavin_bench.kernels import bench_kernels as command
             command(options)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lavin_kernels import reference
 from lavin_kernels.branches import Branches
-from lavin_rt.config import DiTConfig
+from lavin_rt.config import DiTConfig, preset
 from lavin_rt.errors import InputError
 from lavin_rt.knots import schedule
 from lavin_rt.layout import Layout, Shape
@@ -145,6 +145,12 @@ def test_bad_config(values, message):
     with pytest.raises(InputError, match=message) as error:
         DiTConfig.from_dict({**good, **values}, "model.safetensors")
     assert str(error.value).startswith("model.safetensors: ")
+
+
+def test_unknown_preset():
+    assert preset("lavin-dit-3.4b").head_size == 72
+    with pytest.raises(InputError, match=r"unknown preset 'lavin-dit-1b'; expected one of lavin-dit-3.4b"):
+        preset("lavin-dit-1b")
 
 
 def test_config_names_what_is_missing():
