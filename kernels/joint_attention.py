@@ -1,7 +1,7 @@
 """Variable-length, non-causal attention with grouped heads over the joint sequence of every branch, in one launch."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import triton
@@ -14,11 +14,15 @@ from lavin_kernels.joint_attention_kernel import joint_attention_kernel
 from lavin_kernels.launch import interpreted, runs_kernel
 from lavin_kernels.static_cases import StaticCase
 
-# Worth timing on a device. `maxnreg` 128 lets two programs of eight warps share a multiprocessor.
+# Worth timing on a device; "gluon" on compute capability 9.0 alone, with 64 query rows to a warpgroup.
 CANDIDATES = [
     {"variant": variant, "block_m": block_m, "block_n": block_n, "num_warps": num_warps, "num_stages": num_stages}
-    for variant in ("pointer", "tma")
-    for block_m, block_n, num_warps in ((128, 64, 8), (128, 64, 4), (128, 128, 8), (64, 64, 4), (64, 128, 4))
+    for variant, tiles in {
+        "pointer": ((128, 64, 8), (128, 64, 4), (128, 128, 8), (64, 64, 4)),
+        "tma": ((128, 64, 8), (128, 64, 4), (128, 128, 8), (64, 64, 4), (64, 128, 4)),
+        "gluon": ((192, 128, 4), (192, 64, 4), (128, 128, 4)),
+    }.items()
+    for block_m, block_n, num_warps in tiles
     for num_stages in (2, 3, 4)
 ]
 
@@ -50,8 +54,32 @@ def _descriptors(part: torch.Tensor, head_size: int, rows: int, pieces: tuple[in
         yield TensorDescriptor(part, shape, strides, [1, rows, piece or pieces[0]])
 
 
+def _shape(
+    heads: int, kv_heads: int, head_size: int, x_only: bool, with_lse: bool, branches: int
+) -> dict[str, int | bool]:
+    """The compile-time arguments that both kernels have."""
+    width, rest = head_pieces(head_size)
+    return {
+        "HEADS": heads,
+        "GROUP": heads // kv_heads,
+        "HEAD_SIZE": head_size,
+        "WIDTH": width,
+        "REST": rest,
+        "X_ONLY": x_only,
+        "WITH_LSE": with_lse,
+        "MAX_BRANCHES": triton.next_power_of_2(branches),
+    }
+
+
 def _launch(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, head_size: int, scale: float, with_lse: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: torch.Tensor,
+    shortest: int,
+    head_size: int,
+    scale: float,
+    with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, heads = q.shape[0], q.shape[1]
     out = q.new_empty(rows, heads * head_size)
@@ -60,47 +88,66 @@ def _launch(
         return out, lse
     # A descriptor is made from an address, which a tensor has only outside of a trace.
     traced = type(q) is not torch.Tensor
-    options = dict(tuning.config("joint_attention", q.device, q.dtype))
-    tma = options.pop("variant") == "tma" and not traced
-    block_m, block_n = options.pop("block_m"), options.pop("block_n")
-    warp_specialize = bool(options.pop("warp_specialize", False))
-    if traced:
-        options = {key: options[key] for key in ("num_warps", "num_stages")}
+    options = tuning.config("joint_attention", q.device, q.dtype)
+    if options["variant"] == "gluon" and (traced or shortest < options["block_n"]):
+        options = tuning.default_config("joint_attention", 90, q.dtype)
+    variant = options["variant"]
+    if variant == "tma" and traced:
+        variant = "pointer"
+    x_only = rows != k.shape[0]
+    block_m, block_n = _blocks(options, variant, x_only)
     pieces = head_pieces(head_size)
     parts = [_copyable(part) for part in (q, k, v)]
-    sources = [
-        source
-        for part, block in zip(parts, (block_m, block_n, block_n), strict=True)
-        for source in (_descriptors(part, head_size, block, pieces) if tma else (part, part))
-    ]
     branches = table.shape[0]
+    shape = _shape(heads, k.shape[1], head_size, x_only, with_lse, branches)
     # At most one tile of a branch is not full, so these are enough whatever the lengths in the table are.
-    programs = (rows // block_m + branches) * heads
+    grid = ((rows // block_m + branches) * heads,)
+    scale *= math.log2(math.e)
+    if variant == "gluon":
+        from lavin_kernels import joint_attention_gluon as hopper
+
+        sources = hopper.descriptors(parts, head_size, pieces, block_n)
+        form = hopper.form(block_m, block_n, options["num_stages"])
+        hopper.joint_attention_gluon_kernel[grid](
+            *sources, out, lse, table, branches, scale, **shape, **form, num_warps=4
+        )
+        return out, lse
+    if variant == "tma":
+        blocks = (block_m, block_n, block_n)
+        sources = [
+            d for part, rows in zip(parts, blocks, strict=True) for d in _descriptors(part, head_size, rows, pieces)
+        ]
+    else:
+        sources = [part for part in parts for _ in pieces]
     kernel = torch.library.wrap_triton(joint_attention_kernel) if traced else joint_attention_kernel
-    kernel[(programs,)](
+    launch = ("num_warps", "num_stages") if traced else ("num_warps", "num_stages", "maxnreg")
+    kernel[grid](
         *sources,
         out,
         lse,
         table,
         branches,
         *(stride // 8 for part in parts for stride in part.stride()[:2]),
-        scale * math.log2(math.e),
-        HEADS=heads,
-        GROUP=heads // k.shape[1],
-        HEAD_SIZE=head_size,
-        WIDTH=pieces[0],
-        REST=pieces[1],
-        X_ONLY=rows != k.shape[0],
-        WITH_LSE=with_lse,
-        MAX_BRANCHES=triton.next_power_of_2(branches),
+        scale,
+        **shape,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        TMA=tma,
-        WARP_SPECIALIZE=warp_specialize,
+        TMA=variant == "tma",
+        WARP_SPECIALIZE=bool(options.get("warp_specialize", False)),
         UPCAST=interpreted() and q.dtype == torch.bfloat16,
-        **options,
+        **{key: options[key] for key in launch if key in options},
     )
     return out, lse
+
+
+def _blocks(config: Mapping[str, int | str], variant: str, x_only: bool) -> tuple[int, int]:
+    """Rows of a tile of queries and of keys. The x stream alone is short: 1024 rows fill 5.3 tiles of 192, 8 of 128."""
+    return 128 if variant == "gluon" and x_only else config["block_m"], config["block_n"]
+
+
+def _shortest(cond_lens: Sequence[int], x_lens: Sequence[int]) -> int:
+    """Rows of the shortest branch that has any."""
+    return min((cond + x for cond, x in zip(cond_lens, x_lens, strict=True) if cond + x), default=0)
 
 
 def _branches(table: torch.Tensor, cond_lens: Sequence[int], x_lens: Sequence[int]) -> Branches:
@@ -120,7 +167,7 @@ def _joint_attention(
     scale: float,
 ) -> torch.Tensor:
     if runs_kernel(q.device):
-        return _launch(q, k, v, table, head_size, scale, with_lse=False)[0]
+        return _launch(q, k, v, table, _shortest(cond_lens, x_lens), head_size, scale, with_lse=False)[0]
     return reference.joint_attention(q, k, v, _branches(table, cond_lens, x_lens), head_size, scale)
 
 
@@ -136,7 +183,7 @@ def _joint_attention_with_lse(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if runs_kernel(q.device):
-        return _launch(q, k, v, table, head_size, scale, with_lse=True)
+        return _launch(q, k, v, table, _shortest(cond_lens, x_lens), head_size, scale, with_lse=True)
     return reference.joint_attention_with_lse(q, k, v, _branches(table, cond_lens, x_lens), head_size, scale)
 
 
@@ -230,57 +277,56 @@ def executed_flops(branches: Sequence[tuple[int, int]], heads: int, head_size: i
 
 
 def static_cases(capability: int) -> list[StaticCase]:
-    """The launches of the standard run (512 px, 4 pairs, two branches), 32 query and 8 key/value heads of 72 stored in 80.
+    """The launches of the standard run (512 px, 4 pairs, two branches): 32 query, 8 key/value heads of 72 stored in 80.
 
-    Blocks and last block (x rows as queries) at the capability's default, and the pointer form of it that compiled
-    graphs launch where that default has bulk tensor copies.
+    Blocks and last block (x rows as queries) at the capability's default, in the pointer form of it that compiled
+    graphs launch where that default has bulk tensor copies, and on compute capability 9.0 by the Gluon kernel.
     """
     cases = []
     for dtype in (torch.bfloat16, torch.float32):
         config = tuning.default_config("joint_attention", capability, dtype)
-        for variant in dict.fromkeys((config["variant"], "pointer")):
-            for x_only in (False, True):
-                cases.append(_static_case({**config, "variant": variant}, dtype, x_only))
+        configs = {variant: {**config, "variant": variant} for variant in (config["variant"], "pointer")}
+        if capability == 90 and dtype == torch.bfloat16:
+            configs["gluon"] = next(candidate for candidate in CANDIDATES if candidate["variant"] == "gluon")
+        cases += [_static_case(config, dtype, x_only) for config in configs.values() for x_only in (False, True)]
     return cases
 
 
-def _static_case(config: dict[str, int | str], dtype: torch.dtype, x_only: bool) -> StaticCase:
+def _static_case(config: Mapping[str, int | str], dtype: torch.dtype, x_only: bool) -> StaticCase:
     heads, kv_heads, head_size, stored = 32, 8, 72, 80
     branches = [(1024 if x_only else cond + 1024, cond + 1024) for cond in (9216, 2048)]
     queries, keys = (sum(rows) for rows in zip(*branches, strict=True))
-    block_m, block_n, tma = config["block_m"], config["block_n"], config["variant"] == "tma"
+    variant = config["variant"]
+    block_m, block_n = _blocks(config, variant, x_only)
+    shape = _shape(heads, kv_heads, head_size, x_only, with_lse=False, branches=len(branches))
+    if variant == "gluon":
+        from lavin_kernels import joint_attention_gluon as hopper
+
+        kernel, form = hopper.joint_attention_gluon_kernel, hopper.form(block_m, block_n, config["num_stages"])
+    else:
+        kernel = joint_attention_kernel
+        form = {"BLOCK_M": block_m, "BLOCK_N": block_n, "TMA": variant == "tma", "UPCAST": False}
+        form["WARP_SPECIALIZE"] = bool(config.get("warp_specialize", False))
     element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-    width, rest = head_pieces(head_size)
     signature = {}
-    for name in joint_attention_kernel.arg_names:
-        if name.endswith("_source") and tma:
-            block = block_m if name.startswith("q") else block_n
-            signature[name] = f"tensordesc<{element}[1, {block}, {rest if 'rest' in name else width}]>"
+    for name in kernel.arg_names:
+        if name.endswith("_source") and variant != "pointer":
+            rows = block_n if name[0] in "kv" else 64 if variant == "gluon" else block_m
+            width = shape["REST"] if "rest" in name else shape["WIDTH"]
+            layout = f",{hopper.tile_layout(dtype, rows, width)!r}" if variant == "gluon" else ""
+            signature[name] = f"tensordesc<{element}[1, {rows}, {width}]{layout}>"
         elif name.endswith("_source") or name == "out_ptr":
             signature[name] = "*" + element
         elif name.isupper():
             signature[name] = "constexpr"
         else:
             signature[name] = {"lse_ptr": "*fp32", "table_ptr": "*i32", "scale": "fp32"}.get(name, "i32")
+    form_name = f"{variant}/last_block" if x_only else variant
     return StaticCase(
-        name=f"joint_attention/{config['variant']}/{'last_block/' if x_only else ''}{str(dtype).removeprefix('torch.')}",
-        fn=joint_attention_kernel,
+        name=f"joint_attention/{form_name}/{str(dtype).removeprefix('torch.')}",
+        fn=kernel,
         signature=signature,
-        constexprs={
-            "HEADS": heads,
-            "GROUP": heads // kv_heads,
-            "HEAD_SIZE": head_size,
-            "WIDTH": width,
-            "REST": rest,
-            "X_ONLY": x_only,
-            "WITH_LSE": False,
-            "MAX_BRANCHES": len(branches),
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "TMA": tma,
-            "WARP_SPECIALIZE": bool(config.get("warp_specialize", False)),
-            "UPCAST": False,
-        },
+        constexprs={**shape, **form},
         divisible=tuple(n for n, kind in signature.items() if kind.startswith("*") or n.endswith("row_stride")),
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],

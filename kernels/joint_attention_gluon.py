@@ -1,10 +1,16 @@
 """Joint attention for Hopper (sm_90), in Gluon: one warp copies, two or three warpgroups multiply and take softmaxes.
 
+Not a default anywhere: a device's tuned configuration asks for it with `"variant": "gluon"`. Wants 16-bit rows, and a
+whole tile of keys in every branch, since it has no mask for values.
+
 Every warpgroup owns 64 query rows and its own copy of the loop; between them nothing is ordered but the tiles of keys
 and values, which all of them read. So one takes its softmax, about as long as its products at head size 72, while the
 others keep the tensor cores busy, and a tile travels from the L2 once for 192 rows.
 """
 
+from typing import Any
+
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -12,10 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+# Registers of a thread where 2 or 3 warpgroups share the 65,536 of a multiprocessor, less those of the copying group.
+REGISTERS = {2: 240, 3: 160}
 ROWS = gl.constexpr(64)  # query rows of a warpgroup, the M of its matrix instructions
 
 
@@ -25,7 +33,15 @@ def _of(mask, values):
 
 
 @gluon.jit
-def _tile_of_program(table, branches, HEADS: gl.constexpr, GROUP: gl.constexpr, X_ONLY: gl.constexpr, MAX_BRANCHES: gl.constexpr, BLOCK_M: gl.constexpr):
+def _tile_of_program(
+    table,
+    branches,
+    HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    X_ONLY: gl.constexpr,
+    MAX_BRANCHES: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+):
     """As in the Triton kernel."""
     PAIRS: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
     branch = gl.arange(0, MAX_BRANCHES, gl.SliceLayout(1, PAIRS))
@@ -66,10 +82,11 @@ def _tile_of_program(table, branches, HEADS: gl.constexpr, GROUP: gl.constexpr, 
 @gluon.jit
 def _buffers(source, rest_source, COUNT: gl.constexpr, REST: gl.constexpr):
     """Shared memory for COUNT tiles and for what of them is beyond their first piece."""
-    tiles = gl.allocate_shared_memory(source.dtype, [COUNT] + source.block_type.shape, source.layout)
+    shape: gl.constexpr = source.block_type.shape
+    tiles = gl.allocate_shared_memory(source.dtype, [COUNT, 1, shape[1], shape[2]], source.layout)
     rest = tiles
     if REST:
-        rest = gl.allocate_shared_memory(source.dtype, [COUNT] + rest_source.block_type.shape, rest_source.layout)
+        rest = gl.allocate_shared_memory(source.dtype, [COUNT, 1, shape[1], REST], rest_source.layout)
     return tiles, rest
 
 
@@ -94,9 +111,7 @@ def _copy(source, rest_source, tiles, rest, ready, index, head, row, WIDTH: gl.c
 
 
 @gluon.jit
-def _produce(
-    sources, buffers, barriers, head, kv_head, query_row, first_key, first_tile, tiles, FORM: gl.constexpr
-):
+def _produce(sources, buffers, barriers, head, kv_head, query_row, first_key, first_tile, tiles, FORM: gl.constexpr):
     """Keeps the buffers full: all of q once, then a tile of keys and one of values in turn."""
     WIDTH: gl.constexpr = FORM[2]
     REST: gl.constexpr = FORM[3]
@@ -111,12 +126,12 @@ def _produce(
     row = first_key
     for tile in range(tiles):
         stage = tile % STAGES
-        round = tile // STAGES
-        mbarrier.wait(k_free.index(stage), (round & 1) ^ 1)  # in the first round all are free
+        phase = (tile // STAGES & 1) ^ 1  # in the first round every buffer counts as free
+        mbarrier.wait(k_free.index(stage), phase)
         _copy(k_source, k_rest_source, k, k_rest, k_ready, stage, kv_head, row, WIDTH, REST)
-        mbarrier.wait(v_free.index(stage), (round & 1) ^ 1)
+        mbarrier.wait(v_free.index(stage), phase)
         _copy(v_source, v_rest_source, v, v_rest, v_ready, stage, kv_head, row, WIDTH, REST)
-        row += gl.where(tile == 0, first_tile, BLOCK_N)
+        row = row + gl.where(tile == 0, first_tile, BLOCK_N)
 
 
 @gluon.jit
@@ -150,9 +165,7 @@ def _add_values(acc, acc_rest, weights, v, v_rest, REST: gl.constexpr, ACC: gl.c
 
 
 @gluon.jit
-def _consume(
-    group: gl.constexpr, buffers, barriers, outputs, place, first_tile, tiles, scale, FORM: gl.constexpr
-):
+def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile, tiles, scale, FORM: gl.constexpr):
     """What one warpgroup does with its 64 query rows."""
     HEADS: gl.constexpr = FORM[0]
     HEAD_SIZE: gl.constexpr = FORM[1]
@@ -164,7 +177,7 @@ def _consume(
     STAGES: gl.constexpr = FORM[7]
     out_ptr, lse_ptr, table_ptr = outputs
     branch, head, tile_row, queries = place
-    tile_row += group * ROWS
+    tile_row = tile_row + group * ROWS
     q, q_rest, k, k_rest, v, v_rest = buffers
     q_ready, k_ready, k_free, v_ready, v_free = barriers
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -206,7 +219,19 @@ def _consume(
     _store(out_ptr, table_ptr, branch, head, tile_row, queries, acc, total, 0, HEADS, HEAD_SIZE, X_ONLY, ACC)
     if REST:
         _store(
-            out_ptr, table_ptr, branch, head, tile_row, queries, acc_rest, total, WIDTH, HEADS, HEAD_SIZE, X_ONLY, ACC_REST
+            out_ptr,
+            table_ptr,
+            branch,
+            head,
+            tile_row,
+            queries,
+            acc_rest,
+            total,
+            WIDTH,
+            HEADS,
+            HEAD_SIZE,
+            X_ONLY,
+            ACC_REST,
         )
     if WITH_LSE:
         rows, stored = _out_rows(table_ptr, branch, tile_row, queries, X_ONLY, gl.SliceLayout(1, SCORES))
@@ -237,7 +262,11 @@ def _store(
     inverse = gl.convert_layout(1.0 / total, gl.SliceLayout(1, LAYOUT))
     columns = FIRST + gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
     pointers = out_ptr + head * HEAD_SIZE + rows[:, None] * (HEADS * HEAD_SIZE) + columns[None, :]
-    gl.store(pointers, (acc * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=stored[:, None] & (columns < HEAD_SIZE)[None, :])
+    gl.store(
+        pointers,
+        (acc * inverse[:, None]).to(out_ptr.dtype.element_ty),
+        mask=stored[:, None] & (columns < HEAD_SIZE)[None, :],
+    )
 
 
 @gluon.jit(do_not_specialize=["branches"])
@@ -307,3 +336,29 @@ def joint_attention_gluon_kernel(
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],
         )
+
+
+def tile_layout(dtype: torch.dtype, rows: int, width: int) -> gl.NVMMASharedLayout:
+    """How a tile of one head lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for(
+        [1, rows, width], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    )
+
+
+def descriptors(
+    parts: list[torch.Tensor], head_size: int, pieces: tuple[int, int], block_n: int
+) -> list[TensorDescriptor]:
+    """Of q, k and v, for each piece of the head: `[heads, rows, head_size]`, zero beyond the head."""
+    made = []
+    for part, rows in zip(parts, (ROWS.value, block_n, block_n), strict=True):
+        shape, strides = [part.shape[1], part.shape[0], head_size], [part.stride(1), part.stride(0), 1]
+        for piece in pieces:
+            width = piece or pieces[0]
+            made.append(TensorDescriptor(part, shape, strides, [1, rows, width], tile_layout(part.dtype, rows, width)))
+    return made
+
+
+def form(block_m: int, block_n: int, num_stages: int) -> dict[str, Any]:
+    """The compile-time arguments that a launch configuration decides."""
+    groups = block_m // ROWS.value
+    return {"GROUPS": groups, "BLOCK_N": block_n, "STAGES": num_stages, "REGISTERS": REGISTERS[groups]}

@@ -67,7 +67,7 @@ def _load_tile(
     MASK_ROWS: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """`[ROWS, WIDTH]` of one head, from column FIRST on: zero beyond the head and, with MASK_ROWS, from row `end` on."""
+    """`[ROWS, WIDTH]` of one head from column FIRST on, zero beyond the head and, with MASK_ROWS, from row `end` on."""
     if TMA:
         tile = source.load([head, row, FIRST]).reshape(ROWS, WIDTH)
         if MASK_ROWS:
@@ -98,22 +98,13 @@ def _dot(a, b, acc, UPCAST: tl.constexpr):
 def _attend_tile(
     q,
     q_rest,
-    k_source,
-    k_rest_source,
-    v_source,
-    v_rest_source,
+    k,  # (source, source of the rest, row stride, head stride), as for v
+    v,
     row,
     end,
     head,
-    k_row_stride,
-    k_head_stride,
-    v_row_stride,
-    v_head_stride,
     scale,
-    largest,
-    total,
-    acc,
-    acc_rest,
+    state,  # (largest score, sum of weights, weighted sum of values, its rest) of the keys so far
     HEAD_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     REST: tl.constexpr,
@@ -122,7 +113,10 @@ def _attend_tile(
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One step of the running softmax: largest score, sum of weights, weighted sum of values."""
+    """One step of the running softmax, over the keys from `row` on; with MASK those before `end` alone."""
+    largest, total, acc, acc_rest = state
+    k_source, k_rest_source, k_row_stride, k_head_stride = k
+    v_source, v_rest_source, v_row_stride, v_head_stride = v
     # Scores of rows beyond the end are replaced below, so only pointers need that mask; of values, 0 * NaN would stay.
     MASK_KEYS: tl.constexpr = MASK and not TMA
     keys = _load_tile(
@@ -161,8 +155,8 @@ def _store_tile(out, rows, stored, acc, FIRST: tl.constexpr, HEAD_SIZE: tl.const
 
 @triton.jit(do_not_specialize=["branches"])
 def joint_attention_kernel(
-    q_source,  # pointer to [q rows, heads, >= head_size]; with TMA a descriptor [heads, q rows, head_size] by WIDTH columns
-    q_rest_source,  # the same pointer, or the descriptor by REST columns
+    q_source,  # pointer to [q rows, heads, >= head_size]; with TMA its descriptor, [heads, q rows, head_size] by WIDTH
+    q_rest_source,  # the same pointer; with TMA its descriptor by REST columns
     k_source,
     k_rest_source,
     v_source,
@@ -195,35 +189,56 @@ def joint_attention_kernel(
     head, kv_head, tile_row, queries, first_query, keys, first_key, branch = _tile_of_program(
         table_ptr, branches, HEADS, GROUP, X_ONLY, MAX_BRANCHES, BLOCK_M
     )
-    row = first_query + tile_row
-    end = first_query + queries
+    q_row = first_query + tile_row
+    q_end = first_query + queries
     # A row of q beyond the branch spoils no row but itself, which is not stored: only pointers need its mask.
-    q = _load_tile(q_source, row, end, head, q_row_stride, q_head_stride, BLOCK_M, 0, WIDTH, HEAD_SIZE, not TMA, TMA)
+    q = _load_tile(
+        q_source, q_row, q_end, head, q_row_stride, q_head_stride, BLOCK_M, 0, WIDTH, HEAD_SIZE, not TMA, TMA
+    )
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     q_rest = q
     acc_rest = acc
     if REST:
         q_rest = _load_tile(
-            q_rest_source, row, end, head, q_row_stride, q_head_stride, BLOCK_M, WIDTH, REST, HEAD_SIZE, not TMA, TMA
+            q_rest_source,
+            q_row,
+            q_end,
+            head,
+            q_row_stride,
+            q_head_stride,
+            BLOCK_M,
+            WIDTH,
+            REST,
+            HEAD_SIZE,
+            not TMA,
+            TMA,
         )
         acc_rest = tl.zeros([BLOCK_M, REST], tl.float32)
-    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    state = (tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32), acc, acc_rest)
 
     # Keys that fill no whole tile come first and alone pay for masks; behind the loop they would cost it 30 registers.
+    # Seen on sm_90: under an `if`, the assembler serializes every wgmma of the pointer form; as a loop of one pass, the
+    # TMA form takes 164 registers instead of 121, and one program fits a multiprocessor instead of two.
+    k = (k_source, k_rest_source, k_row_stride, k_head_stride)
+    v = (v_source, v_rest_source, v_row_stride, v_head_stride)
     whole = first_key + keys % BLOCK_N
-    if whole > first_key:
-        largest, total, acc, acc_rest = _attend_tile(
-            q, q_rest, k_source, k_rest_source, v_source, v_rest_source, first_key, whole, kv_head,
-            k_row_stride, k_head_stride, v_row_stride, v_head_stride, scale, largest, total, acc, acc_rest,
-            HEAD_SIZE, WIDTH, REST, BLOCK_N, True, TMA, UPCAST,
-        )  # fmt: skip
+    if TMA:
+        if whole > first_key:
+            state = _attend_tile(
+                q, q_rest, k, v, first_key, whole, kv_head, scale, state,
+                HEAD_SIZE, WIDTH, REST, BLOCK_N, True, TMA, UPCAST,
+            )  # fmt: skip
+    else:
+        for _ in tl.range(first_key, whole, BLOCK_N, num_stages=1):  # one pass or none
+            state = _attend_tile(
+                q, q_rest, k, v, first_key, whole, kv_head, scale, state,
+                HEAD_SIZE, WIDTH, REST, BLOCK_N, True, TMA, UPCAST,
+            )  # fmt: skip
     for row in tl.range(whole, first_key + keys, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
-        largest, total, acc, acc_rest = _attend_tile(
-            q, q_rest, k_source, k_rest_source, v_source, v_rest_source, row, row, kv_head,
-            k_row_stride, k_head_stride, v_row_stride, v_head_stride, scale, largest, total, acc, acc_rest,
-            HEAD_SIZE, WIDTH, REST, BLOCK_N, False, TMA, UPCAST,
-        )  # fmt: skip
+        state = _attend_tile(
+            q, q_rest, k, v, row, row, kv_head, scale, state, HEAD_SIZE, WIDTH, REST, BLOCK_N, False, TMA, UPCAST
+        )
+    largest, total, acc, acc_rest = state
 
     # Read only now: held over the loop, these three would cost the registers of a second program on the multiprocessor.
     rows = tile_row + tl.arange(0, BLOCK_M)

@@ -19,7 +19,7 @@ class StaticCase:
 
     Attributes:
         name: kernel and form, e.g. `joint_attention/pointer/bfloat16`.
-        fn: the `@triton.jit` function.
+        fn: the `@triton.jit` or `@gluon.jit` function.
         signature: type of every argument in order: `*bf16`, `*fp32`, `*i32`, `i32`, `fp32`, `constexpr`, ...
         constexprs: value of every `constexpr` argument.
         divisible: names of pointers and integers that a real launch finds divisible by 16.
@@ -49,6 +49,8 @@ class StaticCase:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
+        if self.fn.is_gluon():
+            from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
         names = list(self.signature)
         attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in self.divisible}
         source = ASTSource(self.fn, dict(self.signature), dict(self.constexprs), attributes)

@@ -18,7 +18,7 @@ from lavin_rt.context import EncodedContext
 from lavin_rt.errors import InputError
 from lavin_rt.model import JDiT
 from lavin_rt.packed import resolve_impl
-from lavin_rt.sampler import Callback, sample
+from lavin_rt.sampler import Callback, current_device, sample
 from lavin_rt.vae import STVAE, scale_latents, unscale_latents
 
 if TYPE_CHECKING:
@@ -224,16 +224,18 @@ class Pipeline:
             `[1, 16, 1 + (T - 1) / 4, H / 8, W / 8]` float32 each, on the CPU.
         """
         encoded = []
-        for clip in clips:
-            posterior = self.vae.encode(clip.to(self.device), tile=self.tile)
-            latents = posterior.mode() if generator is None else posterior.sample(generator)
-            encoded.append(scale_latents(latents.float()).cpu())
+        with current_device(self.device):
+            for clip in clips:
+                posterior = self.vae.encode(clip.to(self.device), tile=self.tile)
+                latents = posterior.mode() if generator is None else posterior.sample(generator)
+                encoded.append(scale_latents(latents.float()).cpu())
         return encoded
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures of scaled latents `[1, 16, t, h, w]`: `[T, 3, H, W]` uint8 on the CPU."""
-        pixels = self.vae.decode(unscale_latents(latents.to(self.device)), tile=self.tile)
+        with current_device(self.device):
+            pixels = self.vae.decode(unscale_latents(latents.to(self.device)), tile=self.tile)
         return images.from_pixels(pixels.float())[0].transpose(0, 1).cpu()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -145,6 +146,11 @@ def sample(
     network = step.compiled() if compile else step
     cond_rows, table = step.embed_condition(cond_latents), modulation_table(dit, knots[:-1])
     return euler(packed_denoiser(network, step, cond_rows, table, guidance), noise, knots, callback)
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a CUDA device the current one, on which Triton launches whatever the tensors' device is."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def check_inputs(

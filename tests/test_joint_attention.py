@@ -21,7 +21,12 @@ from lavin_kernels.launch import interpreted
 module = importlib.import_module("lavin_kernels.joint_attention")
 kernels = importlib.import_module("lavin_kernels.joint_attention_kernel")
 
-in_interpreter = pytest.mark.skipif(not interpreted(), reason="runs in the process of test_in_the_interpreter")
+
+def in_interpreter(test):
+    """Collected in the process that `test_in_the_interpreter` starts, and only there."""
+    test.__test__ = interpreted()
+    return test
+
 
 # Small tiles: several of them, and partial ones, in a hundred rows.
 SMALL = {"block_m": 32, "block_n": 16, "num_warps": 4, "num_stages": 2}
@@ -40,7 +45,7 @@ if not interpreted():
         )
         counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", run.stdout)}
         assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-        assert counts["passed"] >= 60 and set(counts) == {"passed"}, counts
+        assert counts["passed"] >= 100 and set(counts) == {"passed"}, counts
 
 
 class CountingKernel:
@@ -244,7 +249,7 @@ MUTATIONS = {
     "scores without the rest": ("result", "scores = _dot(q_rest, keys.T, scores, UPCAST)", "pass"),
     "weights of earlier tiles": ("result", "total * decay + ", "total + "),
     "values of earlier tiles": ("result", "acc * decay[:, None]", "acc"),
-    "no partial tile": ("result", "if whole > first_key:", "if whole < first_key:"),
+    "last tile dropped": ("result", "range(whole, first_key + keys,", "range(whole, first_key + keys - BLOCK_N,"),
     "log-sum-exp in base 2": ("result", "* 0.6931471805599453", ""),
     "x rows at another place": ("x only", "x_start - tl.load(table_ptr + 3) + rows", "x_start * 0 + rows"),
 }
