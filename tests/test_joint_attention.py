@@ -6,14 +6,12 @@ Without `TRITON_INTERPRET=1` in the environment, `test_in_the_interpreter` runs 
 from __future__ import annotations
 
 import importlib
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_checks import run_under_interpreter
 
 from lavin_kernels import Branches, joint_attention, joint_attention_with_lse, reference, tuning
 from lavin_kernels.launch import interpreted
@@ -37,14 +35,8 @@ BRANCHES = ((37, 21), (16, 9))  # two branches of 53 and 30 rows: odd, and more 
 if not interpreted():
 
     def test_in_the_interpreter():
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-        )
-        counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", run.stdout)}
-        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+        output = run_under_interpreter(__file__)
+        counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
         assert counts["passed"] >= 100 and set(counts) == {"passed"}, counts
 
 
