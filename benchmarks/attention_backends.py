@@ -44,7 +44,7 @@ def attention_backends(
                 call = make()
                 call()
                 torch.cuda.synchronize()
-            except (RuntimeError, NotImplementedError, ValueError) as error:
+            except Exception as error:  # each backend has errors of its own for what it does not take
                 skipped[name] = " ".join(str(error).split())[:200] or type(error).__name__
             else:
                 calls[name] = call
@@ -71,6 +71,7 @@ def _attempts(q, k, v, lens: list[int]) -> dict[str, Iterator[Callable[[], Call]
     def flex(width: int) -> Call:
         from torch.nn.attention.flex_attention import flex_attention
 
+        torch._dynamo.reset()
         compiled = torch.compile(flex_attention, dynamic=False)
         parts = _branches(q, k, v, lens, width)
         return lambda: [compiled(*part, scale=scale) for part in parts]

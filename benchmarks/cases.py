@@ -17,6 +17,10 @@ from lavin_rt.layout import Layout, Shape
 
 RELEASED = PRESETS["lavin-dit-3.4b"]
 SIZES, PAIRS = (256, 512, 1024), (1, 4, 8)
+OPERATORS = (
+    *("ada_rms_norm", "gated_residual", "gated_residual_ada_rms_norm", "qk_norm_rope", "swiglu"),
+    *("stream_linear", "joint_attention", "group_norm_silu", "spatial_norm_silu"),
+)
 # A CPU has neither the memory nor the patience for the released widths.
 CPU_CONFIG = DiTConfig(hidden_size=576, depth=1, num_heads=8, kv_group=4)
 
@@ -117,6 +121,8 @@ def variants(
 ) -> tuple[dict[str, Variant], dict[str, str]]:
     """Ours, eager PyTorch and compiled PyTorch of an operator; and what is skipped, with the reason."""
     plain, ours = plain_operator(operator), getattr(lavin_kernels, operator)
+    # torch compiles the same code eight times at most and then runs it eagerly: every case starts afresh.
+    torch._dynamo.reset()
     compiled = torch.compile(plain, dynamic=False)
     calls = {"eager": Variant(lambda: plain(*arguments)), "compiled": Variant(lambda: compiled(*arguments))}
     if device.type == "cuda":
@@ -219,7 +225,7 @@ def _linears(setting: Setting, device: torch.device, dtype: torch.dtype) -> Iter
         moved = _nbytes(rows, weight) + branches.rows * outer * rows.element_size()
 
         def truth(rows=rows, weight=weight) -> Tensors:
-            return (reference.stream_linear(rows.float(), branches.split, weight.float()),)
+            return (reference.stream_linear(rows.double(), branches.split, weight.double()),)
 
         yield Case("stream_linear", f"{name}, {setting.name}", moved, flops, calls, truth, skipped)
 

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 
 from lavin_bench import kernels
-from lavin_bench.cases import RELEASED, Setting, settings
+from lavin_bench.cases import Setting, settings
 from lavin_bench.ceilings import ceilings
 from lavin_bench.timing import Timing, header, measure
+from lavin_kernels import Branches
+from lavin_rt.config import DiTConfig
 from lavin_rt.knots import schedule
 from lavin_rt.model import JDiT
 from lavin_rt.modulation import ModulationTable
@@ -38,10 +40,10 @@ def gpu_tests(folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def random_dit(device: torch.device, dtype: torch.dtype) -> JDiT:
-    """The released shapes with random weights, without modulation linears, made on the device."""
+def random_dit(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> JDiT:
+    """A model with random weights, without modulation linears, made on the device."""
     with torch.device("meta"):
-        dit = JDiT(RELEASED)
+        dit = JDiT(config)
     for block in dit.blocks:
         block.modulation.drop()
     dit = dit.to_empty(device=device).to(dtype).requires_grad_(False).eval()
@@ -53,10 +55,12 @@ def random_dit(device: torch.device, dtype: torch.dtype) -> JDiT:
     return dit
 
 
-def standard_run(device: torch.device, setting: Setting, repeats: int = 5) -> dict[str, Any]:
-    """One sampling from an encoded context to final latents, packed step, kernels against plain operators."""
-    dtype = torch.bfloat16
-    dit, layout, knots = random_dit(device, dtype), setting.layout(device), schedule(20)
+def standard_run(
+    device: torch.device, setting: Setting, dtype: torch.dtype, impls: tuple[str, ...], repeats: int = 5
+) -> dict[str, Any]:
+    """One sampling from an encoded context to final latents by each implementation of the packed step."""
+    config, layout, knots = setting.config, setting.layout(device), schedule(20)
+    dit = random_dit(config, device, dtype)
     generator = torch.Generator(device).manual_seed(1)
 
     def random(*shape: int) -> torch.Tensor:
@@ -64,24 +68,21 @@ def standard_run(device: torch.device, setting: Setting, repeats: int = 5) -> di
 
     latent = setting.size // 8
     table = ModulationTable(
-        random(19, RELEASED.depth, 2, 4, RELEASED.hidden_size) * 0.1, random(19, RELEASED.hidden_size) * 0.1
+        random(19, config.depth, 2, 4, config.hidden_size) * 0.1, random(19, config.hidden_size) * 0.1
     )
     cond, noise = random(1, 16, 2 * setting.pairs + 1, latent, latent), random(1, 16, 1, latent, latent)
-    results, calls = {}, {}
-    for impl in ("triton", "torch"):
+    results, calls, peaks = {}, {}, {}
+    for impl in impls:
         step = PackedStep(dit, layout, impl)
-        denoise = packed_denoiser(step, step.embed_condition(cond), table, 1.5)
+        denoise = packed_denoiser(step, step, step.embed_condition(cond), table, 1.5)
         calls[impl] = lambda denoise=denoise: euler(denoise, noise, knots)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         results[impl] = calls[impl]()
-    difference = float((results["triton"] - results["torch"]).norm() / results["torch"].norm())
-    torch.cuda.reset_peak_memory_stats(device)
+        peaks[impl] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    truth = results[impls[-1]]
     timings: dict[str, Timing] = measure(calls, repeats, warmup=1, device=device)
-    branches = layout.branches
-    lens = [cond + x for cond, x in zip(branches.cond_lens, branches.x_lens, strict=True)]
-    linear = sum(p.numel() for name, p in dit.blocks.named_parameters() if not name.endswith("_norm")) // 2
-    flops = 19 * (
-        2 * linear * branches.rows + RELEASED.depth * sum(4 * rows * rows * RELEASED.hidden_size for rows in lens)
-    )
+    flops = 19 * useful_flops(dit, layout.branches)
     return {
         "kind": "sampling",
         "header": header(device),
@@ -89,8 +90,32 @@ def standard_run(device: torch.device, setting: Setting, repeats: int = 5) -> di
         "useful_flops": flops,
         "seconds": {impl: timing.as_dict() for impl, timing in timings.items()},
         "useful_flops_per_second": {impl: flops / timing.median for impl, timing in timings.items()},
-        "difference_of_latents": difference,
-        "peak_bytes_reserved": torch.cuda.max_memory_reserved(device),
+        f"difference_from_{impls[-1]}": {
+            impl: float((latents - truth).norm() / truth.norm()) for impl, latents in results.items()
+        },
+        "peak_bytes_allocated": peaks,
+    }
+
+
+def useful_flops(dit: JDiT, branches: Branches) -> int:
+    """Of one step of the unpruned model with unpadded heads: its linears and its attention."""
+    config = dit.config
+    lens = [cond + x for cond, x in zip(branches.cond_lens, branches.x_lens, strict=True)]
+    linear = sum(p.numel() for name, p in dit.blocks.named_parameters() if not name.endswith("_norm")) // 2
+    return 2 * linear * branches.rows + config.depth * sum(4 * rows * rows * config.hidden_size for rows in lens)
+
+
+def parts(device: torch.device, folder: Path, full: bool) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What there is to do, by the name of its file."""
+    dtype = torch.bfloat16
+    return {
+        "tests": lambda: gpu_tests(folder),
+        "ceilings": lambda: {"kind": "ceilings", "header": header(device), **ceilings(device, dtype)},
+        "kernels": lambda: kernels.run(settings(device, full), device, dtype),
+        **{
+            f"sampling-{setting.size}": lambda s=setting: standard_run(device, s, dtype, ("triton", "torch"))
+            for setting in settings(device)
+        },
     }
 
 
@@ -98,34 +123,43 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="lavin_bench.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the JSON files")
     parser.add_argument("--full", action="store_true", help="all sizes and pairs; takes longer")
+    parser.add_argument("--part", help="run this part alone, in this process")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("lavin-rt: error: no CUDA device on this machine; gpu-check measures a GPU", file=sys.stderr)
         return 2
-    device = torch.device("cuda")
     options.output.mkdir(parents=True, exist_ok=True)
-    chosen = settings(device, options.full)
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "tests": lambda: gpu_tests(options.output),
-        "ceilings": lambda: {"kind": "ceilings", "header": header(device), **ceilings(device, torch.bfloat16)},
-        "kernels": lambda: kernels.run(chosen, device, torch.bfloat16),
-        **{f"sampling-{s.size}": lambda s=s: standard_run(device, s) for s in settings(device)},
-    }
+    todo = parts(torch.device("cuda"), options.output, options.full)
+    if options.part:
+        return run_part(options.part, todo[options.part], options.output)
     failed = []
-    for name, part in parts.items():
-        began = time.perf_counter()
+    for name in todo:
+        # Each in a process of its own: an illegal address ends a process's use of the device, and a kernel may hang.
+        command = [sys.executable, "-m", "lavin_bench.gpu_check", "--output", str(options.output), "--part", name]
         try:
-            with torch.no_grad():
-                record = part()
-        except Exception:
-            # One part's failure must not take the others' figures with it; it is reported and fails the whole.
-            record = {"kind": "failure", "traceback": traceback.format_exc()}
-        if record["kind"] == "failure" or record.get("exit_code", 0) != 0:
+            code = subprocess.run(
+                [*command, *(["--full"] if options.full else [])], timeout=None if options.full else 300
+            )
+            failed += [name] if code.returncode else []
+        except subprocess.TimeoutExpired:
+            print(f"{name}: FAILED, not done after 300 s", flush=True)
             failed.append(name)
-        record["part_seconds"] = time.perf_counter() - began
-        (options.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        print(f"{name}: {'FAILED' if name in failed else 'done'} in {record['part_seconds']:.0f} s", flush=True)
     return 1 if failed else 0
+
+
+@torch.no_grad()
+def run_part(name: str, part: Callable[[], dict[str, Any]], folder: Path) -> int:
+    """Runs one part and writes its file; returns 1 where it failed."""
+    began = time.perf_counter()
+    try:
+        record = part()
+    except Exception:  # whatever it was, it is written down and fails the whole
+        record = {"kind": "failure", "failures": [traceback.format_exc()]}
+    failed = bool(record.get("failures") or record.get("exit_code"))
+    record["part_seconds"] = time.perf_counter() - began
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{name}: {'FAILED' if failed else 'done'} in {record['part_seconds']:.0f} s", flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from lavin_bench.cases import Case, Setting, Tensors, cases, settings
+from lavin_bench.cases import OPERATORS, Case, Setting, Tensors, cases, settings
 from lavin_bench.ceilings import ceilings
 from lavin_bench.timing import Timing, header, header_line, measure
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 from lavin_rt.images import check_writable
 from lavin_rt.pipeline import resolve_device, resolve_dtype
+from lavin_rt.sampler import current_device
 
 
 class WrongResult(RuntimeError):
@@ -87,9 +88,13 @@ def run(
 ) -> dict[str, Any]:
     """Checks and times all cases whose operator contains `operators`; returns the record that `report` reads.
 
+    A case with a wrong result, or one that does not run, is not timed: it is listed in the record's `failures`.
+
     Raises:
-        WrongResult: see `check`; nothing of that case is timed.
+        InputError: no operator's name contains `operators`.
     """
+    if not any(operators in operator for operator in OPERATORS):
+        raise InputError(f"no operator has {operators!r} in its name; expected one of {', '.join(OPERATORS)}")
     top = ceilings(device, dtype)
     record: dict[str, Any] = {
         "kind": "kernels",
@@ -97,6 +102,7 @@ def run(
         "ceilings": top,
         "rows": [],
         "skipped": [],
+        "failures": [],
     }
     if show:
         print(header_line(record["header"]))
@@ -105,12 +111,14 @@ def run(
         for case in cases(setting, device, dtype):
             if operators not in case.operator:
                 continue
-            errors = check(case, dtype)
-            calls = {name: variant.call for name, variant in case.variants.items()}
-            rows = [
-                row(case, name, errors[name], timing, top)
-                for name, timing in measure(calls, repeats, warmup=3, device=device).items()
-            ]
+            try:
+                errors = check(case, dtype)
+                timings = timed(case, repeats, device)
+            except (RuntimeError, MemoryError) as error:
+                record["failures"].append(f"{case.name}: {' '.join(str(error).split())[:300]}")
+                print(f"FAILED {record['failures'][-1]}")
+                continue
+            rows = [row(case, name, errors[name], timing, top) for name, timing in timings.items()]
             skipped = [
                 {"operator": case.operator, "setting": case.setting, "variant": name, "reason": reason}
                 for name, reason in case.skipped.items()
@@ -120,6 +128,14 @@ def run(
             if show:
                 _show(case, rows, skipped)
     return record
+
+
+def timed(case: Case, repeats: int, device: torch.device) -> dict[str, Timing]:
+    """Times of a case's variants; on CUDA as graphs, since a launch from Python takes longer than a small kernel."""
+    calls = {name: variant.call for name, variant in case.variants.items()}
+    if device.type != "cuda" or case.flops:
+        return measure(calls, repeats, warmup=3, device=device)
+    return measure(calls, repeats, warmup=3, device=device, graph=True)
 
 
 def _show(case: Case, rows: list[dict[str, Any]], skipped: list[dict[str, str]]) -> None:
@@ -144,7 +160,9 @@ def _si(value: float) -> str:
 
 
 def bench_kernels(options: argparse.Namespace) -> None:
-    """Runs the command; a wrong result or a violation raises `RuntimeError`."""
+    """Runs the command; a wrong result or a violation raises `RuntimeError` when all the rest is done."""
+    if options.json:
+        check_writable(options.json)
     if options.static:
         from lavin_kernels import static
 
@@ -155,10 +173,10 @@ def bench_kernels(options: argparse.Namespace) -> None:
     dtype = resolve_dtype(options.dtype, device)
     if options.repeats < 1:
         raise InputError(f"--repeats is {options.repeats}; expected at least 1")
-    if options.json:
-        check_writable(options.json)
-    with torch.no_grad():
+    with torch.no_grad(), current_device(device):
         record = run(settings(device, options.full), device, dtype, options.operator, options.repeats)
     if options.json:
         with written_whole(options.json) as partial:
             partial.write_text(json.dumps(record, indent=1) + "\n")
+    if record["failures"]:
+        raise WrongResult(f"{len(record['failures'])} cases got no time: {record['failures'][0]}")

@@ -59,19 +59,43 @@ def forms_table(record: dict[str, Any]) -> str:
     return f"{caption(record['header'])}\n\n{table(['form', 'median (spread)', 'peak memory', 'error'], rows)}"
 
 
+def sampling_table(record: dict[str, Any]) -> str:
+    """One sampling by implementation: median, useful FLOP/s, peak memory."""
+    rows = [
+        [
+            impl,
+            f"{seconds['median']:.2f} s ({seconds['low']:.2f}–{seconds['high']:.2f})",
+            f"{record['useful_flops_per_second'][impl] / 1e12:.0f} TFLOP/s",
+            f"{record['peak_bytes_allocated'][impl] / 1e9:.2f} GB",
+        ]
+        for impl, seconds in record["seconds"].items()
+    ]
+    text = f"{record['setting']}, 19 evaluations. {caption(record['header'])}"
+    return f"{text}\n\n{table(['impl', 'median (spread)', 'useful rate', 'peak memory'], rows)}"
+
+
 def caption(header: dict[str, Any]) -> str:
     """Where, with what and when."""
     parts = [header["device"], f"torch {header['torch']}", f"{header['date'][:10]}"]
     if header.get("dtype"):
         parts.insert(1, header["dtype"])
     if header.get("commit"):
-        parts.append(f"commit {header['commit'][:10]}")
+        # The "+" of a changed checkout stays.
+        parts.append(f"commit {header['commit'][:10]}{'+' if header['commit'].endswith('+') else ''}")
     return ", ".join(parts) + "."
 
 
 def render(record: dict[str, Any]) -> str:
-    """The table of a record, by its kind."""
-    return kernels_table(record) if record.get("kind") == "kernels" else forms_table(record)
+    """The table of a record, by its kind.
+
+    Raises:
+        ValueError: a kind of record that has no table.
+    """
+    tables = {"kernels": kernels_table, "sampling": sampling_table, "forms": forms_table}
+    kind = record.get("kind", "forms")
+    if kind not in tables:
+        raise ValueError(f"a record of kind {kind!r} has no table; expected one of {', '.join(tables)}")
+    return tables[kind](record)
 
 
 def fill(text: str, results: Path = RESULTS) -> str:

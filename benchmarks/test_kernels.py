@@ -9,23 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lavin_bench.cases import Case, cases, settings
+from lavin_bench.cases import OPERATORS, Case, cases, settings
 from lavin_bench.kernels import check
 from lavin_bench.timing import cuda_sampler, wall_clock
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-OPERATORS = (
-    "ada_rms_norm",
-    "gated_residual",
-    "gated_residual_ada_rms_norm",
-    "qk_norm_rope",
-    "swiglu",
-    "stream_linear",
-    "joint_attention",
-    "group_norm_silu",
-    "spatial_norm_silu",
-)
 VARIANTS = ("ours", "eager", "compiled", "flash", "cudnn", "efficient", "flex")
 
 

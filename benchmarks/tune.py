@@ -22,7 +22,9 @@ from lavin_bench.timing import header, measure
 from lavin_kernels import tuning
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
+from lavin_rt.images import check_writable
 from lavin_rt.pipeline import resolve_device
+from lavin_rt.sampler import current_device
 
 # Every tuned kernel: the module that lists its candidates, and the operator whose case times it.
 KERNELS = {
@@ -57,6 +59,7 @@ def overridden(kernel: str, candidate: Mapping[str, int | str], call: Callable[[
 def tune(kernel: str, case: Case, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     """Times a kernel's candidates and today's configuration in one case; returns times, what was dropped, the best."""
     today = dict(tuning.config(kernel, device, dtype))
+    today_name = _named(today)
     ours = case.variants["ours"]
     kept: dict[str, Callable[[], Any]] = {}
     configs: dict[str, dict[str, int | str]] = {}
@@ -64,7 +67,7 @@ def tune(kernel: str, case: Case, device: torch.device, dtype: torch.dtype, repe
     truth = case.truth()
     allowed = 2 * check(dataclasses.replace(case, variants={"eager": case.variants["eager"]}), dtype)["eager"]
     for candidate in [today, *(c for c in candidates(kernel) if c != today)]:
-        name = " ".join(f"{key}={value}" for key, value in candidate.items())
+        name = _named(candidate)
         run = overridden(kernel, candidate, ours.call)
         try:
             error = relative_error(ours.compared(run()), truth)
@@ -76,12 +79,17 @@ def tune(kernel: str, case: Case, device: torch.device, dtype: torch.dtype, repe
             dropped[name] = f"wrong result, error {error:.1e}"
             continue
         kept[name], configs[name] = run, candidate
-    if not kept:
-        raise RuntimeError(f"{kernel}: no candidate runs on this device: {dropped}")
-    timings = measure(kept, repeats, warmup=2, device=device)
+    if today_name not in kept:
+        raise RuntimeError(f"{kernel}: today's configuration fails on this device: {dropped[today_name]}")
+    small = device.type == "cuda" and not case.flops
+    timings = measure(kept, repeats, warmup=2, device=device, graph=small)
     best = min(timings, key=lambda name: timings[name].median)
     times = {name: timing.as_dict() for name, timing in timings.items()}
-    return {"case": case.name, "today": next(iter(kept)), "best": configs[best], "times": times, "dropped": dropped}
+    return {"case": case.name, "today": today_name, "best": configs[best], "times": times, "dropped": dropped}
+
+
+def _named(candidate: Mapping[str, int | str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in candidate.items())
 
 
 def bench_tune(options: argparse.Namespace) -> None:
@@ -89,11 +97,19 @@ def bench_tune(options: argparse.Namespace) -> None:
     device = resolve_device(options.device)
     if device.type != "cuda":
         raise InputError("tuning needs a CUDA device, this machine has none; the defaults in kernels/configs serve it")
+    if not any(options.operator in operator for _, operator in KERNELS.values()):
+        raise InputError(
+            f"no tuned operator has {options.operator!r} in its name; expected one of {', '.join(KERNELS)}"
+        )
     path = Path(options.output) if options.output else tuning.config_file(torch.cuda.get_device_name(device))
-    tuned = json.loads(path.read_text()) if path.exists() else {}
+    check_writable(path)
+    try:
+        tuned = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); repair it or take it away") from None
     standard, dtype = settings(device)[0], torch.bfloat16
     record: dict[str, Any] = {"kind": "tuning", "header": header(device), "kernels": {}}
-    with torch.no_grad():
+    with torch.no_grad(), current_device(device):
         for kernel, (_, operator) in KERNELS.items():
             if options.operator not in operator:
                 continue
@@ -106,7 +122,8 @@ def bench_tune(options: argparse.Namespace) -> None:
                 for name in (found["today"], min(found["times"], key=lambda n: found["times"][n]["median"]))
             )
             print(f"{kernel}: {before * 1e6:.1f} -> {after * 1e6:.1f} us with {found['best']}", flush=True)
-    for target, content in ((path, tuned), *([(Path(options.json), record)] if options.json else [])):
-        with written_whole(target) as partial:
-            partial.write_text(json.dumps(content, indent=2) + "\n")
+            # After every kernel, so that a failure in a later one loses nothing.
+            for target, content in ((path, tuned), *([(Path(options.json), record)] if options.json else [])):
+                with written_whole(target) as partial:
+                    partial.write_text(json.dumps(content, indent=2) + "\n")
     print(f"wrote {path}")

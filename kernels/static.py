@@ -46,6 +46,7 @@ class Report:
         spills: instructions that read or write local memory.
         shared: bytes of shared memory per block.
         mma_sync, wgmma, tcgen05: matrix instructions of the tensor cores, by generation.
+        hgmma, wgmma_waits: Hopper's matrix instructions in the machine code, and the waits for them.
         tf32: matrix instructions in TF32.
         setmaxnreg: instructions that move registers between warps: present where warps are really specialised.
         bulk_copies: bulk tensor copies (TMA).
@@ -68,6 +69,8 @@ class Report:
     mma_sync: int = 0
     wgmma: int = 0
     tcgen05: int = 0
+    hgmma: int = 0
+    wgmma_waits: int = 0
     tf32: int = 0
     setmaxnreg: int = 0
     bulk_copies: int = 0
@@ -134,6 +137,8 @@ def inspect(case: StaticCase, capability: int) -> Report:
         mma_sync=sum(name.startswith("mma") for name in matrix),
         wgmma=sum(name.startswith("wgmma") for name in matrix),
         tcgen05=sum(name.startswith("tcgen05") for name in matrix),
+        hgmma=code.count("HGMMA"),
+        wgmma_waits=code.count("WARPGROUP.DEPBAR"),
         tf32=sum("tf32" in name for name in matrix),
         setmaxnreg=ptx.count("setmaxnreg."),
         bulk_copies=len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
@@ -178,6 +183,9 @@ def _faults(report: Report) -> list[str]:
     if report.capability == 90 and report.name.startswith("joint_attention"):
         if report.dtype != "float32" and not report.wgmma:
             faults.append("no wgmma instructions")
+        # Where the assembler gives up, every product waits for the one before: a wait for each, not one for a tile's.
+        if 3 * report.wgmma_waits > report.hgmma:
+            faults.append(f"{report.wgmma_waits} waits for {report.hgmma} products: they do not overlap")
         if report.executed_over_useful > MOST_EXECUTED:
             faults.append(f"{report.executed_over_useful:.2f} times the useful matrix work, at most {MOST_EXECUTED}")
     return faults

@@ -93,6 +93,7 @@ def _add_run(commands) -> None:
     how.add_argument("--posterior", default="mean", help="mean or sample (default: mean)")
     how.add_argument("--batch-size", type=int, default=4, help="queries that run together (default: 4)")
     how.add_argument("--tile", type=int, help="VAE tile in pixels for pictures too large for memory; approximate")
+    how.add_argument("--chunk", type=int, help="latent frames per VAE piece for clips too long for memory; approximate")
     how.add_argument("--compile", action="store_true", help="run the network through torch.compile")
     out = run.add_argument_group("output")
     out.add_argument("--keep-size", action="store_true", help="return pictures at each query's own size")
@@ -179,6 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail("interrupted", 130)
         except BrokenPipeError:
             return 1
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            return _fail(f"{where}{error.strerror or error}", 2)
         except (RuntimeError, MemoryError) as error:
             return _fail(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, 1)
     return 0

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lavin_kernels.reference import apply_rope, swiglu
+from lavin_kernels.reference import apply_rope, grouped_attention, swiglu
 from lavin_rt.config import DiTConfig
 from lavin_rt.rope import token_angles
 
@@ -85,7 +85,7 @@ class JointAttention(nn.Module):
         q, k, v = (torch.cat(parts, dim=1) for parts in zip(*streams, strict=True))  # [B, L, heads, head_size]
         q, k = (apply_rope(part.float(), *angles).to(v.dtype) for part in (q, k))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        joint = F.scaled_dot_product_attention(q, k, v, scale=config.head_size**-0.5, enable_gqa=True)
+        joint = grouped_attention(q, k, v, config.head_size**-0.5)
         joint = joint.transpose(1, 2).flatten(2)  # [B, L, D]
         length = cond.shape[1]
         return F.linear(joint[:, :length], self.proj[0]), F.linear(joint[:, length:], self.proj[1])

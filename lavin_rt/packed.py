@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from types import ModuleType
 
@@ -16,6 +17,7 @@ from lavin_rt.layout import Layout
 from lavin_rt.model import GATE_MLP, GATE_MSA, NORM_EPS, SCALE_MLP, SCALE_MSA, JDiT, patchify, unpatchify
 
 IMPLEMENTATIONS = ("auto", "plain", "torch", "triton")
+SHAPES_COMPILED = 64
 
 
 def resolve_impl(impl: str, device: torch.device, config: DiTConfig) -> str:
@@ -23,19 +25,31 @@ def resolve_impl(impl: str, device: torch.device, config: DiTConfig) -> str:
     multiple of 8, else torch.
 
     Raises:
-        InputError: an unknown name, or Triton kernels for a head size that they do not cover.
+        InputError: an unknown name, Triton kernels for a head size that they do not cover, or where they cannot run.
     """
     if impl not in IMPLEMENTATIONS:
         raise InputError(f"impl is {impl!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
     fits = config.head_size % 8 == 0 and config.head_size <= 128
     if impl == "auto":
-        return "triton" if device.type == "cuda" and fits else "torch"
+        return "triton" if device.type == "cuda" and fits and _kernels_run_on(device) else "torch"
     if impl == "triton" and not fits:
         raise InputError(
             f"impl is 'triton', whose kernels take head sizes that are a multiple of 8 up to 128; this model's is "
             f"{config.head_size}; use impl='torch'"
         )
+    if impl == "triton" and not _kernels_run_on(device):
+        raise InputError(
+            f"impl is 'triton', whose kernels need a CUDA device; the model is on {device}; use impl='torch'"
+        )
     return impl
+
+
+def _kernels_run_on(device: torch.device) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from lavin_kernels.launch import runs_kernel
+
+    return runs_kernel(device)
 
 
 def operators(impl: str) -> ModuleType:
@@ -83,8 +97,15 @@ class PackedStep:
         return torch.cat([rows.flatten(0, 1), torch.cat([embed(zeros), query], dim=1).flatten(0, 1)])
 
     def compiled(self) -> Callable[..., torch.Tensor]:
-        """The step through `torch.compile`, whose cache on disk outlives the process."""
-        return torch.compile(self.__call__, dynamic=False, fullgraph=True)
+        """The step through `torch.compile`, once for every shape; its cache on disk outlives the process."""
+        network = torch.compile(self.__call__, dynamic=False, fullgraph=True)
+
+        def call(*arguments: torch.Tensor) -> torch.Tensor:
+            # Every shape is a compilation of the same code, of which torch allows eight unless told otherwise.
+            with torch._dynamo.config.patch(recompile_limit=SHAPES_COMPILED):
+                return network(*arguments)
+
+        return call
 
     def __call__(
         self, latents: torch.Tensor, cond_rows: torch.Tensor, modulation: torch.Tensor, head_scale: torch.Tensor

@@ -13,7 +13,7 @@ import torch
 
 from lavin_rt import context as contexts
 from lavin_rt import images
-from lavin_rt.checkpoint import find_checkpoint, load_dit, load_vae
+from lavin_rt.checkpoint import Checkpoint, find_checkpoint, load_dit, load_vae
 from lavin_rt.context import EncodedContext
 from lavin_rt.errors import InputError
 from lavin_rt.model import JDiT
@@ -58,6 +58,12 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return resolved
 
 
+def check_seed(seed: int, count: int = 1) -> None:
+    """Raises an `InputError` unless `count` seeds from `seed` on are what a generator takes."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed <= 2**64 - count:
+        raise InputError(f"seed is {seed!r}; expected a whole number from -2**63 to 2**64 - {count}")
+
+
 def draw_noise(
     seeds: Sequence[int], frames: int, size: tuple[int, int], channels: int = 16, factor: int = 8
 ) -> torch.Tensor:
@@ -98,8 +104,8 @@ class Pipeline:
         dit, vae: both on the device and in the dtype that they shall run in.
         impl: `"auto"`, `"plain"`, `"torch"` or `"triton"`; settled here, once, and readable as `pipe.impl`.
         compile: run the network through `torch.compile`.
-        tile: latent rows and columns per VAE tile, for pictures too large for memory; None decodes and encodes whole
-            pictures (exact).
+        tile, chunk: latent rows and columns per VAE tile and latent frames per VAE piece, for pictures too large and
+            clips too long for memory; None encodes and decodes all at once (exact).
         template_roots: folders in which `task("depth")` looks for a task by name.
         source: where the weights came from, for records.
     """
@@ -111,13 +117,14 @@ class Pipeline:
         impl: str = "auto",
         compile: bool = False,
         tile: int | None = None,
+        chunk: int | None = None,
         template_roots: Sequence[Path] = (),
         source: str = "memory",
     ):
         self.impl = resolve_impl(impl, dit.device, dit.config)
-        self.dit, self.vae = dit.eval(), vae.eval().use(self.impl)
+        self.dit, self.vae = dit.eval(), vae.eval()
         self.compile = compile
-        self.tile = tile
+        self.tile, self.chunk = tile, chunk
         self.template_roots = tuple(template_roots)
         self.source = source
         self._fingerprint: str | None = None
@@ -125,12 +132,13 @@ class Pipeline:
     @classmethod
     def from_pretrained(
         cls,
-        checkpoint: str | os.PathLike,
+        checkpoint: str | os.PathLike | Checkpoint,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         impl: str = "auto",
         compile: bool = False,
         tile: int | None = None,
+        chunk: int | None = None,
         revision: str | None = None,
         strict: bool = False,
         progress: Callable[[int, int], None] | None = None,
@@ -139,7 +147,7 @@ class Pipeline:
 
         Args:
             checkpoint: a folder with `lavin_dit.safetensors` and `stvae.pt` or `stvae.safetensors`, the published
-                archive, or a hub id.
+                archive, a hub id, or what `find_checkpoint` found.
             device, dtype, impl: `"auto"` picks once, by what the machine has.
             revision: of a hub id.
             strict: treat unexpected tensors as an error instead of a warning.
@@ -150,15 +158,22 @@ class Pipeline:
         """
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
-        files = find_checkpoint(checkpoint, revision=revision, progress=progress)
+        files = checkpoint
+        if not isinstance(files, Checkpoint):
+            files = find_checkpoint(files, revision=revision, progress=progress)
         dit = load_dit(files.dit, device=device, dtype=dtype, strict=strict, progress=progress)
         vae = load_vae(files.vae, device=device, dtype=dtype, strict=strict)
         roots = [files.templates] if files.templates else []
-        return cls(dit, vae, impl, compile, tile, roots, files.source)
+        return cls(dit, vae, impl, compile, tile, chunk, roots, files.source)
 
     @property
     def device(self) -> torch.device:
         return self.dit.device
+
+    @property
+    def _vae(self) -> STVAE:
+        """The VAE, computing as this pipeline does; another one may share it."""
+        return self.vae.use(self.impl)
 
     @property
     def vae_fingerprint(self) -> str:
@@ -183,7 +198,7 @@ class Pipeline:
                 templates, an encoded
                 context or its `.safetensors` file, or pairs `[(input, target), ...]` (pictures or clips; all are
                 used, in order).
-            pairs: how many pairs to choose from a folder.
+            pairs: how many pairs to choose from a folder; pairs given and encoded contexts are used whole.
             size: (height, width) in pixels, multiples of 16.
             seed: of the choice, and of the posterior's sample.
             repeats: choose with repeats, as the published scripts do.
@@ -193,13 +208,14 @@ class Pipeline:
             InputError: whatever of these cannot be used.
         """
         size = images.parse_size(size)
+        check_seed(seed)
         if posterior not in POSTERIORS:
             raise InputError(f"posterior is {posterior!r}; expected one of {', '.join(POSTERIORS)}")
         if not isinstance(context, EncodedContext) and _is_encoded_file(context):
             context = EncodedContext.load(context)
         if isinstance(context, EncodedContext):
-            context.check(self.vae_fingerprint, size)
-            return Task(self, context, seed)
+            context.check(self.vae_fingerprint, size, posterior=posterior)
+            return Task(self, context)
         if isinstance(context, str | os.PathLike):
             folder = contexts.find_task(context, self.template_roots)
             chosen = contexts.choose_pairs(contexts.read_template(folder), pairs, seed, repeats)
@@ -207,10 +223,11 @@ class Pipeline:
             chosen = contexts.given_pairs(context)
         clips = contexts.ContextFrames.prepare(chosen, size)
         images.check_clip_frames(clips.frames_per_clip, "context")
-        generator = torch.Generator().manual_seed(seed) if posterior == "sample" else None
+        # Not the generator of the noise, which may well have the same seed.
+        generator = torch.Generator().manual_seed(seed ^ 0x5DEECE66D) if posterior == "sample" else None
         latents = torch.cat(self.encode(clips, generator), dim=2)
         encoded = EncodedContext(latents, self.vae_fingerprint, size, posterior, clips.pairs, clips.frames_per_clip)
-        return Task(self, encoded, seed, clips)
+        return Task(self, encoded, clips)
 
     @torch.no_grad()
     def encode(self, clips: Sequence[torch.Tensor], generator: torch.Generator | None = None) -> list[torch.Tensor]:
@@ -226,7 +243,7 @@ class Pipeline:
         encoded = []
         with current_device(self.device):
             for clip in clips:
-                posterior = self.vae.encode(clip.to(self.device), tile=self.tile)
+                posterior = self._vae.encode(clip.to(self.device), tile=self.tile, chunk=self.chunk)
                 latents = posterior.mode() if generator is None else posterior.sample(generator)
                 encoded.append(scale_latents(latents.float()).cpu())
         return encoded
@@ -235,7 +252,7 @@ class Pipeline:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures of scaled latents `[1, 16, t, h, w]`: `[T, 3, H, W]` uint8 on the CPU."""
         with current_device(self.device):
-            pixels = self.vae.decode(unscale_latents(latents.to(self.device)), tile=self.tile)
+            pixels = self._vae.decode(unscale_latents(latents.to(self.device)), tile=self.tile, chunk=self.chunk)
         return images.from_pixels(pixels.float())[0].transpose(0, 1).cpu()
 
 
@@ -247,13 +264,10 @@ class Task:
         frames: the pairs' pictures at the task's size, None where the context came encoded.
     """
 
-    def __init__(
-        self, pipeline: Pipeline, context: EncodedContext, seed: int = 0, frames: contexts.ContextFrames | None = None
-    ):
+    def __init__(self, pipeline: Pipeline, context: EncodedContext, frames: contexts.ContextFrames | None = None):
         self.pipeline = pipeline
         self.context = context
         self.frames = frames
-        self._seed = seed
 
     @property
     def size(self) -> tuple[int, int]:
@@ -305,6 +319,7 @@ class Task:
         for clip in clips:
             images.check_clip_frames(len(clip), "query")
             contexts.check_query_frames(len(clip), self.context.frames_per_clip)
+        check_seed(seed, len(clips))
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size is {batch_size!r}; expected a positive whole number")
         latent_frames = 1 + (self.context.frames_per_clip - 1) // 4
@@ -319,7 +334,7 @@ class Task:
         results = []
         for first in range(0, len(clips), batch_size):
             chunk = slice(first, first + batch_size)
-            latents = self._sample(clips[chunk], noise[chunk], steps, guidance, latent_frames, callback)
+            latents = self._sample(clips[chunk], noise[chunk], steps, guidance, seed + first, callback)
             for clip, one, used in zip(clips[chunk], latents.split(1), seeds[chunk], strict=True):
                 frames = self.pipeline.decode(one)
                 if keep_size:
@@ -333,19 +348,20 @@ class Task:
         noise: torch.Tensor,
         steps: int,
         guidance: float,
-        latent_frames: int,
+        seed: int,
         callback: Callback | None,
     ) -> torch.Tensor:
         pipe = self.pipeline
         pixels = [images.to_pixels(images.resize(clip, self.size)).transpose(0, 1)[None] for clip in clips]
-        sampled = self.context.posterior == "sample"
-        generator = torch.Generator().manual_seed(self._seed + 1) if sampled else None
-        cond = torch.cat(
-            [torch.cat([self.context.latents, latents], dim=2) for latents in pipe.encode(pixels, generator)]
-        )
-        return sample(
-            pipe.dit, cond, noise, steps, guidance, pipe.impl, latent_frames, compile=pipe.compile, callback=callback
-        )
+        conditions = []
+        for i, clip in enumerate(pixels):
+            generator = None
+            if self.context.posterior == "sample":
+                generator = torch.Generator().manual_seed(seed + i)
+                torch.randn(noise.shape[1:], generator=generator)  # the posterior's draw comes behind the noise's
+            conditions.append(torch.cat([self.context.latents, *pipe.encode([clip], generator)], dim=2))
+        cond = torch.cat(conditions)
+        return sample(pipe.dit, cond, noise, steps, guidance, pipe.impl, noise.shape[2], pipe.compile, callback)
 
     def warmup(self, steps: int = 20, guidance: float = 1.5) -> float:
         """Answers one black query, so that compilation and caches are behind it; returns the seconds it took."""

@@ -9,24 +9,29 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from lavin_rt import context as contexts
 from lavin_rt import images
+from lavin_rt.checkpoint import Checkpoint, find_checkpoint
 from lavin_rt.cli import print_json
 from lavin_rt.errors import InputError
 from lavin_rt.knots import schedule
-from lavin_rt.pipeline import Pipeline, Result, Task
+from lavin_rt.pipeline import Pipeline, Result, Task, check_seed
 
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command; raises `InputError` for what cannot be used, before work is lost to it."""
     queries = find_queries(options.query, options.clip)
-    outputs = output_paths(queries, options.output)
+    outputs = output_paths(queries, options.output, options.grid)
     schedule(options.steps)
     size = images.parse_size(options.size)
+    check_seed(options.seed, len(queries))
     clips = [images.load_clip(query) for query in queries]
     for clip, query, output in zip(clips, queries, outputs, strict=True):
         images.check_clip_frames(len(clip), str(query))
         target = clip.shape[-2:] if options.keep_size else size
         images.check_output(output, len(clip), tuple(target))
+        if options.grid:
+            images.check_output(grid_path(output), len(clip))
     if options.save_context:
         if not options.save_context.endswith(".safetensors"):
             raise InputError(f"--save-context {options.save_context}: expected a name ending in .safetensors")
@@ -34,17 +39,22 @@ def run(options: argparse.Namespace) -> None:
     if options.tile is not None and (options.tile < 64 or options.tile % 16):
         raise InputError(f"--tile is {options.tile}; expected a multiple of 16 from 64 on, in pixels")
 
+    if options.chunk is not None and options.chunk < 3:
+        raise InputError(f"--chunk is {options.chunk}; expected at least 3 latent frames")
+
     progress = Progress(quiet=options.quiet or options.json)
     began = time.perf_counter()
     with progress.bar("loading", "B") as loading:
+        checkpoint = find_checkpoint(options.checkpoint, revision=options.revision, progress=loading)
+        check_task(options, checkpoint)
         pipe = Pipeline.from_pretrained(
-            options.checkpoint,
+            checkpoint,
             device=options.device,
             dtype=options.dtype,
             impl=options.impl,
             compile=options.compile,
             tile=options.tile and options.tile // 8,
-            revision=options.revision,
+            chunk=options.chunk,
             strict=options.strict,
             progress=loading,
         )
@@ -75,6 +85,15 @@ def run(options: argparse.Namespace) -> None:
     report(options, task, queries, outputs, results, seconds)
 
 
+def check_task(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Finds what is wrong with the task before minutes go into reading weights."""
+    if options.task.endswith(".safetensors"):
+        contexts.EncodedContext.load(options.task)
+        return
+    folder = contexts.find_task(options.task, [checkpoint.templates] if checkpoint.templates else [])
+    contexts.choose_pairs(contexts.read_template(folder), options.pairs, options.seed, options.repeats)
+
+
 def answer(task: Task, clips: list, options: argparse.Namespace, progress: Progress) -> list[Result]:
     """Runs all queries under one bar that counts steps."""
     runs = -(-len(clips) // max(options.batch_size, 1))
@@ -102,24 +121,30 @@ def find_queries(given: list[str], clip: bool) -> list[Path]:
     """The query pictures: what was given, and of folders (unless they are clips) the pictures in them."""
     queries: list[Path] = []
     for name in given:
-        path = Path(name)
-        if path.is_dir() and not clip:
-            queries += images.frame_files(path)
+        # os.path.isdir takes names that no file can have, such as one of 300 characters, for not there.
+        if os.path.isdir(name) and not clip:
+            found = images.frame_files(name)
+            if not found:
+                raise InputError(f"{name}: no pictures in this folder; expected at least one query")
+            queries += found
         else:
-            queries.append(path)
+            queries.append(Path(name))
     return queries
 
 
-def output_paths(queries: list[Path], output: str) -> list[Path | str]:
+def output_paths(queries: list[Path], output: str, grid: bool) -> list[Path | str]:
     """One output for every query: the file named, or files with the queries' names in the folder named."""
-    if len(queries) == 1 and Path(output).suffix and not output.endswith(os.sep) and not os.path.isdir(output):
-        return [output]
-    if Path(output).suffix and not os.path.isdir(output) and not output.endswith(os.sep):
+    one_file = bool(Path(output).suffix) and not output.endswith(os.sep) and not os.path.isdir(output)
+    if one_file and len(queries) > 1:
         raise InputError(f"--output {output} is one file for {len(queries)} queries; give a folder such as results/")
-    paths = [Path(output) / f"{query.stem}.png" for query in queries]
-    if len(set(paths)) < len(paths):
-        same = next(path for path in paths if paths.count(path) > 1)
-        raise InputError(f"two queries would both be written to {same}; rename one or run them apart")
+    paths: list[Path | str] = [output] if one_file else [Path(output) / f"{query.stem}.png" for query in queries]
+    written = [os.path.realpath(path) for path in [*paths, *(grid_path(path) for path in paths if grid)]]
+    for path in written:
+        if written.count(path) > 1:
+            raise InputError(f"two pictures would both be written to {path}; rename a query or run them apart")
+    for query in queries:
+        if os.path.realpath(query) in written:
+            raise InputError(f"{query}: the output would replace the query itself; give another --output")
     return paths
 
 

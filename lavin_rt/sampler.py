@@ -39,10 +39,12 @@ def euler(
     Raises:
         NonFiniteError: naming the first step after which a latent is NaN or infinite.
     """
-    latents = noise.float()
+    # The same strides in every step, size-1 dimensions included, or a compiled network would be compiled twice.
+    latents = torch.empty(noise.shape, dtype=torch.float32, device=noise.device).copy_(noise)
     widths = knots.diff().tolist()
     for index, width in enumerate(widths):
-        latents = latents + width * denoise(latents, index).float()
+        velocity = denoise(latents, index).float()
+        latents = torch.add(latents, velocity, alpha=width, out=torch.empty_like(latents))
         if not torch.isfinite(latents).all():
             raise NonFiniteError(index + 1, len(widths))
         if callback is not None:
@@ -137,15 +139,15 @@ def sample(
     impl = resolve_impl(impl, dit.device, dit.config)
     knots = schedule(steps)
     cond_latents, noise = cond_latents.to(dit.device), noise.to(dit.device)
-    if impl == "plain":
-        with dit.resident_modulation():
-            return euler(
-                plain_denoiser(dit, cond_latents, knots, guidance, query_frames, compile), noise, knots, callback
-            )
-    step = PackedStep(dit, Layout.make(dit.config, shape, dit.device), impl)
-    network = step.compiled() if compile else step
-    cond_rows, table = step.embed_condition(cond_latents), modulation_table(dit, knots[:-1])
-    return euler(packed_denoiser(network, step, cond_rows, table, guidance), noise, knots, callback)
+    with current_device(dit.device):
+        if impl == "plain":
+            with dit.resident_modulation():
+                denoise = plain_denoiser(dit, cond_latents, knots, guidance, query_frames, compile)
+                return euler(denoise, noise, knots, callback)
+        step = PackedStep(dit, Layout.make(dit.config, shape, dit.device), impl)
+        network = step.compiled() if compile else step
+        cond_rows, table = step.embed_condition(cond_latents), modulation_table(dit, knots[:-1])
+        return euler(packed_denoiser(network, step, cond_rows, table, guidance), noise, knots, callback)
 
 
 def current_device(device: torch.device) -> AbstractContextManager[object]:

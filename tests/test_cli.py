@@ -259,6 +259,12 @@ def check_refused(code: int, capsys, tmp_path: Path, message: str) -> None:
         ({"--query": "missing.png"}, "missing.png"),
         ({"--checkpoint": "no/such/folder"}, "no/such/folder"),
         ({"--save-context": "context.bin"}, ".safetensors"),
+        ({"--seed": "99999999999999999999999"}, "seed is"),
+        ({"--seed": "-9223372036854775809"}, "seed is"),
+        ({"--query": "q" * 300 + ".png"}, "qqq"),
+        ({"--task": "t" * 300}, "ttt"),
+        ({"--chunk": "1"}, "--chunk is 1"),
+        ({"--impl": "triton"}, "CUDA"),
     ],
 )
 def test_bad_option(setup, tmp_path, capsys, change, message):
@@ -288,9 +294,22 @@ def test_bad_outputs(setup, tmp_path, capsys):
         ({"-o": str(tmp_path / "result.xyz")}, ".xyz"),
         ({"-o": str(tmp_path / "result.png"), "--query": two}, "2 queries"),
         ({"-o": str(tmp_path / "results"), "--query": two}, "query.png"),
+        ({"-o": setup["--query"]}, "replace the query itself"),
+        ({"-o": str(tmp_path), "--query": setup["--query"]}, "replace the query itself"),
     ):
         check_refused(run({**setup, **arguments}), capsys, tmp_path, message)
     assert not (tmp_path / "result.png").exists()
+
+
+def test_a_grid_replaces_nothing(setup, tmp_path, capsys):
+    two = [str(write_picture(tmp_path / f"{name}.png", 1)) for name in ("a", "a-grid")]
+    assert run({**setup, "--query": two, "-o": str(tmp_path / "results")}, "--grid") == 2
+    assert "a-grid.png" in capsys.readouterr().err
+
+
+def test_an_empty_folder_of_queries(setup, tmp_path, capsys):
+    (tmp_path / "none").mkdir()
+    check_refused(run({**setup, "--query": str(tmp_path / "none")}), capsys, tmp_path, "no pictures in this folder")
 
 
 def test_unknown_option_is_one_line(capsys):

@@ -21,7 +21,7 @@ def packed_forward(dit, case, impl="torch"):
         case["latents"].split(1), case["t"].split(1), case["cond_latents"].split(1), strict=True
     ):
         shape = Shape(1, cond.shape[2], 1, latents.shape[2], *latents.shape[3:], guided=False)
-        step = PackedStep(dit, Layout.make(dit.config, shape), impl)
+        step = PackedStep(dit, Layout.make(dit.config, shape, dit.device), impl)
         table = modulation_table(dit, t)
         velocities.append(step(latents, step.embed_condition(cond), table.blocks[0], table.head_scale[0]))
     return torch.cat(velocities)

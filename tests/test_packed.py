@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import golden_cases, relative_error
+from torch._dynamo.testing import CompileCounter
 
 from lavin_rt.config import DiTConfig
 from lavin_rt.errors import Cancelled, InputError, NonFiniteError
@@ -128,6 +129,8 @@ def test_auto_is_settled_by_device_and_head_size():
     assert resolve_impl("auto", torch.device("cpu"), fits) == "torch"
     assert resolve_impl("auto", torch.device("cuda"), fits) == "triton"
     assert resolve_impl("auto", torch.device("cuda"), odd) == "torch"
+    with pytest.raises(InputError, match="need a CUDA device"):
+        resolve_impl("triton", torch.device("cpu"), fits)
     with pytest.raises(InputError, match="multiple of 8"):
         resolve_impl("triton", torch.device("cuda"), odd)
 
@@ -139,6 +142,19 @@ def test_the_plain_model_is_differentiable(golden_dit):
     dit(case["latents"], case["t"], case["cond_latents"]).square().mean().backward()
     without = {name for name, parameter in dit.named_parameters() if not parameter.grad.abs().sum() > 0}
     assert not without
+
+
+def test_every_shape_is_compiled_once(monkeypatch):
+    """Ten shapes, each sampled twice: ten compilations, though torch allows eight of the same code by default."""
+    counter = CompileCounter()
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **options: compile(network, backend=counter, **options))
+    dit = random_dit(DiTConfig(hidden_size=48, depth=1, num_heads=2, kv_group=2))
+    for half in range(1, 11):
+        for _ in range(2):
+            cond, noise = random_latents(1, 16, 3, 4, 2 * half), random_latents(1, 16, 1, 4, 2 * half, seed=1)
+            sample(dit, cond, noise, steps=4, impl="torch", compile=True)
+    assert counter.frame_count == 10
 
 
 def test_compiled_step_equals_the_eager_one():

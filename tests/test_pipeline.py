@@ -61,8 +61,9 @@ def test_public_surface(pipe, pairs, tmp_path):
         assert getattr(lavin_rt, name)
 
 
-def test_a_seed_means_the_same_noise_in_a_batch_and_alone(pipe, pairs):
-    task = pipe.task(pairs, size=(32, 48))
+@pytest.mark.parametrize("posterior", ["mean", "sample"])
+def test_a_seed_means_the_same_in_a_batch_and_alone(pipe, pairs, posterior):
+    task = pipe.task(pairs, size=(32, 48), posterior=posterior)
     queries = [picture(seed) for seed in (10, 11, 12)]
     together = task.run(queries, steps=4, seed=7, batch_size=2)
     assert [result.seed for result in together] == [7, 8, 9]
@@ -105,6 +106,8 @@ def test_encoded_context_round_trip(pipe, pairs, tmp_path):
     assert torch.equal(again.context.latents, task.context.latents)
     options = {"steps": 4, "seed": 3}
     assert torch.equal(again.run([picture(9)], **options)[0].frames, task.run([picture(9)], **options)[0].frames)
+    with pytest.raises(InputError, match="posterior"):
+        pipe.task(tmp_path / "task.safetensors", size=(32, 48), posterior="sample")
     with pytest.raises(InputError, match="32x48"):
         pipe.task(tmp_path / "task.safetensors", size=(48, 32))
 
@@ -175,6 +178,8 @@ def test_bad_queries(pipe, pairs):
         ([], {}, "no queries"),
         ([picture(0)], {"noise": torch.zeros(1, 16, 1, 4, 4)}, r"noise is \[1, 16, 1, 4, 4\]"),
         ([picture(0)], {"batch_size": 0}, "batch_size is 0"),
+        ([picture(0)], {"seed": 2**64}, "seed is 18446744073709551616"),
+        ([picture(0)], {"seed": 0.5}, "seed is 0.5"),
         ([picture(0)], {"steps": 7}, "even number"),
         ([picture(0, frames=3)], {}, "3 frames"),
     ):
@@ -199,9 +204,27 @@ def test_golden_pipeline_on_the_gpu(golden_dit, vae):
     case = golden_cases("pipeline")["pipeline0"]
     dit, vae = golden_dit("dit_c").to("cuda"), vae.to("cuda")
     try:
-        task = Pipeline(dit, vae).task(list(case["context"].permute(0, 1, 3, 4, 2)), size=tuple(case["size"].tolist()))
+        pairs = [(given, wanted) for given, wanted in case["context"].permute(0, 1, 3, 4, 2)]
+        task = Pipeline(dit, vae).task(pairs, size=tuple(case["size"].tolist()))
         [result] = task.run([case["query"].permute(1, 2, 0)], guidance=float(case["cfg_scale"]), noise=case["noise"])
     finally:
         dit.to("cpu"), vae.to("cpu")
     assert relative_error(result.latents, case["latents"]) <= 1e-4
     assert (result.frames[0].int() - case["image"].int()).abs().max() <= 1
+
+
+def test_pipelines_that_share_a_vae_keep_their_own_implementation(golden_dit, vae, pairs):
+    first, second = (Pipeline(golden_dit("dit_c"), vae, impl=impl) for impl in ("torch", "plain"))
+    for pipe in (second, first):
+        pipe.task(pairs, size=(32, 48))
+        assert vae.impl == pipe.impl
+
+
+def test_a_long_clip_in_pieces(golden_dit, vae):
+    """17 frames are five latent frames; pieces of three bound memory and are approximate, a whole one is exact."""
+    clips = [(picture(0, frames=17), picture(1, frames=17))]
+    whole, pieces, one_piece = (
+        Pipeline(golden_dit("dit_c"), vae, chunk=chunk).task(clips, size=(16, 32)).context.latents
+        for chunk in (None, 3, 5)
+    )
+    assert torch.equal(one_piece, whole) and not torch.equal(pieces, whole) and pieces.shape == whole.shape
