@@ -30,6 +30,9 @@ from lavin_rt.modulation import ModulationTable
 from lavin_rt.packed import PackedStep
 from lavin_rt.sampler import euler, packed_denoiser
 
+# What a part may take, so that all of them together end within nine minutes; 60 where nothing is said.
+SECONDS = {"tests": 210, "kernels": 150}
+
 
 def gpu_tests(folder: Path) -> dict[str, Any]:
     """Runs `pytest -m gpu` and keeps its report."""
