@@ -107,8 +107,8 @@ def qk_norm_rope(
 
     Args:
         cond: `[cond rows, Q + 2 KV]`, the joined q, k, v of the cond stream, or `[cond rows, 2 KV]` where nothing
-            needs its queries (the
-            last block). `Q = heads * head_size`, `KV = kv_heads * head_size`. Rows may be strided.
+            needs its queries (the last block). `Q = heads * head_size`, `KV = kv_heads * head_size`. Rows may be
+            strided.
         x: `[x rows, Q + 2 KV]` of the x stream.
         branches: the row ranges.
         positions: `[rows, 3]` int32, (frame, row, column) of every stream-major row.

@@ -13,9 +13,8 @@ def schedule(steps: int = 20) -> torch.Tensor:
     """The "linear-quadratic" knots from noise (0) to data (1).
 
     The first half is `linspace(0, 0.05, n / 2)`, the second `0.05 + 0.95 * linspace(1 / n, 1, n / 2) ** 2`, rounded
-    to four
-    decimals. For n = 20, 30 and 40 these are the tables of the published model; a run evaluates the network `n - 1`
-    times.
+    to four decimals. For n = 20, 30 and 40 these are the tables of the published model; a run evaluates the network
+    `n - 1` times.
 
     Args:
         steps: number of knots n, even, from 4 to 136 (beyond, rounding would repeat knots).

@@ -34,8 +34,7 @@ def modulation_table(dit: JDiT, times: torch.Tensor) -> ModulationTable:
     """Tabulates a model's modulation at `times` `[evaluations]`.
 
     Runs in float32 whatever the model's dtype, one block at a time, so that weights still in the checkpoint's file
-    pass through memory a block at a
-    time (42 MB for the released model in bfloat16) and are released.
+    pass through memory a block at a time (42 MB for the released model in bfloat16) and are released.
     """
     times = times.to(dit.device, torch.float32)
     head = dit.head.modulation

@@ -63,9 +63,8 @@ class PackedStep:
     """The velocity of all branches of a step, on stream-major packed rows.
 
     What the mathematics does not need is not done: the modulation comes from a table, the condition's embedding is
-    made once
-    (`embed_condition`), both guidance branches run as one pass, and in the last block the cond stream stops at its
-    keys and values.
+    made once (`embed_condition`), both guidance branches run as one pass, and in the last block the cond stream stops
+    at its keys and values.
     """
 
     def __init__(self, dit: JDiT, layout: Layout, impl: str):

@@ -195,9 +195,8 @@ class Pipeline:
 
         Args:
             context: a template folder (`*_input.png`, `*_target.png`), the name of a task in the checkpoint's
-                templates, an encoded
-                context or its `.safetensors` file, or pairs `[(input, target), ...]` (pictures or clips; all are
-                used, in order).
+                templates, an encoded context or its `.safetensors` file, or pairs `[(input, target), ...]` (pictures
+                or clips; all are used, in order).
             pairs: how many pairs to choose from a folder; pairs given and encoded contexts are used whole.
             size: (height, width) in pixels, multiples of 16.
             seed: of the choice, and of the posterior's sample.

@@ -38,7 +38,6 @@ def run(options: argparse.Namespace) -> None:
         images.check_writable(options.save_context)
     if options.tile is not None and (options.tile < 64 or options.tile % 16):
         raise InputError(f"--tile is {options.tile}; expected a multiple of 16 from 64 on, in pixels")
-
     if options.chunk is not None and options.chunk < 3:
         raise InputError(f"--chunk is {options.chunk}; expected at least 3 latent frames")
 
