@@ -1,9 +1,8 @@
 """Plain PyTorch meaning of every operator of the diffusion transformer: the oracle of tests and benchmarks.
 
 The public functions of `lavin_kernels` have these signatures, and call these functions for tensors on a CPU.
-Statistics, rotary positions and
-softmax are computed in float32 (float64 for float64 tensors), results are in the dtype of the rows. Stream 0 is
-"cond", stream 1 is "x".
+Statistics, rotary positions and softmax are computed in float32 (float64 for float64 tensors), results are in the dtype
+of the rows. Stream 0 is "cond", stream 1 is "x".
 """
 
 from __future__ import annotations
@@ -239,7 +238,7 @@ def stream_linear(rows: torch.Tensor, split: int, weight: torch.Tensor) -> torch
     wants_gradient = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
     if torch.compiler.is_compiling() or wants_gradient:
         return torch.cat([F.linear(rows[:split], weight[0]), F.linear(rows[split:], weight[1])])
-    # Eagerly, the copy that a compiler plans away would be made: a tenth of a small model's step on a CPU.
+    # Eagerly, the copy that a compiler plans away would be made.
     out = rows.new_empty(rows.shape[0], weight.shape[1])
     for stream, part in enumerate((slice(0, split), slice(split, None))):
         torch.mm(rows[part], weight[stream].T, out=out[part])

@@ -22,7 +22,7 @@ SHAPES_COMPILED = 64
 
 def resolve_impl(impl: str, device: torch.device, config: DiTConfig) -> str:
     """The implementation that `impl` names on this device; `"auto"` is Triton on CUDA where the head size is a
-    multiple of 8, else torch.
+    multiple of 8 up to 128 and Triton is installed, else torch.
 
     Raises:
         InputError: an unknown name, Triton kernels for a head size that they do not cover, or where they cannot run.
@@ -39,7 +39,8 @@ def resolve_impl(impl: str, device: torch.device, config: DiTConfig) -> str:
         )
     if impl == "triton" and not _kernels_run_on(device):
         raise InputError(
-            f"impl is 'triton', whose kernels need a CUDA device; the model is on {device}; use impl='torch'"
+            f"impl is 'triton', whose kernels need a CUDA device and the package triton; the model is on {device}; "
+            "use impl='torch'"
         )
     return impl
 
@@ -96,7 +97,7 @@ class PackedStep:
         return torch.cat([rows.flatten(0, 1), torch.cat([embed(zeros), query], dim=1).flatten(0, 1)])
 
     def compiled(self) -> Callable[..., torch.Tensor]:
-        """The step through `torch.compile`, once for every shape; its cache on disk outlives the process."""
+        """The step through `torch.compile`, once for every shape; torch's cache on disk outlives the process."""
         network = torch.compile(self.__call__, dynamic=False, fullgraph=True)
 
         def call(*arguments: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import golden_cases, relative_error
@@ -129,7 +134,7 @@ def test_auto_is_settled_by_device_and_head_size():
     assert resolve_impl("auto", torch.device("cpu"), fits) == "torch"
     assert resolve_impl("auto", torch.device("cuda"), fits) == "triton"
     assert resolve_impl("auto", torch.device("cuda"), odd) == "torch"
-    with pytest.raises(InputError, match="need a CUDA device"):
+    with pytest.raises(InputError, match="need a CUDA device and the package triton"):
         resolve_impl("triton", torch.device("cpu"), fits)
     with pytest.raises(InputError, match="multiple of 8"):
         resolve_impl("triton", torch.device("cuda"), odd)
@@ -155,6 +160,32 @@ def test_every_shape_is_compiled_once(monkeypatch):
             cond, noise = random_latents(1, 16, 3, 4, 2 * half), random_latents(1, 16, 1, 4, 2 * half, seed=1)
             sample(dit, cond, noise, steps=4, impl="torch", compile=True)
     assert counter.frame_count == 10
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_cached_across_processes(tmp_path):
+    """The second process takes from the disk what the first compiled."""
+    code = (
+        "import torch\n"
+        "from torch._dynamo.utils import counters\n"
+        "from test_packed import DiTConfig, random_dit, random_latents, sample\n"
+        "dit = random_dit(DiTConfig(hidden_size=48, depth=1, num_heads=2, kv_group=2))\n"
+        "cond, noise = random_latents(1, 16, 3, 4, 4), random_latents(1, 16, 1, 4, 4, seed=1)\n"
+        "sample(dit, cond, noise, steps=4, impl='torch', compile=True)\n"
+        "found = counters['aot_autograd'], counters['inductor']\n"
+        "print(sum(count[kind] for count in found for kind in count if kind.endswith('cache_hit')))"
+    )
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    folder = Path(__file__).parent
+    hits = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, check=True
+            ).stdout
+        )
+        for _ in range(2)
+    ]
+    assert hits[0] == 0 and hits[1] >= 1
 
 
 def test_compiled_step_equals_the_eager_one():
