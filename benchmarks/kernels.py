@@ -19,8 +19,8 @@ from lavin_bench.timing import Timing, header, header_line, measure
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 from lavin_rt.images import check_writable
-from lavin_rt.pipeline import resolve_device, resolve_dtype
-from lavin_rt.sampler import current_device
+from lavin_rt.devices import resolve_device, resolve_dtype
+from lavin_rt.devices import current_device
 
 
 class WrongResult(RuntimeError):

@@ -10,8 +10,8 @@ import torch
 
 from lavin_rt.cli import print_json
 from lavin_rt.config import PRESETS
+from lavin_rt.devices import resolve_device, resolve_dtype
 from lavin_rt.packed import resolve_impl
-from lavin_rt.pipeline import resolve_device, resolve_dtype
 
 
 def info(options: argparse.Namespace) -> None:

@@ -15,7 +15,8 @@ from lavin_rt.checkpoint import Checkpoint, find_checkpoint
 from lavin_rt.cli import print_json
 from lavin_rt.errors import InputError
 from lavin_rt.knots import schedule
-from lavin_rt.pipeline import Pipeline, Result, Task, check_seed
+from lavin_rt.pipeline import Pipeline
+from lavin_rt.task import Result, Task, check_seed
 
 
 def run(options: argparse.Namespace) -> None:
@@ -52,6 +53,7 @@ def run(options: argparse.Namespace) -> None:
             dtype=options.dtype,
             impl=options.impl,
             compile=options.compile,
+            graphs=not options.no_graphs,
             tile=options.tile and options.tile // 8,
             chunk=options.chunk,
             strict=options.strict,
@@ -69,7 +71,14 @@ def run(options: argparse.Namespace) -> None:
     if options.save_context:
         task.context.save(options.save_context)
     encoded = time.perf_counter()
-    results = answer(task, clips, options, progress)
+    together = task.batch_size(len(clips), options.batch_size, options.guidance)
+    # On a bar of its own, as compilation and capture may take longer than the sampling.
+    with progress.bar("preparing", " batches") as preparing:
+        preparing(0, 1)
+        task.prepare(together, options.steps, options.guidance)
+        preparing(1, 1)
+    prepared = time.perf_counter()
+    results = answer(task, clips, together, options, progress)
     sampled = time.perf_counter()
     for result, clip, output in zip(results, clips, outputs, strict=True):
         images.save_picture(result.frames, output)
@@ -78,7 +87,8 @@ def run(options: argparse.Namespace) -> None:
     seconds = {
         "loading": loaded - began,
         "context": encoded - loaded,
-        "queries": sampled - encoded,
+        "preparing": prepared - encoded,
+        "queries": sampled - prepared,
         "writing": time.perf_counter() - sampled,
     }
     report(options, task, queries, outputs, results, seconds)
@@ -93,9 +103,9 @@ def check_task(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
     contexts.choose_pairs(contexts.read_template(folder), options.pairs, options.seed, options.repeats)
 
 
-def answer(task: Task, clips: list, options: argparse.Namespace, progress: Progress) -> list[Result]:
-    """Runs all queries under one bar that counts steps."""
-    runs = -(-len(clips) // max(options.batch_size, 1))
+def answer(task: Task, clips: list, together: int, options: argparse.Namespace, progress: Progress) -> list[Result]:
+    """Runs all queries, so many together, under one bar that counts steps."""
+    runs = -(-len(clips) // together)
     with progress.bar("sampling", " steps") as sampling:
         done = 0
 
@@ -110,7 +120,7 @@ def answer(task: Task, clips: list, options: argparse.Namespace, progress: Progr
             steps=options.steps,
             guidance=options.guidance,
             seed=options.seed,
-            batch_size=options.batch_size,
+            batch_size=together,
             keep_size=options.keep_size,
             callback=callback,
         )
@@ -180,7 +190,7 @@ def report(
         "impl": pipe.impl,
         "compile": pipe.compile,
         "device": str(pipe.device),
-        "dtype": str(pipe.dit.dtype).removeprefix("torch."),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
     }
     if options.json:
         answers = [

@@ -1,109 +1,19 @@
-"""Euler sampling of the flow, with classifier-free guidance."""
+"""Sampling from latents to latents, for one condition at a time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from lavin_rt.errors import InputError, NonFiniteError
+from lavin_rt.errors import InputError
+from lavin_rt.executor import Callback, Executor
 from lavin_rt.knots import schedule
-from lavin_rt.layout import Layout, Shape
+from lavin_rt.layout import Shape
 from lavin_rt.model import JDiT
-from lavin_rt.modulation import ModulationTable, modulation_table
-from lavin_rt.packed import PackedStep, resolve_impl
-
-Denoiser = Callable[[torch.Tensor, int], torch.Tensor]
-"""`(latents [B, 16, T, h, w] float32, evaluation) -> guided velocity`, of whatever runs the network."""
-
-Callback = Callable[[int, int, torch.Tensor], None]
-"""`(evaluations done, evaluations in all, latents)`, after every step; an exception raised in it ends the run."""
+from lavin_rt.networks import make_network
 
 
-def euler(
-    denoise: Denoiser, noise: torch.Tensor, knots: torch.Tensor, callback: Callback | None = None
-) -> torch.Tensor:
-    """Integrates the flow from noise (t = 0) to data (t = 1): `z += (t[i+1] - t[i]) * velocity(z, t[i])`.
-
-    Args:
-        denoise: the guided velocity at evaluation i, that is at time `knots[i]`.
-        noise: `[B, 16, T, h, w]`.
-        knots: `[n]` float32 of `schedule(n)`.
-        callback: called after every step.
-
-    Returns:
-        latents `[B, 16, T, h, w]` float32.
-
-    Raises:
-        NonFiniteError: naming the first step after which a latent is NaN or infinite.
-    """
-    # The same strides in every step, size-1 dimensions included, or a compiled network would be compiled twice.
-    latents = torch.empty(noise.shape, dtype=torch.float32, device=noise.device).copy_(noise)
-    widths = knots.diff().tolist()
-    for index, width in enumerate(widths):
-        velocity = denoise(latents, index).float()
-        latents = torch.add(latents, velocity, alpha=width, out=torch.empty_like(latents))
-        if not torch.isfinite(latents).all():
-            raise NonFiniteError(index + 1, len(widths))
-        if callback is not None:
-            callback(index + 1, len(widths), latents)
-    return latents
-
-
-def guide(velocities: torch.Tensor, guidance: float) -> torch.Tensor:
-    """`null + guidance * (cond - null)` in float32 of velocities `[2 B, ...]`, the conditional half first."""
-    cond, null = velocities.float().chunk(2)
-    return null + guidance * (cond - null)
-
-
-def null_condition(cond_latents: torch.Tensor, query_frames: int = 1) -> torch.Tensor:
-    """The condition without its context: one zero frame and the query's frames, `[B, 16, 1 + query_frames, h, w]`."""
-    query = cond_latents[:, :, -query_frames:]
-    return torch.cat([torch.zeros_like(query[:, :, :1]), query], dim=2)
-
-
-def plain_denoiser(
-    dit: JDiT,
-    cond_latents: torch.Tensor,
-    knots: torch.Tensor,
-    guidance: float,
-    query_frames: int = 1,
-    compile: bool = False,
-) -> Denoiser:
-    """Two passes of the plain model a step, as the published sampler runs it; one pass at guidance 1.0."""
-    network = torch.compile(dit, dynamic=False) if compile else dit
-    null = null_condition(cond_latents, query_frames)
-    times = knots.to(cond_latents.device)
-
-    def denoise(latents: torch.Tensor, evaluation: int) -> torch.Tensor:
-        t = times[evaluation].expand(len(latents))
-        velocity = network(latents, t, cond_latents)
-        if guidance == 1.0:
-            return velocity
-        return guide(torch.cat([velocity, network(latents, t, null)]), guidance)
-
-    return denoise
-
-
-def packed_denoiser(
-    network: Callable[..., torch.Tensor],
-    step: PackedStep,
-    cond_rows: torch.Tensor,
-    table: ModulationTable,
-    guidance: float,
-) -> Denoiser:
-    """One packed pass a step; `network` is `step`, or what `step.compiled()` made of it."""
-
-    def denoise(latents: torch.Tensor, evaluation: int) -> torch.Tensor:
-        velocities = network(latents, cond_rows, table.blocks[evaluation], table.head_scale[evaluation])
-        return guide(velocities, guidance) if step.layout.shape.guided else velocities
-
-    return denoise
-
-
-@torch.no_grad()
 def sample(
     dit: JDiT,
     cond_latents: torch.Tensor,
@@ -136,23 +46,13 @@ def sample(
         NonFiniteError: naming the step at which the latents stopped being finite.
     """
     shape = check_inputs(dit, cond_latents, noise, query_frames, guidance)
-    impl = resolve_impl(impl, dit.device, dit.config)
     knots = schedule(steps)
-    cond_latents, noise = cond_latents.to(dit.device), noise.to(dit.device)
-    with current_device(dit.device):
-        if impl == "plain":
-            with dit.resident_modulation():
-                denoise = plain_denoiser(dit, cond_latents, knots, guidance, query_frames, compile)
-                return euler(denoise, noise, knots, callback)
-        step = PackedStep(dit, Layout.make(dit.config, shape, dit.device), impl)
-        network = step.compiled() if compile else step
-        cond_rows, table = step.embed_condition(cond_latents), modulation_table(dit, knots[:-1])
-        return euler(packed_denoiser(network, step, cond_rows, table, guidance), noise, knots, callback)
-
-
-def current_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a CUDA device the current one, on which Triton launches whatever the tensors' device is."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    # For a single run a capture would cost more than it saves.
+    executor = Executor(make_network(dit, impl, compile), graphs=False)
+    frames = executor.embed(cond_latents)
+    context_rows = frames.shape[1] // shape.cond_frames * (shape.cond_frames - query_frames)
+    context, query = frames[:, :context_rows], frames[:, context_rows:]
+    return executor.sample(shape, context, query, noise, knots, guidance, callback)
 
 
 def check_inputs(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lavin_kernels
+from lavin_rt.context import vae_fingerprint
 from lavin_rt.errors import InputError
 from lavin_rt.vae_layers import (
     CausalConv,
@@ -268,6 +269,11 @@ class STVAE(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.encoder.conv_in.conv.weight.device
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the tensors, which an encoded context carries (`context.vae_fingerprint`)."""
+        return vae_fingerprint(self.state_dict())
 
     def encode(
         self,

@@ -86,7 +86,7 @@ def test_json_record(setup, capsys):
     assert err == ""
     assert record["results"] == [{"query": setup["--query"], "output": setup["-o"], "seed": 5}]
     assert (record["impl"], record["dtype"], record["size"], record["steps"]) == ("torch", "float32", [32, 48], 4)
-    assert set(record["seconds"]) == {"loading", "context", "queries", "writing"}
+    assert set(record["seconds"]) == {"loading", "context", "preparing", "queries", "writing"}
 
 
 def test_quiet(setup, capsys):
@@ -336,7 +336,7 @@ def test_interrupt(setup, capsys, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lavin_rt.pipeline.sample", interrupt)
+    monkeypatch.setattr("lavin_rt.executor.Executor.sample", interrupt)
     assert run(setup) == 130
     assert capsys.readouterr().err == "lavin-rt: error: interrupted\n"
     assert not Path(setup["-o"]).exists()

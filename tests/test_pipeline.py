@@ -11,7 +11,8 @@ from PIL import Image
 import lavin_rt
 from lavin_rt.checkpoint import load_vae
 from lavin_rt.errors import InputError
-from lavin_rt.pipeline import Pipeline, draw_noise, resolve_device, resolve_dtype
+from lavin_rt.devices import resolve_device, resolve_dtype
+from lavin_rt.pipeline import Pipeline, draw_noise
 
 
 def picture(seed: int, height: int = 32, width: int = 48, frames: int | None = None) -> np.ndarray:

@@ -1,0 +1,86 @@
+"""Devices and dtypes by name, and how much memory is left on a device."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from lavin_rt.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """The device that a name means; `"auto"` is CUDA where there is one, else the CPU.
+
+    Raises:
+        InputError: no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        found = f"cpu, cuda:0..{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "cpu"
+        raise InputError(f"no device {str(device)!r} on this machine; expected auto or one of {found}") from None
+    if resolved.type == "meta":
+        raise InputError("device 'meta' holds no numbers; expected auto, cpu or cuda")
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that a name means; `"auto"` is bfloat16 on CUDA with compute capability 8.0 or newer, else float32."""
+    if dtype == "auto":
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if fast else torch.float32
+    resolved = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if resolved not in DTYPES.values():
+        raise InputError(f"dtype is {str(dtype)!r}; expected auto, {', '.join(DTYPES)}")
+    return resolved
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a CUDA device the current one, on which Triton launches whatever the tensors' device is."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def memory_at_hand(device: torch.device) -> int:
+    """Bytes that can be taken on a device: on CUDA what the driver has free and PyTorch's allocator has unused; else
+    what the system calls available.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is a device's or the system's refusal to give memory.
+
+    A refusal during a CUDA graph's capture is followed by the complaint that the capture is broken, which hides it.
+    """
+    while error is not None:
+        refused = isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+        if refused or "can't allocate memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def release_cached(device: torch.device) -> None:
+    """Hands what PyTorch's allocator holds unused back to the driver."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def gigabytes(count: int) -> str:
+    """Bytes as decimal gigabytes, `"1.25"`."""
+    return f"{count / 1e9:.2f}"

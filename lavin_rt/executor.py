@@ -1,0 +1,356 @@
+"""Sampling on static buffers: one guided Euler step, captured once per shape and replayed for every evaluation.
+
+On CUDA the step is a CUDA graph; on a CPU, or with `graphs=False`, the same function runs on the same buffers, so that
+results are the same to the bit. What changes between runs (noise, context, query, schedule, guidance) is copied into
+the buffers and never asks for another capture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from lavin_rt.devices import current_device, gigabytes, memory_at_hand, out_of_memory, release_cached
+from lavin_rt.errors import InputError, NonFiniteError
+from lavin_rt.layout import Shape
+from lavin_rt.networks import Network, Step, Tensors
+
+Callback = Callable[[int, int, torch.Tensor], None]
+"""`(evaluations done, evaluations in all, latents)`, after every step; an exception raised in it ends the run."""
+
+# Room in the schedule's buffers from the beginning: the published schedules have 20, 30 and 40 knots. A longer one
+# makes them grow, and every shape be captured again, once.
+EVALUATIONS = 39
+SHAPES = 8
+SCHEDULES = 4
+
+
+@dataclasses.dataclass(eq=False)
+class _Schedule:
+    """The schedule's buffers, which all shapes share, as runs are served in turn.
+
+    Attributes:
+        tables: room for what the evaluations differ in, each `[capacity, ...]`.
+        widths: `[capacity]` float32, `t[i + 1] - t[i]`.
+        guidance: `[]` float32.
+        evaluation: `[1]` int64, the device's own counter.
+        finite: `[capacity]` bool, whether the latents were finite after each evaluation.
+        loaded: the knots in the buffers.
+    """
+
+    tables: Tensors
+    widths: torch.Tensor
+    guidance: torch.Tensor
+    evaluation: torch.Tensor
+    finite: torch.Tensor
+    loaded: tuple[float, ...] = ()
+
+    @classmethod
+    def make(cls, tables: Tensors, capacity: int, device: torch.device) -> _Schedule:
+        return cls(
+            tuple(table.new_zeros(capacity, *table.shape[1:]) for table in tables),
+            torch.zeros(capacity, device=device),
+            torch.zeros((), device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+            torch.ones(capacity, dtype=torch.bool, device=device),
+        )
+
+
+@dataclasses.dataclass(eq=False)
+class _Plan:
+    """Everything of one shape.
+
+    Attributes:
+        latents: `[queries, 16, target frames, h, w]` float32, the sampler's state.
+        condition: the step's buffers.
+        advance: one guided Euler step on these buffers, eager or a graph's replay.
+    """
+
+    step: Step
+    latents: torch.Tensor
+    condition: Tensors
+    advance: Callable[[], object]
+
+
+class Executor:
+    """Answers one sampling request after another on one device.
+
+    Requests from several threads are served in turn. A run that failed or was cancelled leaves nothing behind: every
+    run writes all the buffers it reads.
+
+    Args:
+        network: what gives the velocities.
+        graphs: capture steps into CUDA graphs, where the device and the network can; False runs the same step eagerly.
+        shapes: how many shapes keep their buffers and graphs; the one unused for longest goes first.
+
+    Attributes:
+        captures: CUDA graphs captured so far.
+        replays: CUDA graphs replayed so far.
+    """
+
+    def __init__(self, network: Network, graphs: bool = True, shapes: int = SHAPES):
+        if shapes < 1:
+            raise InputError(f"shapes is {shapes}; expected at least 1")
+        self.network = network
+        self.graphs = graphs and network.capturable and network.device.type == "cuda"
+        self.captures = self.replays = 0
+        self._shapes = shapes
+        self._plans: OrderedDict[Shape, _Plan] = OrderedDict()
+        self._schedule: _Schedule | None = None
+        self._tables: OrderedDict[tuple[float, ...], Tensors] = OrderedDict()
+        self._pool: object | None = None
+        self._lock = threading.RLock()
+        self._busy = False
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Waits for this thread's turn on the device and holds it."""
+        with self._lock:
+            if self._busy:
+                raise InputError("a callback asked for another run of its own task; let the first one end before it")
+            with current_device(self.network.device), torch.no_grad():
+                yield
+
+    def embed(self, latents: torch.Tensor) -> torch.Tensor:
+        """Clean latents `[n, 16, T, h, w]` as `sample` takes them, to be kept for any number of runs."""
+        with self.turn():
+            return self.network.embed(latents)
+
+    def prepare(self, shape: Shape, knots: torch.Tensor) -> None:
+        """Makes a shape ready: buffers, compilation, capture, and the schedule's table.
+
+        Raises:
+            InputError: too little memory, naming what would fit, or a shape or schedule that the network does not take.
+        """
+        with self.turn(), self.network.running():
+            self._load_schedule(knots)
+            self._plan(shape)
+
+    def sample(
+        self,
+        shape: Shape,
+        context: torch.Tensor,
+        query: torch.Tensor,
+        noise: torch.Tensor,
+        knots: torch.Tensor,
+        guidance: float,
+        callback: Callback | None = None,
+    ) -> torch.Tensor:
+        """Integrates the flow from noise (t = 0) to data (t = 1) along the knots, with explicit Euler steps.
+
+        Args:
+            shape: of the run; `shape.guided` False runs the conditional branch alone.
+            context: embedded context frames `[1 or queries, ...]` of `embed`.
+            query: embedded query frames `[queries, ...]` of `embed`.
+            noise: `[queries, 16, target frames, h, w]`.
+            knots: `[n]` float32 of `schedule(n)`.
+            guidance: scale of `null + guidance * (cond - null)`.
+            callback: `(evaluations done, evaluations in all, latents)` after every step; the latents are the state
+                itself, to be copied by whoever keeps them. An exception raised in it ends the run.
+
+        Returns:
+            latents `[queries, 16, target frames, h, w]` float32, on the network's device.
+
+        Raises:
+            InputError: as `prepare`.
+            NonFiniteError: naming the first step after which a latent is NaN or infinite.
+        """
+        with self.turn(), self.network.running():
+            self._busy = True
+            try:
+                self._load_schedule(knots)
+                plan = self._plan(shape)
+                plan.step.fill(plan.condition, context, query)
+                plan.latents.copy_(noise)
+                self._schedule.guidance.fill_(guidance)
+                self._rewind()
+                self._run(plan, len(knots) - 1, callback)
+                return plan.latents.clone()
+            except BaseException as error:
+                # Steps may still be under way on the device; the next run may come on another stream.
+                if self.network.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if not out_of_memory(error):
+                    raise
+                self._forget()
+                raise self._too_large(shape) from None
+            finally:
+                self._busy = False
+
+    def _run(self, plan: _Plan, evaluations: int, callback: Callback | None) -> None:
+        finite = self._schedule.finite
+        # Without a callback a GPU is asked once, at the end, so that no step waits for the host.
+        every_step = callback is not None or finite.device.type == "cpu"
+        for done in range(1, evaluations + 1):
+            plan.advance()
+            if every_step:
+                if not finite[done - 1]:
+                    raise NonFiniteError(done, evaluations)
+                if callback is not None:
+                    callback(done, evaluations, plan.latents)
+        failed = (~finite[:evaluations]).nonzero()
+        if len(failed):
+            raise NonFiniteError(int(failed[0]) + 1, evaluations)
+
+    def _load_schedule(self, knots: torch.Tensor) -> None:
+        key = tuple(knots.tolist())
+        schedule = self._schedule
+        if schedule is not None and schedule.loaded == key:
+            return
+        tables = self._tables.pop(key, None)
+        if tables is None:
+            tables = self.network.table(knots)
+        self._tables[key] = tables
+        while len(self._tables) > SCHEDULES:
+            self._tables.popitem(last=False)
+        evaluations = len(knots) - 1
+        if schedule is None or len(schedule.widths) < evaluations:
+            self._forget()
+            schedule = self._schedule = _Schedule.make(tables, max(evaluations, EVALUATIONS), self.network.device)
+        schedule.loaded = ()
+        for buffer, table in zip(schedule.tables, tables, strict=True):
+            buffer[:evaluations] = table
+        schedule.widths[:evaluations] = knots.diff()
+        schedule.loaded = key
+
+    def _rewind(self) -> None:
+        self._schedule.evaluation.zero_()
+        self._schedule.finite.fill_(True)
+
+    def _plan(self, shape: Shape) -> _Plan:
+        plan = self._plans.get(shape)
+        if plan is None:
+            self._ensure_memory(shape)
+            try:
+                plan = self._make_plan(shape)
+            except RuntimeError as error:
+                if not out_of_memory(error) or not self._plans:
+                    raise
+                plan = None
+            if plan is None:
+                # Other shapes' buffers and graphs may be what is in the way.
+                self._forget()
+                plan = self._make_plan(shape)
+            self._plans[shape] = plan
+            while len(self._plans) > self._shapes:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(shape)
+        return plan
+
+    def _make_plan(self, shape: Shape) -> _Plan:
+        network, step = self.network, self.network.step(shape)
+        latents = torch.zeros(
+            shape.queries,
+            network.config.in_channels,
+            shape.target_frames,
+            shape.height,
+            shape.width,
+            device=network.device,
+        )
+        plan = _Plan(step, latents, step.buffers(), lambda: self._advance(plan, shape.guided))
+        if self.graphs or network.compiles:
+            self._rewind()
+            plan.advance = self._capture(plan.advance) if self.graphs else self._compiled(plan.advance)
+        return plan
+
+    def _advance(self, plan: _Plan, guided: bool) -> None:
+        """One guided Euler step, `z += (t[i+1] - t[i]) * velocity(z, t[i])`, i from the device's own counter."""
+        schedule = self._schedule
+        rows = [table.index_select(0, schedule.evaluation)[0] for table in schedule.tables]
+        velocity = plan.step(plan.latents, plan.condition, *rows).float()
+        if guided:
+            # Guidance, section 3.3 of the paper: null + scale * (cond - null).
+            cond, null = velocity.chunk(2)
+            velocity = null + schedule.guidance * (cond - null)
+        plan.latents.addcmul_(velocity, schedule.widths.index_select(0, schedule.evaluation))
+        schedule.finite.index_copy_(0, schedule.evaluation, torch.isfinite(plan.latents).all().unsqueeze(0))
+        schedule.evaluation.add_(1)
+
+    def _compiled(self, advance: Callable[[], object]) -> Callable[[], object]:
+        advance()
+        return advance
+
+    def _capture(self, advance: Callable[[], object]) -> Callable[[], object]:
+        """A step as a CUDA graph, after two runs in which kernels are compiled and libraries take their memory."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                advance()
+        torch.cuda.current_stream().wait_stream(stream)
+        if self._pool is None:
+            # One pool for all graphs: no two replays run at the same time, and what outlives one lies outside.
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            advance()
+        self.captures += 1
+
+        def replay() -> None:
+            graph.replay()
+            self.replays += 1
+
+        return replay
+
+    def _forget(self) -> None:
+        """Lets go of every shape's buffers and graphs."""
+        self._plans.clear()
+        self._pool = None
+        release_cached(self.network.device)
+
+    def check_memory(self, shape: Shape) -> None:
+        """Raises an `InputError` naming what would fit, if a shape needs more memory than there is.
+
+        Other shapes' buffers and graphs go, where that makes room.
+        """
+        with self.turn():
+            self._ensure_memory(shape)
+
+    def _ensure_memory(self, shape: Shape) -> None:
+        if shape in self._plans or self.network.workspace(shape) <= memory_at_hand(self.network.device):
+            return
+        self._forget()
+        if self.network.workspace(shape) > memory_at_hand(self.network.device):
+            raise self._too_large(shape)
+
+    def _too_large(self, shape: Shape) -> InputError:
+        return InputError(
+            f"{describe(shape)} needs about {gigabytes(self.network.workspace(shape))} GB of memory on "
+            f"{self.network.device}, {gigabytes(memory_at_hand(self.network.device))} GB are free; "
+            f"{self.what_fits(shape)}"
+        )
+
+    def most_queries(self, shape: Shape) -> int:
+        """The most queries, at most those of the shape, that the memory at hand allows to run together; 0 if none."""
+        memory = memory_at_hand(self.network.device)
+        for queries in range(shape.queries, 0, -1):
+            candidate = dataclasses.replace(shape, queries=queries)
+            if candidate in self._plans or self.network.workspace(candidate) <= memory:
+                return queries
+        return 0
+
+    def what_fits(self, shape: Shape) -> str:
+        """Names what the memory at hand allows instead of a shape."""
+        memory = memory_at_hand(self.network.device)
+        for queries in range(shape.queries - 1, 0, -1):
+            if self.network.workspace(dataclasses.replace(shape, queries=queries)) <= memory:
+                return f"batch size {queries} would fit"
+        short = min(shape.height, shape.width)
+        for side in range(short - 2, 0, -2):
+            height, width = (max(2, edge * side // short // 2 * 2) for edge in (shape.height, shape.width))
+            smaller = dataclasses.replace(shape, queries=1, height=height, width=width)
+            if self.network.workspace(smaller) <= memory:
+                return f"one query at size {8 * height}x{8 * width} would fit"
+        return "free some, or run on another device"
+
+
+def describe(shape: Shape) -> str:
+    """A shape in a user's words."""
+    pairs = (shape.cond_frames - shape.query_frames) // (2 * shape.query_frames)
+    queries = "1 query" if shape.queries == 1 else f"{shape.queries} queries at once"
+    return f"{queries} at {8 * shape.height}x{8 * shape.width} with {pairs} pair{'s' * (pairs != 1)}"

@@ -1,0 +1,217 @@
+"""What an executor runs: a network that gives the velocities of all branches of a step, on buffers it is handed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+
+from lavin_rt.config import DiTConfig
+from lavin_rt.layout import Layout, Shape
+from lavin_rt.model import JDiT, patchify
+from lavin_rt.modulation import modulation_table
+from lavin_rt.packed import PackedStep, resolve_impl
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+class Step(Protocol):
+    """One network at one shape."""
+
+    def buffers(self) -> Tensors:
+        """Room for the condition, constant over a run's steps."""
+
+    def fill(self, condition: Tensors, context: torch.Tensor, query: torch.Tensor) -> None:
+        """Writes embedded frames (`Network.embed`) into the buffers.
+
+        Args:
+            condition: what `buffers` made.
+            context: `[1 or queries, context rows, ...]`; one context serves all queries.
+            query: `[queries, query rows, ...]`.
+        """
+
+    def __call__(self, latents: torch.Tensor, condition: Tensors, *rows: torch.Tensor) -> torch.Tensor:
+        """Velocities `[branches, 16, target frames, h, w]`, the conditional branches first, of latents
+        `[queries, 16, target frames, h, w]` float32 and one evaluation's rows of `Network.table`.
+        """
+
+
+class Network(Protocol):
+    """A denoiser on a device: the plain model, packed rows, or an artifact's engine.
+
+    Attributes:
+        impl: what runs, for records.
+        capturable: whether a step may be captured into a CUDA graph.
+        compiles: whether the first call of a step compiles it.
+    """
+
+    config: DiTConfig
+    device: torch.device
+    dtype: torch.dtype
+    impl: str
+    capturable: bool
+    compiles: bool
+
+    def table(self, knots: torch.Tensor) -> Tensors:
+        """What the evaluations of a schedule `[n]` differ in, each `[n - 1, ...]`."""
+
+    def embed(self, latents: torch.Tensor) -> torch.Tensor:
+        """Clean latents `[n, 16, T, h, w]` as a step reads them, `[n, rows of T frames, ...]`."""
+
+    def step(self, shape: Shape) -> Step:
+        """The network at one shape."""
+
+    def workspace(self, shape: Shape) -> int:
+        """Bytes that a step of this shape takes besides the weights, estimated from above."""
+
+    def running(self) -> AbstractContextManager[object]:
+        """Holds what has to be there while steps run."""
+
+
+def make_network(dit: JDiT, impl: str = "auto", compile: bool = False) -> Network:
+    """The network that `impl` names (`packed.resolve_impl`) over a model's parameters."""
+    impl = resolve_impl(impl, dit.device, dit.config)
+    return PlainNetwork(dit, compile) if impl == "plain" else PackedNetwork(dit, impl, compile)
+
+
+class PackedNetwork:
+    """One packed pass a step over a model's parameters, modulation from a table."""
+
+    capturable = True
+
+    def __init__(self, dit: JDiT, impl: str, compile: bool = False):
+        self.dit, self.impl, self.compiles = dit, impl, compile
+        self.config, self.device, self.dtype = dit.config, dit.device, dit.dtype
+
+    def table(self, knots: torch.Tensor) -> Tensors:
+        """`[n - 1, depth, 2, 4, D]` and `[n - 1, D]` of `modulation_table`."""
+        table = modulation_table(self.dit, knots[:-1])
+        return table.blocks, table.head_scale
+
+    def embed(self, latents: torch.Tensor) -> torch.Tensor:
+        """`[n, T * tokens, D]` in the model's dtype."""
+        return self.dit.cond_embedder(patchify(latents.to(self.device, self.dtype)))
+
+    def step(self, shape: Shape) -> Step:
+        return _PackedOnBuffers(PackedStep(self.dit, Layout.make(self.config, shape, self.device), self.impl), self)
+
+    def workspace(self, shape: Shape) -> int:
+        """Bytes of a step's condition and activations.
+
+        The most lives in the MLP: residual, normed and gate/up rows, SwiGLU's output and the down projection's,
+        `4 D + 3 mlp_size` a row; a sixteenth more for padding of heads, tables and the allocator's rounding.
+        """
+        rows = sum(shape.condition_frames) * shape.frame_tokens
+        rows += shape.branches * shape.target_frames * shape.frame_tokens
+        width = 5 * self.config.hidden_size + 3 * self.config.mlp_size
+        return rows * width * self.dtype.itemsize * 17 // 16
+
+    def running(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _PackedOnBuffers:
+    step: PackedStep
+    network: PackedNetwork
+
+    def __post_init__(self):
+        object.__setattr__(self, "run", self.step.compiled() if self.network.compiles else self.step)
+
+    def buffers(self) -> Tensors:
+        config, shape = self.network.config, self.step.layout.shape
+        rows = torch.zeros(
+            self.step.layout.branches.split, config.hidden_size, dtype=self.network.dtype, device=self.network.device
+        )
+        if shape.guided:
+            zeros = rows.new_zeros(1, config.in_channels, 1, shape.height, shape.width)
+            self._null(rows)[:, : shape.frame_tokens] = self.network.embed(zeros)
+        return (rows,)
+
+    def fill(self, condition: Tensors, context: torch.Tensor, query: torch.Tensor) -> None:
+        (rows,), shape = condition, self.step.layout.shape
+        conditional = rows[: shape.queries * shape.cond_frames * shape.frame_tokens].unflatten(0, (shape.queries, -1))
+        conditional[:, : context.shape[1]] = context
+        conditional[:, context.shape[1] :] = query
+        if shape.guided:
+            self._null(rows)[:, shape.frame_tokens :] = query
+
+    def _null(self, rows: torch.Tensor) -> torch.Tensor:
+        """The null conditions `[queries, (1 + query frames) * tokens, D]`: a zero frame, then the query."""
+        shape = self.step.layout.shape
+        return rows[shape.queries * shape.cond_frames * shape.frame_tokens :].unflatten(0, (shape.queries, -1))
+
+    def __call__(self, latents: torch.Tensor, condition: Tensors, *rows: torch.Tensor) -> torch.Tensor:
+        return self.run(latents, *condition, *rows)
+
+
+class PlainNetwork:
+    """Two passes of the plain model a step, modulation inside, as the published sampler runs it: the oracle."""
+
+    impl = "plain"
+    capturable = False  # reads modulation weights from the checkpoint's file while it runs
+
+    def __init__(self, dit: JDiT, compile: bool = False):
+        self.dit, self.compiles = dit, compile
+        self.config, self.device, self.dtype = dit.config, dit.device, dit.dtype
+        self.run: Callable[..., torch.Tensor] = torch.compile(dit, dynamic=False) if compile else dit
+
+    def table(self, knots: torch.Tensor) -> Tensors:
+        """The times `[n - 1]` float32."""
+        return (knots[:-1].to(self.device),)
+
+    def embed(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents with their frames as rows, `[n, T, 16, h, w]`."""
+        return latents.to(self.device).transpose(1, 2)
+
+    def step(self, shape: Shape) -> Step:
+        return LatentCondition(shape, torch.float32, self.device, self._velocity)
+
+    def _velocity(self, latents: torch.Tensor, cond_latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.run(latents, t.expand(len(latents)), cond_latents)
+
+    def workspace(self, shape: Shape) -> int:
+        """Bytes of one pass's activations; the modulation linears, where they stayed in a file, come on top."""
+        rows = shape.queries * (shape.cond_frames + shape.target_frames) * shape.frame_tokens
+        width = 8 * self.config.hidden_size + 3 * self.config.mlp_size
+        return rows * width * self.dtype.itemsize * 17 // 16
+
+    def running(self) -> AbstractContextManager[object]:
+        """The modulation linears, read once for all steps of a run."""
+        return self.dit.resident_modulation()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LatentCondition:
+    """A step of a one-branch network that reads condition latents: one call a branch kind.
+
+    Attributes:
+        shape, dtype, device: of the condition's buffers.
+        velocity: `(latents, cond_latents, *rows) -> [queries, 16, target frames, h, w]`.
+    """
+
+    shape: Shape
+    dtype: torch.dtype
+    device: torch.device
+    velocity: Callable[..., torch.Tensor]
+
+    def buffers(self) -> Tensors:
+        """`[queries, 16, Tc, h, w]`, and where guided the null condition `[queries, 16, 1 + query frames, h, w]`."""
+        shape = self.shape
+        return tuple(
+            torch.zeros(shape.queries, 16, frames, shape.height, shape.width, dtype=self.dtype, device=self.device)
+            for frames in (shape.cond_frames, 1 + shape.query_frames)[: 1 + shape.guided]
+        )
+
+    def fill(self, condition: Tensors, context: torch.Tensor, query: torch.Tensor) -> None:
+        conditional = condition[0].transpose(1, 2)
+        conditional[:, : context.shape[1]] = context
+        conditional[:, context.shape[1] :] = query
+        for null in condition[1:]:
+            null.transpose(1, 2)[:, 1:] = query
+
+    def __call__(self, latents: torch.Tensor, condition: Tensors, *rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.velocity(latents, of_branch, *rows) for of_branch in condition])

@@ -1,0 +1,225 @@
+"""A task: a context encoded once, and the queries it answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lavin_rt import context as contexts
+from lavin_rt import images
+from lavin_rt.context import EncodedContext
+from lavin_rt.errors import InputError
+from lavin_rt.executor import Callback
+from lavin_rt.knots import schedule
+from lavin_rt.layout import Shape
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from lavin_rt.pipeline import Pipeline
+
+BATCH = 4
+
+
+def check_seed(seed: int, count: int = 1) -> None:
+    """Raises an `InputError` unless `count` seeds from `seed` on are what a generator takes."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed <= 2**64 - count:
+        raise InputError(f"seed is {seed!r}; expected a whole number from -2**63 to 2**64 - {count}")
+
+
+def draw_noise(
+    seeds: Sequence[int], frames: int, size: tuple[int, int], channels: int = 16, factor: int = 8
+) -> torch.Tensor:
+    """Noise of every query, drawn on the CPU in float32 so that a seed means the same on every device.
+
+    Returns:
+        `[len(seeds), channels, frames, height / factor, width / factor]` float32, item i from `seeds[i]` alone.
+    """
+    shape = (1, channels, frames, size[0] // factor, size[1] // factor)
+    return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """What one query gave.
+
+    Attributes:
+        frames: `[T, 3, H, W]` uint8.
+        latents: `[1, 16, t, h, w]` float32, scaled, before decoding.
+        seed: of the noise; None where the caller gave the noise.
+    """
+
+    frames: torch.Tensor
+    latents: torch.Tensor
+    seed: int | None
+
+    @property
+    def image(self) -> Image.Image | list[Image.Image]:
+        """The picture, or the list of a clip's frames."""
+        pictures = [images.to_pil(frame) for frame in self.frames]
+        return pictures[0] if len(pictures) == 1 else pictures
+
+
+def task_shape(queries: int, pairs: int, clip_frames: int, size: tuple[int, int], guided: bool) -> Shape:
+    """The sampler's shape for pairs and queries of `clip_frames` latent frames at (height, width) in pixels."""
+    return Shape(queries, (2 * pairs + 1) * clip_frames, clip_frames, clip_frames, size[0] // 8, size[1] // 8, guided)
+
+
+class Task:
+    """A context encoded for a pipeline; call it with queries.
+
+    Attributes:
+        context: the encoded pairs, which `context.save(path)` keeps for later.
+        frames: the pairs' pictures at the task's size, None where the context came encoded.
+    """
+
+    def __init__(self, pipeline: Pipeline, context: EncodedContext, frames: contexts.ContextFrames | None = None):
+        self.pipeline = pipeline
+        self.context = context
+        self.frames = frames
+        self._embedded: torch.Tensor | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the pictures that the network works on."""
+        return self.context.size
+
+    def __call__(self, query: Any, **options) -> Image.Image | list[Image.Image]:
+        """Answers one query; the options are those of `run`, and `noise` `[1, 16, T, h, w]`."""
+        return self.run([query], **options)[0].image
+
+    def batch(self, queries: Sequence[Any], **options) -> list[Image.Image | list[Image.Image]]:
+        """Answers several queries, `batch_size` at a time in one packed run; item i uses `seed + i`."""
+        return [result.image for result in self.run(queries, **options)]
+
+    def run(
+        self,
+        queries: Sequence[Any],
+        steps: int = 20,
+        guidance: float = 1.5,
+        seed: int = 0,
+        noise: torch.Tensor | None = None,
+        batch_size: int | None = None,
+        keep_size: bool = False,
+        callback: Callback | None = None,
+    ) -> list[Result]:
+        """Answers queries.
+
+        Args:
+            queries: pictures or clips: paths, PIL images, uint8 arrays `[H, W, 3]` or `[T, H, W, 3]`; all of one
+                frame count.
+            steps: knots of the schedule; the network runs `steps - 1` times.
+            guidance: classifier-free guidance scale; 1.0 runs the conditional branch alone.
+            seed: of the noise; query i uses `seed + i`.
+            noise: `[queries, 16, T, h, w]` instead of a seed.
+            batch_size: queries that run together; None takes up to 4, as many as memory allows.
+            keep_size: return pictures at each query's own size instead of the task's.
+            callback: `(step, evaluations, latents)` after every step; an exception raised in it ends the run.
+
+        Returns:
+            one `Result` per query, in order.
+
+        Raises:
+            InputError: a query that cannot be read or does not fit the context, a bad option, or too little memory.
+            NonFiniteError: naming the step at which the latents stopped being finite.
+        """
+        clips = [images.load_clip(query) for query in queries]
+        if not clips:
+            raise InputError("no queries; expected at least one picture")
+        for clip in clips:
+            images.check_clip_frames(len(clip), "query")
+            contexts.check_query_frames(len(clip), self.context.frames_per_clip)
+        check_seed(seed, len(clips))
+        knots = schedule(steps)
+        batch_size = self.batch_size(len(clips), batch_size, guidance)
+        if noise is None:
+            noise = draw_noise([seed + i for i in range(len(clips))], self._clip_frames, self.size)
+            seeds: list[int | None] = [seed + i for i in range(len(clips))]
+        else:
+            expected = [len(clips), 16, self._clip_frames, self.size[0] // 8, self.size[1] // 8]
+            if list(noise.shape) != expected:
+                raise InputError(f"noise is {list(noise.shape)}; expected {expected}")
+            seeds = [None] * len(clips)
+        executor, results = self.pipeline.executor, []
+        for first in range(0, len(clips), batch_size):
+            chunk = slice(first, first + batch_size)
+            query = self._encode(clips[chunk], seed + first)
+            shape = self._shape(len(query), guidance)
+            latents = executor.sample(
+                shape, self._embedded_context(), executor.embed(query), noise[chunk], knots, guidance, callback
+            )
+            for clip, one, used in zip(clips[chunk], latents.split(1), seeds[chunk], strict=True):
+                frames = self.pipeline.decode(one)
+                if keep_size:
+                    frames = images.resize(frames, tuple(clip.shape[-2:]))
+                results.append(Result(frames, one.cpu(), used))
+        return results
+
+    def batch_size(self, queries: int, asked: int | None = None, guidance: float = 1.5) -> int:
+        """How many of so many queries run together: what is asked, or up to 4, as many as memory allows.
+
+        Raises:
+            InputError: no positive number, or more than memory allows, naming what would fit.
+        """
+        executor = self.pipeline.executor
+        if asked is None:
+            asked = executor.most_queries(self._shape(min(queries, BATCH), guidance)) or 1
+        elif isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+            raise InputError(f"batch_size is {asked!r}; expected a positive whole number")
+        together = min(asked, queries)
+        executor.check_memory(self._shape(together, guidance))
+        return together
+
+    def prepare(self, queries: int = 1, steps: int = 20, guidance: float = 1.5) -> None:
+        """Makes the sampler ready for so many queries at once: the schedule's table, buffers, compilation, capture.
+
+        Raises:
+            InputError: too little memory, naming what would fit, or a bad option.
+        """
+        self.pipeline.executor.prepare(self._shape(queries, guidance), schedule(steps))
+
+    def warmup(self, steps: int = 20, guidance: float = 1.5, queries: int = 1) -> float:
+        """Puts compilation, capture and caches behind, so that the next run of this shape is as fast as any.
+
+        Encodes and decodes a black picture and prepares the sampler; no picture is sampled. Returns the seconds taken.
+        """
+        began = time.perf_counter()
+        self._embedded_context()
+        black = torch.zeros(self.context.frames_per_clip, 3, *self.size, dtype=torch.uint8)
+        self.pipeline.decode(self._encode([black], 0))
+        self.prepare(queries, steps, guidance)
+        return time.perf_counter() - began
+
+    @property
+    def _clip_frames(self) -> int:
+        """Latent frames of the query and of its target."""
+        return 1 + (self.context.frames_per_clip - 1) // 4
+
+    def _shape(self, queries: int, guidance: float) -> Shape:
+        if not isinstance(guidance, int | float) or not math.isfinite(guidance):
+            raise InputError(f"guidance is {guidance!r}; expected a finite number, such as 1.5")
+        return task_shape(queries, self.context.pairs, self._clip_frames, self.size, guided=guidance != 1.0)
+
+    def _embedded_context(self) -> torch.Tensor:
+        """The context as the network reads it, made once and kept on its device."""
+        if self._embedded is None:
+            self._embedded = self.pipeline.executor.embed(self.context.latents)
+        return self._embedded
+
+    def _encode(self, clips: Sequence[torch.Tensor], seed: int) -> torch.Tensor:
+        """Scaled latents of queries, `[queries, 16, t, h, w]`."""
+        encoded = []
+        for i, clip in enumerate(clips):
+            pixels = images.to_pixels(images.resize(clip, self.size)).transpose(0, 1)[None]
+            generator = None
+            if self.context.posterior == "sample":
+                generator = torch.Generator().manual_seed(seed + i)
+                # The posterior's draw comes behind the noise's.
+                torch.randn(16, self._clip_frames, *(edge // 8 for edge in self.size), generator=generator)
+            encoded += self.pipeline.encode([pixels], generator)
+        return torch.cat(encoded)
