@@ -14,7 +14,17 @@ import lavin_kernels.reference
 from lavin_rt.config import DiTConfig
 from lavin_rt.errors import InputError
 from lavin_rt.layout import Layout
-from lavin_rt.model import GATE_MLP, GATE_MSA, NORM_EPS, SCALE_MLP, SCALE_MSA, JDiT, patchify, unpatchify
+from lavin_rt.model import (
+    GATE_MLP,
+    GATE_MSA,
+    NORM_EPS,
+    SCALE_MLP,
+    SCALE_MSA,
+    JDiT,
+    JointAttention,
+    patchify,
+    unpatchify,
+)
 
 IMPLEMENTATIONS = ("auto", "plain", "torch", "triton")
 SHAPES_COMPILED = 64
@@ -122,45 +132,53 @@ class PackedStep:
             `[branches, 16, target frames, h, w]` in the model's dtype, ordered as `Shape.condition_frames`.
         """
         dit, ops, layout = self.dit, self.ops, self.layout
-        shape, branches, config = layout.shape, layout.branches, dit.config
-        split, q_size = branches.split, config.hidden_size
+        shape, config, split = layout.shape, dit.config, layout.branches.split
         x_rows = dit.x_embedder(patchify(latents.to(dit.dtype))).flatten(0, 1)
         # All branches of a query start from the same latents.
         residual = torch.cat([cond_rows] + [x_rows] * (shape.branches // shape.queries))
         normed = ops.ada_rms_norm(residual, split, modulation[0, :, SCALE_MSA], NORM_EPS)
         for index, block in enumerate(dit.blocks):
-            attention, mlp = block.attention, block.mlp
             last = index + 1 == config.depth
-            if last:
-                cond = F.linear(normed[:split], attention.qkv[0, q_size:])
-                x = F.linear(normed[split:], attention.qkv[1])
-            else:
-                qkv = ops.stream_linear(normed, split, attention.qkv)
-                cond, x = qkv[:split], qkv[split:]
-            q, k, v = ops.qk_norm_rope(
-                cond,
-                x,
-                branches,
-                layout.positions,
-                layout.cos,
-                layout.sin,
-                attention.q_norm,
-                attention.k_norm,
-                config.head_size,
-                NORM_EPS,
-                self.padded_head_size,
-            )
-            update = ops.joint_attention(q, k, v, branches, config.head_size)
+            update = self._attend(block.attention, normed, last)
             if last:
                 residual, split = residual[split:], 0
-            update = ops.stream_linear(update, split, attention.proj)
+            update = ops.stream_linear(update, split, block.attention.proj)
             residual, normed = ops.gated_residual_ada_rms_norm(
                 residual, update, split, modulation[index, :, GATE_MSA], modulation[index, :, SCALE_MLP], NORM_EPS
             )
-            update = ops.stream_linear(ops.swiglu(ops.stream_linear(normed, split, mlp.gate_up)), split, mlp.down)
+            update = ops.swiglu(ops.stream_linear(normed, split, block.mlp.gate_up))
+            update = ops.stream_linear(update, split, block.mlp.down)
             next_scale = head_scale.expand(2, -1) if last else modulation[index + 1, :, SCALE_MSA]
             residual, normed = ops.gated_residual_ada_rms_norm(
                 residual, update, split, modulation[index, :, GATE_MLP], next_scale, NORM_EPS
             )
         tokens = dit.head.linear(normed).unflatten(0, (shape.branches, -1))
         return unpatchify(tokens, shape.target_frames, shape.height, shape.width)
+
+    def _attend(self, attention: JointAttention, normed: torch.Tensor, last: bool) -> torch.Tensor:
+        """Joint attention's rows `[rows, D]`, in the last block those of the x stream alone.
+
+        A function of its own so that projections, queries, keys and values, 3 D a row, are let go before the MLP.
+        """
+        ops, layout, config = self.ops, self.layout, self.dit.config
+        split = layout.branches.split
+        if last:
+            cond = F.linear(normed[:split], attention.qkv[0, config.hidden_size :])
+            x = F.linear(normed[split:], attention.qkv[1])
+        else:
+            cond, x = ops.stream_linear(normed, split, attention.qkv).tensor_split((split,))
+        q, k, v = ops.qk_norm_rope(
+            cond,
+            x,
+            layout.branches,
+            layout.positions,
+            layout.cos,
+            layout.sin,
+            attention.q_norm,
+            attention.k_norm,
+            config.head_size,
+            NORM_EPS,
+            self.padded_head_size,
+        )
+        del cond, x
+        return ops.joint_attention(q, k, v, layout.branches, config.head_size)

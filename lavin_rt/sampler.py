@@ -55,6 +55,12 @@ def sample(
     return executor.sample(shape, context, query, noise, knots, guidance, callback)
 
 
+def null_condition(cond_latents: torch.Tensor, query_frames: int = 1) -> torch.Tensor:
+    """The condition without its context: one zero frame and the query's frames, `[B, 16, 1 + query_frames, h, w]`."""
+    query = cond_latents[:, :, -query_frames:]
+    return torch.cat([torch.zeros_like(query[:, :, :1]), query], dim=2)
+
+
 def check_inputs(
     dit: JDiT, cond_latents: torch.Tensor, noise: torch.Tensor, query_frames: int, guidance: float
 ) -> Shape:
