@@ -16,11 +16,10 @@ import torch
 from lavin_bench.cases import OPERATORS, Case, Setting, Tensors, cases, settings
 from lavin_bench.ceilings import ceilings
 from lavin_bench.timing import Timing, header, header_line, measure
+from lavin_rt.devices import current_device, resolve_device, resolve_dtype
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 from lavin_rt.images import check_writable
-from lavin_rt.devices import resolve_device, resolve_dtype
-from lavin_rt.devices import current_device
 
 
 class WrongResult(RuntimeError):

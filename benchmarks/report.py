@@ -59,19 +59,55 @@ def forms_table(record: dict[str, Any]) -> str:
     return f"{caption(record['header'])}\n\n{table(['form', 'median (spread)', 'peak memory', 'error'], rows)}"
 
 
-def sampling_table(record: dict[str, Any]) -> str:
-    """One sampling by implementation: median, useful FLOP/s, peak memory."""
-    rows = [
-        [
-            impl,
-            f"{seconds['median']:.2f} s ({seconds['low']:.2f}–{seconds['high']:.2f})",
-            f"{record['useful_flops_per_second'][impl] / 1e12:.0f} TFLOP/s",
-            f"{record['peak_bytes_allocated'][impl] / 1e9:.2f} GB",
+def pipeline_table(record: dict[str, Any]) -> str:
+    """Samplings and whole calls of every setting, by variant."""
+    head = record["header"]
+    evaluations = f"{record['steps']} knots, medians of {head['repeats']}"
+    text = [f"{evaluations}, errors against float32. {caption(head)}"]
+    for setting in record["settings"]:
+        rows = [
+            [
+                row["variant"],
+                milliseconds(row["seconds"]),
+                f"{row['useful_flops_per_second'] / 1e12:.3g} TFLOP/s",
+                f"{row['share_of_ceiling']:.0%}",
+                f"{row['peak_bytes'] / 1e9:.2f} GB",
+                f"{row['relative_error']:.1e}",
+                f"{row['first_seconds']:.1f} s",
+            ]
+            for row in setting["rows"]
         ]
-        for impl, seconds in record["seconds"].items()
-    ]
-    text = f"{record['setting']}, 19 evaluations. {caption(record['header'])}"
-    return f"{text}\n\n{table(['impl', 'median (spread)', 'useful rate', 'peak memory'], rows)}"
+        columns = ["sampling", "ms per picture (spread)", "useful rate", "of matmul ceiling", "peak memory", "error"]
+        text.append(f"{setting['name']}:\n\n{table([*columns, 'first picture after'], rows)}".rstrip())
+        rows = [
+            [row["variant"], milliseconds(row["seconds"]), f"{row['relative_error']:.1e}"]
+            for row in setting.get("calls", [])
+        ]
+        if rows:
+            text.append(table(["whole call, second query of a task", "ms (spread)", "error"], rows).rstrip())
+        gains = [
+            f"{one['what']}: {one['fast']} {one['times']:.2f}x as fast as {one['base']}" for one in setting["speedups"]
+        ]
+        text += [f"{'; '.join(gains)}."] if gains else []
+        text += [f"Skipped: {one['what']}, {one['variant']}: {one['reason']}." for one in setting["skipped"]]
+    return "\n\n".join(text) + "\n"
+
+
+def startup_table(record: dict[str, Any]) -> str:
+    """Seconds of every part of a start, cold and warm."""
+    starts = [record["cold"], record["warm"]]
+    rows = [[part, *(f"{start['parts'][part]:.2f} s" for start in starts)] for part in starts[0]["parts"]]
+    rows.append(["all", *(f"{start['total']:.2f} s" for start in starts)])
+    if starts[0]["reserved_bytes"] is not None:
+        rows.append(["memory reserved", *(f"{start['reserved_bytes'] / 1e9:.2f} GB" for start in starts)])
+    text = f"{record['model']}, {record['setting']}, impl {record['impl']}. {caption(record['header'])}"
+    return f"{text}\n\n{table(['from the start of a process', 'cold', 'warm'], rows)}"
+
+
+def milliseconds(seconds: dict[str, Any]) -> str:
+    """Median and spread."""
+    median, low, high = (f"{1e3 * seconds[key]:.0f}" for key in ("median", "low", "high"))
+    return f"{median} ({low}–{high})"
 
 
 def caption(header: dict[str, Any]) -> str:
@@ -91,7 +127,15 @@ def render(record: dict[str, Any]) -> str:
     Raises:
         ValueError: a kind of record that has no table.
     """
-    tables = {"kernels": kernels_table, "sampling": sampling_table, "forms": forms_table}
+    from lavin_bench.quality_report import quality_table  # which builds on this module
+
+    tables = {
+        "kernels": kernels_table,
+        "pipeline": pipeline_table,
+        "startup": startup_table,
+        "forms": forms_table,
+        "quality": quality_table,
+    }
     kind = record.get("kind", "forms")
     if kind not in tables:
         raise ValueError(f"a record of kind {kind!r} has no table; expected one of {', '.join(tables)}")

@@ -39,6 +39,7 @@ def measure(
     warmup: int = 1,
     device: torch.device | str = "cpu",
     graph: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Timing]:
     """Times every variant `repeats` times, in rounds that hold each once and start with another one each.
 
@@ -52,6 +53,7 @@ def measure(
         warmup: calls before the first sample, per variant; with `graph` they run before the capture.
         device: where the calls run.
         graph: capture each call in a CUDA graph and time its replay. Only on CUDA, and only calls that may be captured.
+        progress: called with (samples taken, samples in all) after each.
 
     Raises:
         ValueError: no variants, no repeats, or `graph` without CUDA.
@@ -72,6 +74,8 @@ def measure(
         first = number % len(names)
         for name in names[first:] + names[:first]:
             samples[name].append(sample(calls[name]))
+            if progress is not None:
+                progress(sum(map(len, samples.values())), repeats * len(names))
     return {name: Timing.of(values) for name, values in samples.items()}
 
 

@@ -20,11 +20,10 @@ from lavin_bench.cases import Case, cases, settings
 from lavin_bench.kernels import check, relative_error
 from lavin_bench.timing import header, measure
 from lavin_kernels import tuning
+from lavin_rt.devices import current_device, resolve_device
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 from lavin_rt.images import check_writable
-from lavin_rt.devices import resolve_device
-from lavin_rt.devices import current_device
 
 # Every tuned kernel: the module that lists its candidates, and the operator whose case times it.
 KERNELS = {

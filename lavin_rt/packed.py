@@ -73,9 +73,8 @@ def operators(impl: str) -> ModuleType:
 class PackedStep:
     """The velocity of all branches of a step, on stream-major packed rows.
 
-    What the mathematics does not need is not done: the modulation comes from a table, the condition's embedding is
-    made once (`embed_condition`), both guidance branches run as one pass, and in the last block the cond stream stops
-    at its keys and values.
+    What the mathematics does not need is not done: the modulation comes from a table, the condition comes embedded,
+    both guidance branches run as one pass, and in the last block the cond stream stops at its keys and values.
     """
 
     def __init__(self, dit: JDiT, layout: Layout, impl: str):
@@ -85,26 +84,6 @@ class PackedStep:
         head_size = dit.config.head_size
         # Tensor cores take 16 elements of a head at a time; zeros written once spare the attention kernel its masks.
         self.padded_head_size = -(-head_size // 16) * 16 if impl == "triton" else head_size
-
-    @torch.no_grad()
-    def embed_condition(self, cond_latents: torch.Tensor) -> torch.Tensor:
-        """Cond rows of all branches, once per condition.
-
-        Args:
-            cond_latents: `[queries, 16, condition frames, h, w]`.
-
-        Returns:
-            `[cond rows, D]` in the model's dtype: the conditions, then the null conditions `[zero frame, query
-            frames]`.
-        """
-        shape = self.layout.shape
-        embed = self.dit.cond_embedder
-        rows = embed(patchify(cond_latents.to(self.dit.device, self.dit.dtype)))  # [queries, Lc, D]
-        if not shape.guided:
-            return rows.flatten(0, 1)
-        zeros = rows.new_zeros(shape.queries, shape.frame_tokens, self.dit.config.patch_features)
-        query = rows[:, -shape.query_frames * shape.frame_tokens :]
-        return torch.cat([rows.flatten(0, 1), torch.cat([embed(zeros), query], dim=1).flatten(0, 1)])
 
     def compiled(self) -> Callable[..., torch.Tensor]:
         """The step through `torch.compile`, once for every shape; torch's cache on disk outlives the process."""
@@ -124,7 +103,8 @@ class PackedStep:
 
         Args:
             latents: `[queries, 16, target frames, h, w]`.
-            cond_rows: `[cond rows, D]` of `embed_condition`.
+            cond_rows: `[cond rows, D]` in the model's dtype, the embedded conditions of all branches, ordered as
+                `Shape.condition_frames`; a null condition is a zero frame and the query's frames.
             modulation: `[depth, 2, 4, D]`, one evaluation of the modulation table.
             head_scale: `[D]`, likewise.
 

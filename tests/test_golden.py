@@ -6,9 +6,8 @@ import pytest
 import torch
 from conftest import case_names, golden_cases, relative_error
 
-from lavin_rt.layout import Layout, Shape
-from lavin_rt.modulation import modulation_table
-from lavin_rt.packed import PackedStep
+from lavin_rt.layout import Shape
+from lavin_rt.networks import PackedNetwork
 from lavin_rt.sampler import sample
 
 DITS = ["dit_a", "dit_b", "dit_c"]
@@ -21,9 +20,13 @@ def packed_forward(dit, case, impl="torch"):
         case["latents"].split(1), case["t"].split(1), case["cond_latents"].split(1), strict=True
     ):
         shape = Shape(1, cond.shape[2], 1, latents.shape[2], *latents.shape[3:], guided=False)
-        step = PackedStep(dit, Layout.make(dit.config, shape, dit.device), impl)
-        table = modulation_table(dit, t)
-        velocities.append(step(latents, step.embed_condition(cond), table.blocks[0], table.head_scale[0]))
+        network = PackedNetwork(dit, impl)
+        step, embedded = network.step(shape), network.embed(cond)
+        condition = step.buffers()
+        step.fill(condition, embedded[:, : -shape.frame_tokens], embedded[:, -shape.frame_tokens :])
+        # A schedule's last knot is not evaluated.
+        rows = [table[0] for table in network.table(torch.cat([t, t]))]
+        velocities.append(step(latents, condition, *rows))
     return torch.cat(velocities)
 
 
