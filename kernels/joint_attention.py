@@ -26,6 +26,9 @@ CANDIDATES = [
     for num_stages in (2, 3, 4)
 ]
 
+# Room for branches in a traced graph where their number is not fixed.
+GRAPH_BRANCHES = 16
+
 
 def head_pieces(head_size: int) -> tuple[int, int]:
     """Cuts a head into one or two powers of two of at least 16, the least width that matrix instructions take.
@@ -67,7 +70,7 @@ def _shape(
         "REST": rest,
         "X_ONLY": x_only,
         "WITH_LSE": with_lse,
-        "MAX_BRANCHES": triton.next_power_of_2(branches),
+        "MAX_BRANCHES": GRAPH_BRANCHES if isinstance(branches, torch.SymInt) else triton.next_power_of_2(branches),
     }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `lavin-rt run`, `info` and `bench`.
+"""The command line: `lavin-rt run`, `info`, `export` and `bench`.
 
 Exit codes: 0 done, 1 the run failed, 2 something given cannot be used, 130 interrupted. Errors are one line on stderr.
 """
@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_run(commands)
     _add_info(commands)
+    _add_export(commands)
     _add_bench(commands)
     return root
 
@@ -50,6 +51,7 @@ def _add_checkpoint_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     group.add_argument("--impl", default="auto", help="auto, plain, torch or triton (default: auto)")
     group.add_argument("--strict", action="store_true", help="stop on unexpected tensors instead of warning")
+    group.add_argument("--trust", action="store_true", help="run the code in an artifact that comes from a hub")
 
 
 def _add_run(commands) -> None:
@@ -79,14 +81,14 @@ def _add_run(commands) -> None:
     what.add_argument("--clip", action="store_true", help="each query is a clip: a folder of frames or an animation")
     what.add_argument(
         "--checkpoint",
-        required=True,
-        metavar="PATH|HUB-ID",
-        help="folder with lavin_dit.safetensors and stvae.pt, weights.tar.gz, or Hugging Face id",
+        metavar="PATH|HUB-ID|ARTIFACT",
+        help="folder with lavin_dit.safetensors and stvae.pt, weights.tar.gz, exported artifact, or Hugging Face id "
+        "(default: the small model that comes with the package)",
     )
     how = run.add_argument_group("how to do it")
     how.add_argument("--pairs", type=int, default=4, help="pairs chosen from the task's folder (default: 4)")
     how.add_argument("--repeats", action="store_true", help="choose pairs with repeats, as the published scripts do")
-    how.add_argument("--size", default="512", help="N or HEIGHTxWIDTH, multiples of 16 (default: 512)")
+    how.add_argument("--size", help="N or HEIGHTxWIDTH, multiples of 16 (default: 512; of the bundled model 64)")
     how.add_argument("--steps", type=int, default=20, help="knots of the schedule, even, 4 to 136 (default: 20)")
     how.add_argument("--guidance", type=float, default=1.5, help="guidance scale; 1.0 is faster (default: 1.5)")
     how.add_argument("--seed", type=int, default=0, help="of pairs and noise; query i uses SEED + i (default: 0)")
@@ -112,7 +114,7 @@ def _add_info(commands) -> None:
         help="what a checkpoint is and what this machine can run it with",
         description="Describes this machine and, where one is given, a checkpoint.",
     )
-    info.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="folder, archive or Hugging Face id")
+    info.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT|ARTIFACT", help="folder, archive or Hugging Face id")
     info.add_argument(
         "--self-check",
         action="store_true",
@@ -121,6 +123,12 @@ def _add_info(commands) -> None:
     info.add_argument("--json", action="store_true", help="print JSON")
     _add_checkpoint_options(info)
     info.set_defaults(main="info")
+
+
+def _add_export(commands) -> None:
+    from lavin_export.cli import add_export
+
+    add_export(commands, _Parser)
 
 
 def _add_bench(commands) -> None:
@@ -154,6 +162,77 @@ def _add_bench(commands) -> None:
     )
     tune.add_argument("--json", metavar="FILE", help="write all times to this file")
     tune.set_defaults(main="bench tune")
+    pipeline = kinds.add_parser(
+        "pipeline",
+        help="whole samplings and whole calls, beside the way the authors run the model",
+        description="Measures samplings from the authors' way to the fastest one, every variant one switch more.",
+    )
+    pipeline.add_argument("--size", type=int, nargs="+", default=[], help="pixels (default: 256 512; on a CPU 128)")
+    pipeline.add_argument("--pairs", type=int, nargs="+", default=[], help="pairs (default: 1 4 8; on a CPU 4)")
+    pipeline.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    pipeline.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
+    pipeline.add_argument("--repeats", type=int, help="samples per variant (default: 7)")
+    pipeline.add_argument("--error-steps", type=int, default=20, help="knots of the runs for errors (default: 20)")
+    pipeline.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
+    pipeline.add_argument("--quick", action="store_true", help="a tiny model, once: shows that it works, not how fast")
+    pipeline.add_argument(
+        "-o", "--output", metavar="FILE", help="write the figures to this JSON file and the waterfall beside it as SVG"
+    )
+    pipeline.set_defaults(main="bench pipeline")
+    startup = kinds.add_parser(
+        "startup",
+        help="from the start of a process to its first picture, part by part",
+        description="Starts fresh processes and times them from the start to the first picture, cold and warm.",
+    )
+    startup.add_argument(
+        "--checkpoint", help="folder, archive, hub id or artifact (default: a random one, made for this)"
+    )
+    startup.add_argument("--model", default="auto", help="of the random one: auto, small or released (default: auto)")
+    startup.add_argument("--size", type=int, help="pixels (default: 512; for the small model 128)")
+    startup.add_argument("--pairs", type=int, default=4, help="pairs of the context (default: 4)")
+    startup.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    startup.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
+    startup.add_argument("--impl", default="auto", help="auto, plain, torch or triton (default: auto)")
+    startup.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    startup.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
+    startup.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
+    startup.set_defaults(main="bench startup")
+    _add_bench_quality(kinds)
+
+
+def _add_bench_quality(kinds) -> None:
+    quality = kinds.add_parser(
+        "quality",
+        help="how well a pipeline does the tasks of lavin-mini, on held-out scenes",
+        description="Measures answers to held-out queries of lavin-mini's tasks, beside what needs no model.",
+    )
+    quality.add_argument(
+        "--checkpoint",
+        help="folder, archive, hub id or artifact (default: the small model that comes with the package)",
+    )
+    quality.add_argument(
+        "--against",
+        nargs="?",
+        const="",
+        metavar="CHECKPOINT",
+        help="also run a checkpoint (default: the same) in float32 and print the differences to it",
+    )
+    quality.add_argument("--tasks", nargs="+", metavar="TASK", help="by their full names (default: all)")
+    quality.add_argument("--scenes", type=int, help="held-out queries a task (default: 64)")
+    quality.add_argument("--pairs", type=int, nargs="+", help="of a context (default: 1 2 4)")
+    quality.add_argument("--size", type=int, help="pixels (default: the checkpoint's own)")
+    quality.add_argument("--steps", type=int, default=20, help="knots of the schedule (default: 20)")
+    quality.add_argument("--guidance", type=float, default=1.5, help="guidance scale (default: 1.5)")
+    quality.add_argument("--seed", type=int, default=0, help="of degradations, contexts and noise (default: 0)")
+    quality.add_argument("--batch-size", type=int, default=16, help="queries that run together at most (default: 16)")
+    quality.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    quality.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
+    quality.add_argument("--quick", action="store_true", help="4 scenes and 2 pairs: shows that it works, not how well")
+    quality.add_argument(
+        "-o", "--output", metavar="FILE", help="write the figures to this JSON file and sheets of pictures beside it"
+    )
+    _add_checkpoint_options(quality)
+    quality.set_defaults(main="bench quality")
 
 
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
@@ -170,8 +249,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from lavin_rt.run import run as command
             elif options.main == "info":
                 from lavin_rt.info import info as command
+            elif options.main == "export":
+                from lavin_export.cli import export as command
             elif options.main == "bench tune":
                 from lavin_bench.tune import bench_tune as command
+            elif options.main == "bench pipeline":
+                from lavin_bench.pipeline import bench_pipeline as command
+            elif options.main == "bench startup":
+                from lavin_bench.startup import bench_startup as command
+            elif options.main == "bench quality":
+                from lavin_bench.quality import bench_quality as command
             else:
                 from lavin_bench.kernels import bench_kernels as command
             command(options)

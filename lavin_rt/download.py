@@ -1,4 +1,4 @@
-"""Finding a checkpoint's files: in a folder, in the published archives, or on the Hugging Face hub."""
+"""Finding a checkpoint's or an artifact's files: in a folder, in the published archives, or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -6,18 +6,25 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lavin_rt.archives import unpack
 from lavin_rt.errors import InputError, missing_extra
 from lavin_rt.files import Progress
+from lavin_rt.manifest import KINDS_OF_CODE, Manifest, is_artifact
+from lavin_rt.manifest import NAME as MANIFEST
 
 DIT = "lavin_dit.safetensors"
 VAES = ("stvae.safetensors", "stvae.pt")
 WEIGHTS_ARCHIVE, TEMPLATE_ARCHIVE = "weights.tar.gz", "template.tar.gz"
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz")
+RELEASED_SIZE, MINI_SIZE = 512, 64
+BUNDLED = Path(__file__).parent / "mini"
+FILES = (DIT, *VAES, "config.json")
+WANTED = (*FILES, *(f"weights/{name}" for name in FILES), "template/*", WEIGHTS_ARCHIVE, TEMPLATE_ARCHIVE, MANIFEST)
 EXPECTED = f"{DIT} and {' or '.join(VAES)}, or {WEIGHTS_ARCHIVE}"
+FILE_SUFFIXES = (".safetensors", ".pt", *ARCHIVE_SUFFIXES)
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
@@ -36,6 +43,78 @@ class Checkpoint:
     vae: Path
     templates: Path | None
     source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """An exported artifact on this machine (`lavin_rt.manifest`).
+
+    Attributes:
+        folder: with its `manifest.json`; nothing in it is a link.
+        fetched: whether it came from a hub, so that code in it runs only for who trusts it.
+        source: what it is called in records: the path as given, or `owner/name@commit`.
+    """
+
+    folder: Path
+    fetched: bool
+    source: str
+
+    @property
+    def templates(self) -> Path | None:
+        """The folder whose sub-folders are tasks, or None."""
+        return self.folder / "template" if (self.folder / "template").is_dir() else None
+
+
+def find_model(
+    model: str | os.PathLike | None = None,
+    revision: str | None = None,
+    trust: bool = False,
+    cache: str | os.PathLike | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint | Artifact:
+    """Finds a checkpoint's files as `find_checkpoint` does, or an artifact's, in a folder or on the hub.
+
+    Args:
+        model: see `find_checkpoint`; None is the small model that comes with the package, `lavin_rt.mini`.
+        trust: fetch an artifact with code in it (TensorRT plans, AOTInductor packages) from a hub.
+
+    Raises:
+        InputError: as `find_checkpoint`, or an artifact with code in it from a hub without `trust`.
+    """
+    if model is None:
+        return dataclasses.replace(find_checkpoint(BUNDLED, revision, cache), source="lavin-mini")
+    text = os.fspath(model)
+    path = Path(text).expanduser()
+    if text and is_artifact(path):
+        if revision is not None:
+            raise InputError(f"{text} is a local path, which has no revision {revision!r}; leave the revision out")
+        return Artifact(path, fetched=False, source=text)
+    if (text and os.path.lexists(path)) or not HUB_ID.fullmatch(text) or text.endswith(FILE_SUFFIXES):
+        return find_checkpoint(model, revision, cache, progress)
+    snapshot = _fetch(text, revision, cache)
+    if not (snapshot / MANIFEST).is_file():
+        return find_checkpoint(model, revision, cache, progress)
+    # Real files: those of the hub's own cache are links, which an artifact may not hold.
+    folder = snapshot.parent.parent / "artifact" / snapshot.name
+    manifest = Manifest.read(_fetch(text, snapshot.name, cache, folder, [MANIFEST]))
+    source = f"{text}@{snapshot.name}"
+    if manifest.kind in KINDS_OF_CODE and not trust:
+        raise InputError(
+            f"{source} is a {manifest.kind} artifact from a hub, which runs code of whoever made it; "
+            "pass --trust if you trust them"
+        )
+    _fetch(text, snapshot.name, cache, folder, [MANIFEST, *manifest.files, "template/*"])
+    return Artifact(folder, fetched=True, source=source)
+
+
+def template_roots(files: Checkpoint | Artifact) -> list[Path]:
+    """Where tasks are looked for by name: a model's own templates, then those that come with the package."""
+    return [root for root in (files.templates, BUNDLED / "template") if root is not None]
+
+
+def native_size(files: Checkpoint | Artifact) -> int:
+    """The size of pictures that a model was made for, pixels a side."""
+    return MINI_SIZE if isinstance(files, Checkpoint) and files.dit.is_relative_to(BUNDLED) else RELEASED_SIZE
 
 
 def find_checkpoint(
@@ -67,7 +146,7 @@ def find_checkpoint(
             if revision is not None:
                 raise InputError(f"{text} is a local path, which has no revision {revision!r}; leave the revision out")
             return _Finder(text, lambda archive: _cached_place(archive, cache), progress).find(path)
-        if not HUB_ID.fullmatch(text) or text.endswith((".safetensors", ".pt", *ARCHIVE_SUFFIXES)):
+        if not HUB_ID.fullmatch(text) or text.endswith(FILE_SUFFIXES):
             raise InputError(
                 f"{text!r} is no file or folder here, nor a Hugging Face id (owner/name); "
                 f"expected a folder with {EXPECTED}"
@@ -190,18 +269,25 @@ def _cached_place(archive: Path, cache: str | os.PathLike | None) -> Path:
     return Path(cache) / f"{archive.name}-{hashlib.sha256(identity).hexdigest()[:16]}"
 
 
-def _fetch(repository: str, revision: str | None, cache: str | os.PathLike | None) -> Path:
-    """The cached snapshot folder `.../snapshots/<commit>` of a hub repository, downloaded as far as needed."""
+def _fetch(
+    repository: str,
+    revision: str | None,
+    cache: str | os.PathLike | None,
+    folder: Path | None = None,
+    wanted: Sequence[str] = WANTED,
+) -> Path:
+    """A hub repository's wanted files: in a folder of real files, or by default in the hub's cache, whose snapshot
+    folder `.../snapshots/<commit>` is returned.
+    """
     at = f" at revision {revision!r}" if revision is not None else ""
     hub = f"{repository} is no local path, and as a Hugging Face id{at} it"
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError:
         raise missing_extra("huggingface_hub", "hub", f"{repository} is no local path, and fetching it") from None
-    files = [DIT, *VAES, "config.json"]
-    wanted = [*files, *(f"weights/{name}" for name in files), "template/*", WEIGHTS_ARCHIVE, TEMPLATE_ARCHIVE]
+    place = {"cache_dir": cache} if folder is None else {"local_dir": folder}
     try:
-        return Path(snapshot_download(repository, revision=revision, cache_dir=cache, allow_patterns=wanted))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=[*wanted], **place))
     except errors.GatedRepoError:
         advice = "needs permission: accept its terms on its page and log in (`hf auth login`)"
     except errors.RepositoryNotFoundError:

@@ -11,6 +11,9 @@ import torch
 from lavin_rt.cli import print_json
 from lavin_rt.config import PRESETS
 from lavin_rt.devices import resolve_device, resolve_dtype
+from lavin_rt.download import Artifact, Checkpoint, find_model
+from lavin_rt.errors import InputError
+from lavin_rt.manifest import Manifest
 from lavin_rt.packed import resolve_impl
 
 
@@ -25,8 +28,12 @@ def info(options: argparse.Namespace) -> None:
 
         checks += check_known_answers(device)
     if options.checkpoint:
-        record["checkpoint"], more = checkpoint(options, device, dtype)
-        checks += more
+        model = find_model(options.checkpoint, revision=options.revision, trust=getattr(options, "trust", False))
+        if isinstance(model, Artifact):
+            record["artifact"] = artifact(model, device, options.self_check)
+        else:
+            record["checkpoint"], more = checkpoint(options, model, device, dtype)
+            checks += more
     if options.self_check:
         record["self-check"] = [
             {"name": check.name, "error": check.error, "allowed": check.allowed, "passed": check.passed}
@@ -60,11 +67,31 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict:
     return described
 
 
-def checkpoint(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[dict, list]:
-    """What a checkpoint holds; loads its weights for the self-check only."""
-    from lavin_rt.checkpoint import describe, find_checkpoint, load_dit
+def artifact(model: Artifact, device: torch.device, self_check: bool) -> dict:
+    """What an artifact is and whether it runs here; hashes its files for the self-check only, and loads none.
 
-    files = find_checkpoint(options.checkpoint, revision=options.revision)
+    Raises:
+        InputError: a manifest that cannot be read, or with `self_check` a file that is not the one exported.
+    """
+    manifest = Manifest.read(model.folder)
+    record = {**manifest.record(), "artifact": model.source}
+    try:
+        manifest.check_device(device)
+        record["runs here"] = f"yes, on {device}"
+    except InputError as error:
+        record["runs here"] = f"no: {error}"
+    if self_check:
+        manifest.check_files()
+    record["files"] = "as exported" if self_check else "not checked (--self-check does)"
+    return record
+
+
+def checkpoint(
+    options: argparse.Namespace, files: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> tuple[dict, list]:
+    """What a checkpoint holds; loads its weights for the self-check only."""
+    from lavin_rt.checkpoint import describe, load_dit
+
     described = describe(files)
     impl = resolve_impl(options.impl, device, described.config)
     record = {**described.record(), "impl": impl}

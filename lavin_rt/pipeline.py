@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,15 @@ import torch
 
 from lavin_rt import context as contexts
 from lavin_rt import images
-from lavin_rt.checkpoint import Checkpoint, find_checkpoint, load_dit, load_vae
+from lavin_rt.artifact import ArtifactNetwork, ArtifactVAE, Manifest
+from lavin_rt.artifact import load as load_artifact
+from lavin_rt.checkpoint import load_dit, load_vae
 from lavin_rt.context import EncodedContext
-from lavin_rt.devices import resolve_device, resolve_dtype
+from lavin_rt.devices import DTYPES, resolve_device, resolve_dtype
+from lavin_rt.download import Artifact, Checkpoint, find_model, native_size, template_roots
 from lavin_rt.errors import InputError
 from lavin_rt.executor import Executor
+from lavin_rt.files import Progress
 from lavin_rt.model import JDiT
 from lavin_rt.networks import Network, make_network
 from lavin_rt.task import Result, Task, check_seed, draw_noise, task_shape
@@ -41,6 +45,7 @@ class Pipeline:
             clips too long for memory; None encodes and decodes all at once (exact).
         template_roots: folders in which `task("depth")` looks for a task by name.
         source: where the weights came from, for records.
+        size: of pictures, where a task asks for none.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Pipeline:
         chunk: int | None = None,
         template_roots: Sequence[Path] = (),
         source: str = "memory",
+        size: int = 512,
     ):
         self.network = make_network(dit, impl, compile) if isinstance(dit, JDiT) else dit
         self.dit, self.vae = dit, vae
@@ -62,12 +68,13 @@ class Pipeline:
         self.tile, self.chunk = tile, chunk
         self.template_roots = tuple(template_roots)
         self.source = source
+        self.size = size
         self._fingerprint: str | None = None
 
     @classmethod
     def from_pretrained(
         cls,
-        checkpoint: str | os.PathLike | Checkpoint,
+        checkpoint: str | os.PathLike | Checkpoint | Artifact | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         impl: str = "auto",
@@ -77,30 +84,40 @@ class Pipeline:
         chunk: int | None = None,
         revision: str | None = None,
         strict: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        trust: bool = False,
+        progress: Progress | None = None,
     ) -> Pipeline:
-        """Loads a folder, a `weights.tar.gz` or a Hugging Face id with the official files.
+        """Loads a folder, a `weights.tar.gz` or a Hugging Face id with the official files, or an exported artifact.
 
         Args:
             checkpoint: a folder with `lavin_dit.safetensors` and `stvae.pt` or `stvae.safetensors`, the published
-                archive, a hub id, or what `find_checkpoint` found.
-            device, dtype, impl: `"auto"` picks once, by what the machine has.
+                archive, an artifact's folder, a hub id of either, or what `find_model` found; None is the small model
+                that comes with the package.
+            device, dtype, impl: `"auto"` picks once, by what the machine has; an artifact has settled dtype and impl.
             revision: of a hub id.
             strict: treat unexpected tensors as an error instead of a warning.
+            trust: run the code in an artifact that came from a hub.
             progress: `(bytes done, bytes in all)` while an archive is unpacked and while the transformer is read.
 
         Raises:
             InputError: files, tensors or a device that are not there or do not fit.
         """
+        files = checkpoint
+        if not isinstance(files, Checkpoint | Artifact):
+            files = find_model(files, revision, trust, progress=progress)
+        roots = template_roots(files)
+        if isinstance(files, Artifact):
+            if impl != "auto" or compile:
+                raise InputError(
+                    "an artifact has settled what runs it; leave impl and compile out, or give a checkpoint"
+                )
+            network, vae = _load_artifact(files, device, dtype, trust, progress)
+            return cls(network, vae, "auto", False, graphs, tile, chunk, roots, files.source)
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
-        files = checkpoint
-        if not isinstance(files, Checkpoint):
-            files = find_checkpoint(files, revision=revision, progress=progress)
         dit = load_dit(files.dit, device=device, dtype=dtype, strict=strict, progress=progress)
         vae = load_vae(files.vae, device=device, dtype=dtype, strict=strict)
-        roots = [files.templates] if files.templates else []
-        return cls(dit, vae, impl, compile, graphs, tile, chunk, roots, files.source)
+        return cls(dit, vae, impl, compile, graphs, tile, chunk, roots, files.source, native_size(files))
 
     @property
     def impl(self) -> str:
@@ -131,7 +148,7 @@ class Pipeline:
         self,
         context: str | os.PathLike | EncodedContext | Iterable[tuple[Any, Any]],
         pairs: int = 4,
-        size: int | str | tuple[int, int] = 512,
+        size: int | str | tuple[int, int] | None = None,
         seed: int = 0,
         repeats: bool = False,
         posterior: str = "mean",
@@ -143,7 +160,7 @@ class Pipeline:
                 templates, an encoded context or its `.safetensors` file, or pairs `[(input, target), ...]` (pictures
                 or clips; all are used, in order).
             pairs: how many pairs to choose from a folder; pairs given and encoded contexts are used whole.
-            size: (height, width) in pixels, multiples of 16.
+            size: (height, width) in pixels, multiples of 16; None is the pipeline's.
             seed: of the choice, and of the posterior's sample.
             repeats: choose with repeats, as the published scripts do.
             posterior: `"mean"`, or `"sample"` to draw the VAE's latents.
@@ -151,7 +168,7 @@ class Pipeline:
         Raises:
             InputError: whatever of these cannot be used, or too little memory for one query.
         """
-        size = images.parse_size(size)
+        size = images.parse_size(self.size if size is None else size)
         check_seed(seed)
         if posterior not in POSTERIORS:
             raise InputError(f"posterior is {posterior!r}; expected one of {', '.join(POSTERIORS)}")
@@ -198,6 +215,22 @@ class Pipeline:
         with self.executor.turn():
             pixels = self._vae.decode(unscale_latents(latents.to(self.device)), tile=self.tile, chunk=self.chunk)
         return images.from_pixels(pixels.float())[0].transpose(0, 1).cpu()
+
+
+def _load_artifact(
+    files: Artifact, device: str | torch.device, dtype: str | torch.dtype, trust: bool, progress: Progress | None
+) -> tuple[ArtifactNetwork, ArtifactVAE]:
+    manifest = Manifest.read(files.folder)
+    if device == "auto" and manifest.target["device"] != "any":
+        device = manifest.target["device"]
+    if dtype != "auto" and resolve_dtype(dtype, torch.device("cpu")) != manifest.dtype:
+        made = next(name for name, known in DTYPES.items() if known == manifest.dtype)
+        raise InputError(
+            f"{files.source} was exported in {made}, asked for {dtype}; leave dtype out or export it again"
+        )
+    # A folder that the user named is theirs; what a hub gave runs code only for who trusts it.
+    trust = trust or not files.fetched
+    return load_artifact(files.folder, resolve_device(device), trust, progress)[:2]
 
 
 def _is_encoded_file(context: Any) -> bool:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from lavin_rt import context as contexts
 from lavin_rt import images
-from lavin_rt.checkpoint import Checkpoint, find_checkpoint
 from lavin_rt.cli import print_json
+from lavin_rt.download import MINI_SIZE, RELEASED_SIZE, Artifact, Checkpoint, find_model, template_roots
 from lavin_rt.errors import InputError
 from lavin_rt.knots import schedule
 from lavin_rt.pipeline import Pipeline
@@ -24,7 +24,8 @@ def run(options: argparse.Namespace) -> None:
     queries = find_queries(options.query, options.clip)
     outputs = output_paths(queries, options.output, options.grid)
     schedule(options.steps)
-    size = images.parse_size(options.size)
+    default = RELEASED_SIZE if options.checkpoint else MINI_SIZE
+    size = images.parse_size(default if options.size is None else options.size)
     check_seed(options.seed, len(queries))
     clips = [images.load_clip(query) for query in queries]
     for clip, query, output in zip(clips, queries, outputs, strict=True):
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     progress = Progress(quiet=options.quiet or options.json)
     began = time.perf_counter()
     with progress.bar("loading", "B") as loading:
-        checkpoint = find_checkpoint(options.checkpoint, revision=options.revision, progress=loading)
+        checkpoint = find_model(options.checkpoint, options.revision, options.trust, progress=loading)
         check_task(options, checkpoint)
         pipe = Pipeline.from_pretrained(
             checkpoint,
@@ -57,6 +58,7 @@ def run(options: argparse.Namespace) -> None:
             tile=options.tile and options.tile // 8,
             chunk=options.chunk,
             strict=options.strict,
+            trust=options.trust,
             progress=loading,
         )
     loaded = time.perf_counter()
@@ -94,12 +96,12 @@ def run(options: argparse.Namespace) -> None:
     report(options, task, queries, outputs, results, seconds)
 
 
-def check_task(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
+def check_task(options: argparse.Namespace, checkpoint: Checkpoint | Artifact) -> None:
     """Finds what is wrong with the task before minutes go into reading weights."""
     if options.task.endswith(".safetensors"):
         contexts.EncodedContext.load(options.task)
         return
-    folder = contexts.find_task(options.task, [checkpoint.templates] if checkpoint.templates else [])
+    folder = contexts.find_task(options.task, template_roots(checkpoint))
     contexts.choose_pairs(contexts.read_template(folder), options.pairs, options.seed, options.repeats)
 
 

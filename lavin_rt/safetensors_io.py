@@ -184,7 +184,7 @@ def write_safetensors(
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the tensors start aligned
+    encoded += b" " * (-(8 + len(encoded)) % 64)  # tensors in a mapped file start at a cache line
     with written_whole(path) as partial, open(partial, "xb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)

@@ -1,0 +1,41 @@
+// Files: mapped to be read, written whole or not at all.
+#pragma once
+
+#include <cstddef>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+
+namespace lavin {
+
+namespace fs = std::filesystem;
+
+// A file's bytes, mapped; they go when the last owner does.
+class MappedFile {
+ public:
+  // Throws InputError with `expected` where there is no such file, or it is no plain file.
+  static std::shared_ptr<MappedFile> open(const fs::path& path, const std::string& expected);
+
+  MappedFile(const MappedFile&) = delete;
+  ~MappedFile();
+
+  const char* data() const { return data_; }
+  size_t size() const { return size_; }
+  std::string_view text() const { return {data_, size_}; }
+
+ private:
+  MappedFile() = default;
+
+  const char* data_ = "";
+  size_t size_ = 0;
+};
+
+// Calls `write` with a free name beside `path`, then renames that file to `path`; removes it where anything fails.
+void written_whole(const fs::path& path, const std::function<void(const fs::path&)>& write);
+
+// Throws InputError unless files can be made where `path` is to be.
+void check_writable(const fs::path& path);
+
+}  // namespace lavin

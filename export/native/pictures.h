@@ -1,0 +1,31 @@
+// Pictures: read as uint8 RGB, resized as the model expects, written whole or not at all.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "files.h"
+
+namespace lavin {
+
+// Suffixes of the files that this build reads and writes: .ppm and .pgm, and .png where it has libpng.
+bool reads_suffix(const fs::path& path);
+std::string known_suffixes();
+
+// One picture as uint8 [3, H, W]: binary PPM or PGM, or PNG. Transparency is composited on white, 16 bits become 8.
+// EXIF orientation is not applied. Throws InputError: no such file, not such a picture, truncated, or too large.
+at::Tensor load_picture(const fs::path& path);
+
+// Writes uint8 [3, H, W] as .ppm or .png, whole or not at all.
+void save_picture(const at::Tensor& picture, const fs::path& path);
+
+// Throws InputError for a name that save_picture cannot write.
+void check_output(const fs::path& path);
+
+// Bicubic antialiased resampling of uint8 [3, H, W] on uint8 values; aspect ratio is ignored.
+at::Tensor resize(const at::Tensor& picture, int64_t height, int64_t width);
+
+// uint8 [3, H, W] to the VAE's float32 [1, 3, 1, H, W] in [-1, 1], and back from the VAE's pixels.
+at::Tensor to_pixels(const at::Tensor& picture);
+at::Tensor from_pixels(const at::Tensor& pixels);
+
+}  // namespace lavin

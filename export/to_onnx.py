@@ -1,0 +1,214 @@
+"""Checkpoint to ONNX artifact: graphs traced without weights, the weights streamed from the checkpoint behind them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavin_export import denoiser as denoiser_part
+from lavin_export import onnx_graph, vae_parts
+from lavin_export.denoiser import Denoiser, Source
+from lavin_export.manifest import ArtifactWriter, writing
+from lavin_export.onnx_support import Report
+from lavin_export.plugin_graph import PluginDenoiser, add_functions
+from lavin_rt.checkpoint import Checkpoint, find_checkpoint
+from lavin_rt.config import DiTConfig
+from lavin_rt.devices import resolve_device, resolve_dtype
+from lavin_rt.errors import InputError, missing_extra
+from lavin_rt.files import Progress
+from lavin_rt.images import check_clip_frames
+from lavin_rt.manifest import Manifest
+from lavin_rt.model import JDiT
+from lavin_rt.rope import rotary_tables
+from lavin_rt.safetensors_io import SafetensorsFile
+
+WeightsOf = Callable[[str], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """A network as an ONNX file.
+
+    Attributes:
+        name: in the manifest.
+        file, weights: the file's name, and those of the files with its weights.
+        inputs, outputs, ranges: as the manifest has them.
+        support: what the graph asks of TensorRT.
+        initialisers: the official tensors behind every weight of the denoiser, joined along their first dimension, and
+            whether the weight is stored transposed: what refitting with another checkpoint needs.
+    """
+
+    name: str
+    file: str
+    weights: list[str]
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+    ranges: dict[str, list[int]]
+    support: Report
+    initialisers: dict[str, dict[str, Any]]
+
+
+def export_onnx(
+    checkpoint: Checkpoint,
+    output: str | os.PathLike,
+    *,
+    dtype: torch.dtype = torch.float32,
+    steps: Sequence[int] = (20,),
+    clip_frames: Sequence[int] = (),
+    templates: bool = True,
+    verify: bool = True,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Manifest:
+    """Writes an ONNX artifact: opset 23, native Attention and RMSNormalization, every size dynamic.
+
+    The transformer's weights go from file to file one at a time; the VAE's (0.9 GB) are held in memory.
+
+    Args:
+        checkpoint: what `find_checkpoint` found.
+        output: the artifact's folder; must not exist, or be empty.
+        dtype: float32, float16 or bfloat16 (which ONNX Runtime computes on CUDA only).
+        steps: schedules to tabulate the modulation of.
+        clip_frames: frame counts `1 + 4 k` of clips to export the VAE for, besides pictures.
+        templates: copy the checkpoint's templates.
+        verify: run the parts against the plain model; an artifact that fails leaves nothing behind.
+        device: to verify on.
+        progress: `(bytes of weights written, bytes in all)` of the denoiser.
+
+    Raises:
+        InputError: what of these cannot be used, or a package that is missing.
+        VerificationError: a result beyond its error budget.
+    """
+    try:
+        import onnx
+        import onnxscript
+    except ImportError as error:
+        raise missing_extra(error.name or "onnx", "onnx", "exporting to ONNX") from None
+    for frames in clip_frames:
+        check_clip_frames(frames, "clip")
+    options = {"clip_frames": list(clip_frames), "opset": onnx_graph.OPSET}
+    with writing(output, "onnx", checkpoint, dtype, options=options, steps=steps, templates=templates) as artifact:
+        artifact.versions |= {"onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
+        for part in write_graphs(artifact, artifact.folder, clip_frames, progress):
+            needs = {"tensorrt": ".".join(map(str, part.support.tensorrt)), "operators": part.support.operators}
+            more = {"initialisers": part.initialisers} if part.initialisers else {}
+            artifact.add_part(
+                part.name, part.file, part.weights, part.inputs, part.outputs, part.ranges, needs=needs, **more
+            )
+        artifact.write_modulation()
+        if verify:
+            artifact.verify(device)
+    return Manifest.read(output)
+
+
+def write_graphs(
+    artifact: ArtifactWriter, folder: Path, clip_frames: Sequence[int] = (), progress: Progress | None = None
+) -> list[Part]:
+    """Writes the denoiser and the VAE's networks as ONNX files into a folder, in the artifact's dtype."""
+    import onnx
+
+    parts = [write_denoiser(artifact, folder, progress)]
+    for frames in [1, *(frames for frames in clip_frames if frames != 1)]:
+        parts += [write_vae(artifact, folder, part, frames) for part in ("encoder", "decoder")]
+    for part in parts:
+        onnx.checker.check_model(str(folder / part.file), full_check=True)
+    return parts
+
+
+def write_denoiser(
+    artifact: ArtifactWriter, folder: Path, progress: Progress | None = None, plugins: bool = False
+) -> Part:
+    """Writes `denoiser.onnx` and `denoiser.onnx.data`; with `plugins` our row-wise kernels are nodes of it, see
+    `plugin_graph`.
+    """
+    config, dtype = artifact.config, artifact.dtype
+    specification = denoiser_part.specification(config, artifact.dtype_name)
+    inputs, outputs, ranges = specification
+    with torch.device("meta"):
+        module = (PluginDenoiser if plugins else Denoiser)(JDiT(config).to(dtype))
+    examples = [tensor.to("meta") for tensor in denoiser_part.example_inputs(config, dtype)]
+    graph = onnx_graph.trace(module, examples, denoiser_part.dynamic_shapes(), inputs, outputs)
+    if plugins:
+        add_functions(graph.model, config)
+    onnx_graph.write(graph, folder / "denoiser.onnx", denoiser_weights(artifact.file, config, dtype), progress)
+    initialisers = {
+        name: {"from": source.official, "transposed": name in graph.transposed}
+        for name, source in denoiser_part.sources(config).items()
+    }
+    weights = ["denoiser.onnx.data"]
+    return Part("denoiser", "denoiser.onnx", weights, inputs, outputs, ranges, graph.support, initialisers)
+
+
+def write_vae(artifact: ArtifactWriter, folder: Path, part: str, frames: int) -> Part:
+    """Writes the VAE's "encoder" or "decoder" for clips of so many frames."""
+    name = vae_parts.part_name(part, frames)
+    inputs, outputs, ranges = vae_parts.specification(part, artifact.dtype_name, frames)
+    module, values = onnx_graph.on_meta(vae_module(artifact, part, frames))
+    examples = [tensor.to("meta") for tensor in vae_parts.example_inputs(part, artifact.dtype, frames)]
+    graph = onnx_graph.trace(module, examples, vae_parts.dynamic_shapes(part), inputs, outputs)
+    onnx_graph.write(graph, folder / f"{name}.onnx", values.__getitem__)
+    return Part(name, f"{name}.onnx", [f"{name}.onnx.data"], inputs, outputs, ranges, graph.support, {})
+
+
+def vae_module(artifact: ArtifactWriter, part: str, frames: int) -> torch.nn.Module:
+    """The module that is traced, with its weights in the artifact's dtype."""
+    make = {"encoder": vae_parts.Encoder, "decoder": vae_parts.Decoder}[part]
+    return vae_parts.in_dtype(make(artifact.vae(), frames), artifact.dtype)
+
+
+def denoiser_weights(file: SafetensorsFile, config: DiTConfig, dtype: torch.dtype) -> WeightsOf:
+    """Reads a parameter or buffer of a `Denoiser` from a checkpoint's file by its name."""
+    sources = denoiser_part.sources(config)
+
+    def weight(name: str) -> torch.Tensor:
+        if name in sources:
+            return read_source(file, sources[name], dtype)
+        if name == "unit":
+            return torch.ones(config.hidden_size, dtype=dtype)
+        cos, sin = rotary_tables(denoiser_part.POSITIONS, config.head_size)
+        return {"rotary_cos": cos, "rotary_sin": sin}[name]
+
+    return weight
+
+
+def read_source(file: SafetensorsFile, source: Source, dtype: torch.dtype) -> torch.Tensor:
+    """The official tensors of one parameter, joined, in `dtype` on the CPU."""
+    tensor, row = torch.empty(source.shape, dtype=dtype), 0
+    with file.reader() as reader:
+        for place in source.places:
+            reader.read_into(place.official, tensor[row : row + place.shape[0]])
+            row += place.shape[0]
+    return tensor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `lavin-rt export onnx` that the other formats do not have: none."""
+
+
+def from_arguments(arguments: argparse.Namespace) -> Manifest:
+    """Runs `lavin-rt export onnx`."""
+    from lavin_rt.run import Progress as Bars
+
+    device = resolve_device("cpu" if arguments.device == "auto" else arguments.device)
+    dtype = resolve_dtype("float32" if arguments.dtype == "auto" else arguments.dtype, device)
+    if arguments.steps and len(set(arguments.steps)) < len(arguments.steps):
+        raise InputError(f"--steps {arguments.steps} names a schedule twice; give each once")
+    checkpoint = find_checkpoint(arguments.checkpoint, revision=arguments.revision)
+    with Bars(arguments.quiet).bar("writing weights", "B") as progress:
+        return export_onnx(
+            checkpoint,
+            arguments.output,
+            dtype=dtype,
+            steps=arguments.steps,
+            clip_frames=arguments.clip_frames,
+            templates=arguments.templates,
+            verify=arguments.verify,
+            device=device,
+            progress=progress,
+        )

@@ -1,0 +1,288 @@
+"""Holding an artifact against the checkpoint it was made of: every part, and a short sampling run.
+
+Every error is against the plain model in float32. In float32 it may be 1e-5 for a pass and 1e-4 for the sampling run;
+in 16 bits at most twice the error that the plain model itself makes in that dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavin_export.onnx_weights import check_weights, widened
+from lavin_rt.artifact import ArtifactNetwork, ArtifactVAE, assemble
+from lavin_rt.checkpoint import Checkpoint, find_checkpoint, load_dit, load_vae
+from lavin_rt.devices import current_device, resolve_device
+from lavin_rt.errors import InputError
+from lavin_rt.knots import schedule
+from lavin_rt.manifest import Manifest, check_ranges, file_sha256, sized
+from lavin_rt.official_layout import official_layout
+from lavin_rt.vae import STVAE
+
+PASS, RUN = 1e-5, 1e-4  # relative errors allowed in float32
+EVALUATIONS, GUIDANCE = 3, 1.5
+AGREE_LEAST = 1e-6  # of a 16-bit budget, where the plain model happens to make next to no error
+WORK = 4e12  # operations of the largest case, a minute of a small CPU
+MOST_ROWS = 2560
+LARGEST = {"batch": 2, "target_frames": 1, "cond_frames": 9, "height": 32, "width": 32}
+ODD = {"batch": 3, "target_frames": 2, "cond_frames": 5, "height": 6, "width": 10}
+LARGEST_PICTURE, ODD_PICTURE = {"rows": 12, "columns": 16}, {"rows": 3, "columns": 5}
+
+Sizes = dict[str, int]
+Velocity = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+"""`(latents, evaluation, cond_latents) -> velocity` of one branch."""
+
+
+class VerificationError(RuntimeError):
+    """An artifact does not compute what its checkpoint does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One comparison: of what, at which sizes, the error and what is allowed."""
+
+    part: str
+    sizes: Sizes
+    error: float
+    budget: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.budget  # False for NaN
+
+
+def verify_artifact(
+    folder: Path, checkpoint: Checkpoint, device: torch.device | str = "cpu", evaluations: int = EVALUATIONS
+) -> dict[str, Any]:
+    """Runs every part of an artifact, and a short sampling run, beside the plain model.
+
+    At the smallest sizes that the artifact takes, odd ones, and the largest up to 2,560 rows (fewer for a large model:
+    a minute of a small CPU). The plain models and the artifact are in memory one after another.
+
+    Args:
+        folder: the artifact; its files' hashes are checked first.
+        checkpoint: that it was made of.
+        device: to run both on.
+        evaluations: of the sampling run, spread over the first schedule.
+
+    Returns:
+        what the manifest keeps as "verification": plain values.
+
+    Raises:
+        VerificationError: an error above its budget; names the part, the sizes and both numbers.
+        InputError: an artifact that is damaged or cannot run on the device.
+    """
+    manifest, device = Manifest.read(folder), torch.device(device)
+    manifest.check_device(device)
+    manifest.check_files()
+    if manifest.kind == "onnx":
+        check_weights(manifest, checkpoint)
+    cases = Cases(manifest, checkpoint, evaluations)
+    with torch.no_grad(), current_device(device), tempfile.TemporaryDirectory(prefix="lavin-rt-verify-") as scratch:
+        truth = cases.of_plain(torch.float32, device)
+        own = truth if manifest.dtype == torch.float32 else cases.of_plain(manifest.dtype, device)
+        runnable, method = manifest, "as it runs"
+        if manifest.kind == "onnx" and manifest.dtype == torch.bfloat16 and device.type == "cpu":
+            runnable, method = widened(manifest, Path(scratch)), "its bfloat16 weights in float32 arithmetic"
+        found = cases.of_artifact(*assemble(runnable, device))
+    checks = []
+    for (part, sizes), result, right, plain in zip(cases.keys, found, truth, own, strict=True):
+        fixed = RUN if part == "sampling" else PASS
+        budget = fixed if manifest.dtype == torch.float32 else max(2 * relative_error(plain, right), AGREE_LEAST)
+        checks.append(Check(part, sizes, relative_error(result, right), budget))
+    for check in checks:
+        if not check.passed:
+            raise VerificationError(
+                f"{folder}: {check.part} at {check.sizes} is off by {check.error:.2e} from the plain model, allowed "
+                f"are {check.budget:.2e}; do not use this artifact"
+            )
+    return {
+        "passed": True,
+        "device": device.type,
+        "method": method,
+        "parts": {
+            name: [{"sizes": check.sizes, "error": check.error, "budget": check.budget} for check in of_part]
+            for name, of_part in itertools.groupby((c for c in checks if c.part != "sampling"), lambda c: c.part)
+        },
+        "sampling": {
+            "evaluations": evaluations,
+            "sizes": checks[-1].sizes,
+            "error": checks[-1].error,
+            "budget": checks[-1].budget,
+        },
+    }
+
+
+class Cases:
+    """The inputs of a verification, and what a model makes of them.
+
+    Attributes:
+        keys: (part, sizes) of every result, the sampling run last.
+    """
+
+    def __init__(self, manifest: Manifest, checkpoint: Checkpoint, evaluations: int):
+        self.manifest, self.checkpoint, self.evaluations = manifest, checkpoint, evaluations
+        self.knots = schedule(manifest.schedules[0])
+        parameters = sum(torch.Size(place.shape).numel() for place in official_layout(manifest.config))
+        rows = min(MOST_ROWS, int(WORK / (2 * parameters)))
+        self.passes = sizes_to_check(manifest.parts["denoiser"], LARGEST, ODD, lambda sizes: _rows(sizes) <= rows)
+        self.pictures = [
+            (name, sizes)
+            for name, part in manifest.parts.items()
+            if name != "denoiser"
+            for sizes in sizes_to_check(part, LARGEST_PICTURE, ODD_PICTURE, lambda sizes: True)
+        ]
+        self.run = {**self.passes[0], "batch": min(self.passes[0]["batch"], 1) or 1}
+        fits = _within(manifest.parts["denoiser"], {**self.run, "height": 4, "width": 6, "cond_frames": 3})
+        if fits:
+            self.run |= {"height": 4, "width": 6, "cond_frames": 3}
+        self.keys = [("denoiser", sizes) for sizes in self.passes] + [*self.pictures, ("sampling", self.run)]
+
+    def of_plain(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+        """Results of the plain model, on the CPU in float32."""
+        passes, run = self._of_transformer(dtype, device)
+        vae = load_vae(self.checkpoint.vae, device=device, dtype=dtype).use("plain")
+        return [*passes, *self._pictures(vae, device), run]
+
+    def _of_transformer(self, dtype: torch.dtype, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
+        dit = load_dit(self.checkpoint.dit, device=device, dtype=dtype)
+
+        def velocity(latents: torch.Tensor, evaluation: int, cond_latents: torch.Tensor) -> torch.Tensor:
+            return dit(latents, self.knots[evaluation].to(device).expand(len(latents)), cond_latents)
+
+        return self._passes(velocity, device), self._sampled(velocity, device)
+
+    def of_artifact(self, network: ArtifactNetwork, vae: ArtifactVAE) -> list[torch.Tensor]:
+        """Results of an artifact, on the CPU in float32."""
+        blocks, head_scale = network.table(self.knots)
+
+        def velocity(latents: torch.Tensor, evaluation: int, cond_latents: torch.Tensor) -> torch.Tensor:
+            dtype = network.dtype
+            rows = blocks[evaluation], head_scale[evaluation]
+            return network.session(latents.to(dtype), cond_latents.to(dtype), *rows)[0]
+
+        device = network.device
+        passes, run = self._passes(velocity, device), self._sampled(velocity, device)
+        return [*passes, *self._pictures(vae, device), run]
+
+    def _passes(self, velocity: Velocity, device: torch.device) -> list[torch.Tensor]:
+        results = []
+        for index, sizes in enumerate(self.passes):
+            latents, cond_latents = self._latents(sizes, device, index)
+            evaluation = min(index * 7, len(self.knots) - 2)
+            results.append(velocity(latents, evaluation, cond_latents).float().cpu())
+        return results
+
+    def _sampled(self, velocity: Velocity, device: torch.device) -> torch.Tensor:
+        latents, cond_latents = self._latents(self.run, device, 100)
+        query = cond_latents[:, :, -1:]
+        null = torch.cat([torch.zeros_like(query), query], dim=2)
+        guided = _within(self.manifest.parts["denoiser"], {**self.run, "cond_frames": 2})
+        # A few wide Euler steps over the whole schedule: its first knots lie so close that they would move nothing.
+        last = len(self.knots) - 1
+        chosen = [round(index * last / self.evaluations) for index in range(self.evaluations)] + [last]
+        for evaluation, following in itertools.pairwise(chosen):
+            step = velocity(latents, evaluation, cond_latents).float()
+            if guided:
+                unguided = velocity(latents, evaluation, null).float()
+                step = unguided + GUIDANCE * (step - unguided)
+            latents = latents + (self.knots[following] - self.knots[evaluation]).item() * step
+        return latents.cpu()
+
+    def _pictures(self, vae: STVAE | ArtifactVAE, device: torch.device) -> list[torch.Tensor]:
+        results = []
+        for index, (name, sizes) in enumerate(self.pictures):
+            shape = sized(self.manifest.parts[name]["inputs"][0]["shape"], sizes)
+            generator = torch.Generator().manual_seed(200 + index)
+            if name.startswith("vae_encoder"):
+                posterior = vae.encode((torch.rand(shape, generator=generator) * 2 - 1).to(device))
+                result = torch.cat([posterior.mean, posterior.logvar], dim=1)
+            else:
+                result = vae.decode(torch.randn(shape, generator=generator).to(device))
+            results.append(result.float().cpu())
+        return results
+
+    def _latents(self, sizes: Sizes, device: torch.device, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        channels, grid = self.manifest.config.in_channels, (sizes["height"], sizes["width"])
+        frames = sizes["target_frames"], sizes["cond_frames"]
+        latents, cond_latents = (
+            torch.randn(sizes["batch"], channels, count, *grid, generator=generator).to(device) for count in frames
+        )
+        return latents, cond_latents
+
+
+def sizes_to_check(
+    part: Mapping[str, Any], largest: Sizes, odd: Sizes, affordable: Callable[[Sizes], bool]
+) -> list[Sizes]:
+    """The smallest sizes that a part takes, odd ones and large ones, of every range that it has; none twice."""
+    found: list[Sizes] = []
+    for ranges in part["ranges"] if isinstance(part["ranges"], list) else [part["ranges"]]:
+        bounds = {name: ranges.get(name, [1, largest[name]]) for name in largest}
+        smallest = {name: least for name, (least, _) in bounds.items()}
+        middle, large = (
+            {name: min(max(wanted[name], least), most) for name, (least, most) in bounds.items()}
+            for wanted in (odd, largest)
+        )
+        for name in ("batch", "height", "width", "cond_frames"):
+            if not affordable(large) and name in large:
+                large[name] = middle[name] if affordable({**large, name: middle[name]}) else smallest[name]
+        found += [sizes for sizes in (smallest, middle, large) if sizes not in found]
+    return found
+
+
+def relative_error(result: torch.Tensor, truth: torch.Tensor) -> float:
+    """`||result - truth|| / ||truth||` in float64; infinite for another shape."""
+    if result.shape != truth.shape:
+        return float("inf")
+    return ((result.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def _rows(sizes: Sizes) -> int:
+    return sizes["batch"] * (sizes["cond_frames"] + sizes["target_frames"]) * sizes["height"] * sizes["width"] // 4
+
+
+def _within(part: Mapping[str, Any], sizes: Sizes) -> bool:
+    try:
+        check_ranges(part, sizes)
+    except InputError:
+        return False
+    return True
+
+
+def from_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs `lavin-rt export verify`."""
+    manifest = Manifest.read(arguments.artifact)
+    checkpoint = find_checkpoint(arguments.checkpoint, revision=arguments.revision)
+    for role, path in (("dit", checkpoint.dit), ("vae", checkpoint.vae)):
+        if file_sha256(path) != manifest.source.get(f"{role}_sha256"):
+            raise InputError(
+                f"{arguments.artifact} was not exported from {path} (another SHA-256); give the checkpoint that it was "
+                f"exported from: {manifest.source.get('name')}"
+            )
+    device = resolve_device(arguments.device if arguments.device != "auto" else _device_of(manifest))
+    return verify_artifact(Path(arguments.artifact), checkpoint, device)
+
+
+def _device_of(manifest: Manifest) -> str:
+    return "cuda" if manifest.target["device"] == "cuda" else "cpu"
+
+
+def shown(verification: Mapping[str, Any]) -> Sequence[str]:
+    """A verification in lines."""
+    lines = []
+    for name, checks in verification["parts"].items():
+        worst = max(checks, key=lambda check: check["error"] / check["budget"])
+        lines.append(f"ok  {name}: error {worst['error']:.1e}, allowed {worst['budget']:.1e}, {len(checks)} shapes")
+    run = verification["sampling"]
+    lines.append(
+        f"ok  sampling, {run['evaluations']} evaluations: error {run['error']:.1e}, allowed {run['budget']:.1e}"
+    )
+    return [*lines, f"on {verification['device']}, {verification['method']}"]

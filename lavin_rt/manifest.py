@@ -1,0 +1,386 @@
+"""The manifest of an artifact: a folder with one model compiled for ONNX Runtime, TensorRT or AOTInductor.
+
+An artifact may come from anyone: whatever its manifest says is checked here before a file of it is opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavin_rt.config import DiTConfig
+from lavin_rt.errors import InputError
+from lavin_rt.files import Progress
+
+FORMAT, VERSION = "lavin-rt artifact", 1
+NAME = "manifest.json"
+KINDS = ("onnx", "tensorrt", "aoti")
+KINDS_OF_CODE = ("tensorrt", "aoti")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MODULATION = "modulation.safetensors"
+PARTS = ("denoiser", "vae_encoder", "vae_decoder")
+MAX_BYTES = 16 * 2**20
+BLOCK = 4 * 2**20
+
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_PART = re.compile(r"denoiser|vae_(?:encoder|decoder)(?:_clip[0-9]{1,4})?")
+_SIZE = re.compile(r"(?:([1-9][0-9]{0,3})\*)?([a-z][a-z_]{0,63})")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Manifest:
+    """What an artifact is.
+
+    Attributes:
+        folder: where it lies.
+        kind: "onnx", "tensorrt" or "aoti".
+        dtype: that the networks compute in.
+        config: the transformer's.
+        vae_fingerprint: of the VAE, as `lavin_rt.context.vae_fingerprint`.
+        latent_scaling: {"shift", "scale"} between the VAE and the transformer.
+        target: {"device": "any", "cpu" or "cuda", "compute_capability": [major, minor] or None,
+            "hardware_compatibility": None or a level}.
+        schedules: numbers of knots that the modulation file has.
+        parts: by name ("denoiser", "vae_encoder", "vae_decoder", "vae_encoder_clip5", ...) {"file", "weights": [files],
+            "inputs", "outputs": [{"name", "dtype", "shape"}], "ranges"}. A shape's items are numbers, names of sizes
+            such as "batch", or multiples of one ("8*rows"); "ranges" gives the least and the most of every name, or is
+            a list of such maps of which one has to fit.
+        files: {"sha256", "bytes"} of every file but the manifest itself.
+        versions, source, options, verification: of the export, for the record.
+    """
+
+    folder: Path
+    kind: str
+    dtype: torch.dtype
+    config: DiTConfig
+    vae_fingerprint: str
+    latent_scaling: dict[str, float]
+    target: dict[str, Any]
+    schedules: tuple[int, ...]
+    parts: dict[str, dict[str, Any]]
+    files: dict[str, dict[str, Any]]
+    versions: dict[str, str]
+    source: dict[str, Any]
+    options: dict[str, Any]
+    verification: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike) -> Manifest:
+        """Reads and checks a folder's manifest; opens no other file.
+
+        Raises:
+            InputError: no manifest, one of another format or version, or one that contradicts itself.
+        """
+        folder = Path(folder)
+        path = folder / NAME
+        values = _read_json(path)
+        if values.get("format") != FORMAT:
+            raise InputError(f"{path} is not of a lavin-rt artifact (its format is {_shown(values.get('format'))})")
+        if values.get("version") != VERSION:
+            raise InputError(
+                f"{path} is of version {_shown(values.get('version'))}, this package reads {VERSION}; export it again"
+            )
+        try:
+            return cls(folder=folder, **_parsed(values))
+        except InputError as error:
+            raise InputError(f"{path}: {error}; export it again") from None
+
+    def check_files(self, progress: Progress | None = None) -> None:
+        """Compares every file with its size and hash.
+
+        Raises:
+            InputError: a file that is missing, no plain file, or not the one that was exported.
+        """
+        for name, entry in self.files.items():
+            self._check_file(name, entry["bytes"])
+        total, done = sum(entry["bytes"] for entry in self.files.values()), 0
+        with ThreadPoolExecutor(max_workers=2) as pool:  # hashing releases the interpreter
+            digests = pool.map(lambda name: file_sha256(self.folder / name), self.files)
+            for (name, entry), digest in zip(self.files.items(), digests, strict=True):
+                if digest != entry["sha256"]:
+                    raise InputError(
+                        f"{self.folder / name} is not the file that was exported (SHA-256 {digest[:12]}..., the "
+                        f"manifest has {entry['sha256'][:12]}...); export or fetch the artifact again"
+                    )
+                done += entry["bytes"]
+                if progress is not None:
+                    progress(done, total)
+
+    def _check_file(self, name: str, size: int) -> None:
+        path = self.folder / name
+        try:
+            status = os.lstat(path)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise InputError(f"{path}: {reason}; the artifact is not complete, export or fetch it again") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path} is no plain file; an artifact holds neither links nor devices: copy the file")
+        if status.st_size != size:
+            raise InputError(
+                f"{path} has {status.st_size:,} bytes, the manifest says {size:,}; export or fetch the artifact again"
+            )
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises an `InputError` where the artifact was made for another kind of device or another GPU."""
+        wanted = self.target["device"]
+        if wanted not in ("any", device.type):
+            raise InputError(
+                f"{self.folder} was exported for {wanted} and cannot run on {device}; "
+                f"choose --device {wanted} or export it for {device.type}"
+            )
+        capability = self.target.get("compute_capability")
+        if device.type != "cuda" or capability is None:
+            return
+        found, level = torch.cuda.get_device_capability(device), self.target.get("hardware_compatibility")
+        if tuple(capability) == found or (level == "ampere_plus" and found >= (8, 0)):
+            return
+        raise InputError(
+            f"{self.folder} was exported for a GPU of compute capability {capability[0]}.{capability[1]}, {device} has "
+            f"{found[0]}.{found[1]}; export it on this machine"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What `lavin-rt info` shows."""
+        denoiser = self.parts["denoiser"]
+        ranges = denoiser["ranges"] if isinstance(denoiser["ranges"], list) else [denoiser["ranges"]]
+        shown = ["; ".join(f"{name} {least} to {most}" for name, (least, most) in one.items()) for one in ranges]
+        checked = self.verification
+        sampling = checked.get("sampling")
+        return {
+            "artifact": str(self.folder),
+            "kind": self.kind,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "for": _target_text(self.target),
+            "exported from": self.source.get("name"),
+            **dataclasses.asdict(self.config),
+            "schedules": list(self.schedules),
+            "parts": list(self.parts),
+            "sizes (latents)": shown,
+            "bytes": sum(entry["bytes"] for entry in self.files.values()),
+            "vae_fingerprint": self.vae_fingerprint,
+            "versions": [f"{name} {version}" for name, version in self.versions.items()],
+            "verified": "yes" if checked.get("passed") is True else "no",
+            "sampling error": sampling.get("error") if isinstance(sampling, dict) else None,
+        }
+
+
+def is_artifact(path: str | os.PathLike) -> bool:
+    """Whether a path is a folder with a `manifest.json` that says it is an artifact (of whatever version)."""
+    path = Path(path)
+    if not (path / NAME).is_file():
+        return False
+    try:
+        return _read_json(path / NAME).get("format") == FORMAT
+    except InputError:
+        return False
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, 64 hexadecimal digits, read 4 MiB at a time."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def bind_sizes(part: Mapping[str, Any], shapes: Sequence[Sequence[int]], name: str = "network") -> dict[str, int]:
+    """The named sizes that inputs of these shapes give a part of an artifact.
+
+    Args:
+        part: of `Manifest.parts`.
+        shapes: of the inputs, in the part's order.
+        name: of the part, for messages.
+
+    Raises:
+        InputError: shapes that do not fit the part's inputs, or sizes outside of its ranges; names what it takes.
+    """
+    sizes: dict[str, int] = {}
+    if len(shapes) != len(part["inputs"]):
+        raise InputError(f"{name}: {len(shapes)} inputs given; expected {len(part['inputs'])}")
+    for tensor, shape in zip(part["inputs"], shapes, strict=True):
+        expected = tensor["shape"]
+        fits = len(shape) == len(expected)
+        for item, found in zip(expected, shape, strict=False):
+            if isinstance(item, int):
+                fits &= item == found
+                continue
+            multiple, size = parse_size(item)
+            fits &= found % multiple == 0 and sizes.setdefault(size, found // multiple) == found // multiple
+        if not fits:
+            raise InputError(f"{name}: {tensor['name']} is {list(shape)}; the artifact takes {_listed(expected)}")
+    check_ranges(part, sizes, name)
+    return sizes
+
+
+def check_ranges(part: Mapping[str, Any], sizes: Mapping[str, int], name: str = "network") -> None:
+    """Raises an `InputError` for sizes that a part was not exported for; sizes that it does not name are free."""
+    ranges = part["ranges"]
+    alternatives = ranges if isinstance(ranges, list) else [ranges]
+    for one in alternatives:
+        if all(least <= sizes.get(size, least) <= most for size, (least, most) in one.items()):
+            return
+    found = ", ".join(f"{size} {value}" for size, value in sizes.items())
+    taken = " or ".join(
+        ", ".join(f"{size} {least} to {most}" for size, (least, most) in one.items()) for one in alternatives
+    )
+    raise InputError(f"{name}: asked for {found} (in latents); the artifact takes {taken}; export it for these sizes")
+
+
+def sized(shape: Sequence[int | str], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A part's shape in numbers, given the sizes of `bind_sizes`."""
+    numbers = []
+    for item in shape:
+        if not isinstance(item, int):
+            multiple, size = parse_size(item)
+            item = multiple * sizes[size]
+        numbers.append(item)
+    return tuple(numbers)
+
+
+def parse_size(item: str) -> tuple[int, str]:
+    """`"rows"` and `"8*rows"` as (multiple, name)."""
+    match = _SIZE.fullmatch(item) if isinstance(item, str) else None
+    if match is None:
+        raise InputError(f"a shape has {_shown(item)}; expected a number, a name such as batch, or 8*rows")
+    return int(match[1] or 1), match[2]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        status = os.lstat(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; expected the manifest of an artifact") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path} is no plain file; an artifact holds neither links nor devices: copy the file")
+    if status.st_size > MAX_BYTES:
+        raise InputError(f"{path} has {status.st_size:,} bytes; no manifest is larger than {MAX_BYTES:,}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; expected the manifest of an artifact") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON ({type(error).__name__}); export or fetch the artifact again") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds {type(values).__name__}, expected a JSON object; export the artifact again")
+    return values
+
+
+def _parsed(values: dict[str, Any]) -> dict[str, Any]:
+    """A manifest's fields, checked."""
+    kind, dtype = values.get("kind"), values.get("dtype")
+    if kind not in KINDS:
+        raise InputError(f"kind is {_shown(kind)}, expected one of {', '.join(KINDS)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise InputError(f"dtype is {_shown(dtype)}, expected one of {', '.join(DTYPES)}")
+    config = DiTConfig.from_dict(_typed(values, "config", dict), "config")
+    files = _typed(values, "files", dict)
+    for name, entry in files.items():
+        check_file_name(name)
+        size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if type(size) is not int or size < 0 or not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise InputError(f"the entry of {name} is {_shown(entry)}, expected its bytes and sha256")
+    if MODULATION not in files:
+        raise InputError(f"it lists no {MODULATION}")
+    parts = _typed(values, "parts", dict)
+    for name, part in parts.items():
+        _check_part(name, part, files)
+    missing = [name for name in PARTS if name not in parts]
+    if missing:
+        raise InputError(f"it has no part {', '.join(missing)}")
+    schedules = _typed(values, "schedules", list)
+    if not schedules or not all(type(steps) is int and 2 <= steps <= 1000 for steps in schedules):
+        raise InputError(f"schedules are {_shown(schedules)}, expected numbers of knots")
+    scaling = _typed(values, "latent_scaling", dict)
+    if not all(isinstance(scaling.get(name), float | int) for name in ("shift", "scale")):
+        raise InputError(f"latent_scaling is {_shown(scaling)}, expected shift and scale")
+    target = _typed(values, "target", dict)
+    capability = target.get("compute_capability")
+    pair = isinstance(capability, list) and len(capability) == 2 and all(type(number) is int for number in capability)
+    if target.get("device") not in ("any", "cpu", "cuda") or not (capability is None or pair):
+        raise InputError(f"target is {_shown(target)}, expected a device and a compute capability")
+    return {
+        "kind": kind,
+        "dtype": DTYPES[dtype],
+        "config": config,
+        "vae_fingerprint": _typed(values, "vae_fingerprint", str),
+        "latent_scaling": scaling,
+        "target": target,
+        "schedules": tuple(schedules),
+        "parts": parts,
+        "files": files,
+        "versions": {str(k): str(v) for k, v in _typed(values, "versions", dict).items()},
+        "source": _typed(values, "source", dict),
+        "options": _typed(values, "options", dict),
+        "verification": _typed(values, "verification", dict),
+    }
+
+
+def check_file_name(name: object) -> None:
+    """Raises an `InputError` unless `name` is a plain file name: no folder, nothing hidden, nothing special."""
+    if not isinstance(name, str) or not _FILE.fullmatch(name) or name == NAME:
+        raise InputError(f"it names the file {_shown(name)}; expected plain names of files in its folder")
+
+
+def _check_part(name: str, part: Any, files: Mapping[str, Any]) -> None:
+    if not _PART.fullmatch(name):
+        raise InputError(f"the part {_shown(name)} is unknown")
+    if not isinstance(part, dict):
+        raise InputError(f"part {name} is {_shown(part)}, expected an object")
+    for file in [part.get("file"), *_typed(part, "weights", list)]:
+        check_file_name(file)
+        if file not in files:
+            raise InputError(f"part {name} needs {file}, which is not among the files")
+    sizes = set()
+    for role in ("inputs", "outputs"):
+        tensors = _typed(part, role, list)
+        if not tensors:
+            raise InputError(f"part {name} has no {role}")
+        for tensor in tensors:
+            shape = tensor.get("shape") if isinstance(tensor, dict) else None
+            if not isinstance(shape, list) or not isinstance(tensor.get("name"), str):
+                raise InputError(f"part {name} has {_shown(tensor)} among its {role}")
+            if tensor.get("dtype") not in list(DTYPES):
+                raise InputError(f"part {name}: dtype of {tensor['name']} is {_shown(tensor.get('dtype'))}")
+            names = {parse_size(item)[1] for item in shape if not (type(item) is int and item > 0)}
+            if role == "inputs":
+                sizes |= names
+            elif names - sizes:
+                raise InputError(f"part {name}: no input gives the size {', '.join(sorted(names - sizes))}")
+    ranges = part.get("ranges")
+    for one in ranges if isinstance(ranges, list) and ranges else [ranges]:
+        bounds = one.values() if isinstance(one, dict) else [None]
+        if not all(isinstance(b, list) and len(b) == 2 and all(type(n) is int and n > 0 for n in b) for b in bounds):
+            raise InputError(f"part {name} has the ranges {_shown(ranges)}")
+
+
+def _typed(values: Mapping[str, Any], name: str, kind: type) -> Any:
+    if not isinstance(values.get(name), kind):
+        raise InputError(f"{name} is {_shown(values.get(name))}, expected {kind.__name__}")
+    return values[name]
+
+
+def _target_text(target: Mapping[str, Any]) -> str:
+    capability, level = target.get("compute_capability"), target.get("hardware_compatibility")
+    text = "any device" if target["device"] == "any" else target["device"]
+    text += f", compute capability {capability[0]}.{capability[1]}" if capability else ""
+    return text + (f", {level}" if level else "")
+
+
+def _listed(shape: Sequence[int | str]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,106 @@
+"""What running and building TensorRT plans share: the module, its versions, its logger, its parser's errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from lavin_rt.errors import InputError, missing_extra
+
+OLDEST = (10, 15)
+
+
+def import_tensorrt(purpose: str) -> ModuleType:
+    """The module `tensorrt`, of a version that the package knows.
+
+    Raises:
+        InputError: it is not installed, or older than 10.15, whose parser does not know RMSNormalization.
+    """
+    try:
+        import tensorrt
+    except ImportError as error:
+        if getattr(error, "name", None) not in ("tensorrt", None):
+            raise InputError(f"{purpose} needs TensorRT, which is installed but cannot be loaded: {error}") from error
+        raise missing_extra("tensorrt", "tensorrt", purpose) from error
+    found = version_numbers(tensorrt.__version__)
+    if found[:2] < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise InputError(f"{purpose} needs TensorRT {oldest} or newer; {tensorrt.__version__} is installed")
+    return tensorrt
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """`"10.16.1.11"` as `(10, 16, 1, 11)`; what follows the last number is ignored."""
+    numbers = []
+    for part in version.split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if digits:
+            numbers.append(int(digits))
+        if digits != part:
+            break
+    return tuple(numbers)
+
+
+def check_version(built: str | None, installed: str, version_compatible: bool) -> None:
+    """Refuses a plan of another TensorRT before it is opened.
+
+    A plan runs on the version that built it, up to the patch; a version-compatible one on later ones of its major too.
+
+    Raises:
+        InputError: one line with what the plan needs, what is there and what to do.
+    """
+    needs, here = version_numbers(built or ""), version_numbers(installed)
+    later = version_compatible and here[:1] == needs[:1] and here >= needs
+    if not needs or not (later or here[:3] == needs[:3]):
+        raise InputError(
+            f"the plan was built with TensorRT {built if needs else 'of unknown version'}; {installed} is installed; "
+            "install that version, or export it again on this machine: lavin-rt export tensorrt"
+        )
+
+
+def make_logger(trt: ModuleType, verbose: bool = False) -> Any:
+    """A TensorRT logger that keeps warnings and errors in `.lines` and prints nothing; `.why` is the last error."""
+
+    class Logger(trt.ILogger):
+        def __init__(self):
+            trt.ILogger.__init__(self)
+            self.lines: list[tuple[str, str]] = []
+
+        def log(self, severity, message):
+            kept = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR, trt.ILogger.WARNING)
+            if severity in kept or verbose:
+                self.lines.append((severity.name.lower(), " ".join(message.split())))
+
+        @property
+        def errors(self) -> list[str]:
+            return [message for severity, message in self.lines if severity.endswith("error")]
+
+        @property
+        def why(self) -> str:
+            return (self.errors or ["TensorRT gave no reason"])[-1]
+
+    return Logger()
+
+
+def create(kind: Callable[[Any], Any], logger: Any) -> Any:
+    """A builder or a runtime, the first thing that needs a GPU and a driver.
+
+    Raises:
+        RuntimeError: TensorRT cannot start on this machine, with what it logged.
+    """
+    try:
+        return kind(logger)
+    except (TypeError, RuntimeError) as error:
+        raise RuntimeError(f"TensorRT cannot start: {(logger.errors or [str(error)])[-1]}") from error
+
+
+def parser_errors(parser: Any) -> str:
+    """All errors of an ONNX parser in one line, each with its node."""
+    lines = []
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        node = f"{error.node_operator()} {error.node_name()}".strip()
+        where = f"{node}: " if node else ""
+        lines.append(f"{where}{' '.join(error.desc().split())} ({error.code().name})")
+    return "; ".join(lines) or "it gave no reason"

@@ -1,0 +1,156 @@
+"""Training of lavin-mini: losses fall, a stopped run goes on as if it had not stopped, and what is written loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("embreex", reason="needs the extra train")
+pytest.importorskip("trimesh", reason="needs the extra train")
+
+from lavin_rt.checkpoint import find_checkpoint, load_dit, load_vae
+from lavin_rt.config import DiTConfig
+from lavin_rt.errors import InputError
+from lavin_rt.mini import train_vae
+from lavin_rt.mini.corpus import Corpus, to_pixels
+from lavin_rt.mini.latents import LatentPool, TaskLatents
+from lavin_rt.mini.principal import component_latents
+from lavin_rt.mini.train import PRESETS, main
+from lavin_rt.mini.train_dit import Plan, draw_batch, flow_loss, initialise_, train_dit
+from lavin_rt.mini.training import Rate
+from lavin_rt.model import JDiT
+from lavin_rt.vae import scale_latents
+
+SMALL = DiTConfig(hidden_size=36, depth=1, num_heads=1, kv_group=1)
+
+
+def records(folder: Path, network: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{network}-log.jsonl").read_text().splitlines()]
+
+
+def random_pool(frames: int = 1) -> LatentPool:
+    """Pairs whose target is the negated input, of two tasks."""
+    inputs = torch.randn(20, 16, frames, 4, 4, generator=torch.Generator().manual_seed(0))
+    rows = torch.arange(20)[:, None] + torch.tensor([0, 20])
+    tasks = tuple(TaskLatents(name, rows[i::2]) for i, name in enumerate(("depth_estimation", "denoising")))
+    return LatentPool(torch.cat([inputs, -inputs]).half(), tasks)
+
+
+def test_the_short_preset_brings_the_losses_down(tmp_path):
+    """The VAE's by a factor of 1.5 and the transformer's by 1.15 within a minute; the folder is then a checkpoint."""
+    arguments = ["--preset", "tiny", "--output", tmp_path / "run", "--cache", tmp_path / "cache", "--no-compile"]
+    assert main([str(a) for a in [*arguments, "--device", "cpu"]]) == 0
+    for network, factor in (("vae", 1.5), ("dit", 1.15)):
+        losses = [record["loss"] for record in records(tmp_path / "run", network)]
+        assert losses[-1] < losses[0] / factor, (network, losses)
+    found = find_checkpoint(tmp_path / "run")
+    dit, vae = load_dit(found.dit, strict=True), load_vae(found.vae, strict=True)
+    assert dit.config == PRESETS["tiny"].dit and dit.dtype == vae.dtype == torch.float16
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    plan = Plan(steps=12, batch=4, pairs=(0.5, 0.5))
+    pools = random_pool(), random_pool(2)
+    once = train_dit(*pools, SMALL, whole, plan, compile=False)
+
+    class Stop(Exception):
+        pass
+
+    counted = 0
+
+    def stopping(*arguments):
+        nonlocal counted
+        counted += 1
+        if counted == 6:
+            raise Stop
+        return flow_loss(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lavin_rt.mini.train_dit.flow_loss", stopping)
+        with pytest.raises(Stop):
+            train_dit(*pools, SMALL, parts, plan, compile=False)
+    again = train_dit(*pools, SMALL, parts, plan, compile=False)
+    for (name, a), b in zip(once.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_warm_start_begins_where_the_weights_are(tmp_path):
+    start = initialise_(JDiT(SMALL), seed=3)
+    with torch.no_grad():
+        for parameter in start.parameters():
+            parameter.add_(0.01)
+    before = [parameter.detach().clone() for parameter in start.parameters()]
+    warm = train_dit(
+        random_pool(), random_pool(2), SMALL, tmp_path, Plan(steps=1, peak=1e-5), compile=False, warm_start=start
+    )
+    for parameter, old in zip(warm.parameters(), before, strict=True):
+        assert (parameter - old).abs().max() < 1e-4
+
+
+def test_a_state_of_another_network_is_refused(tmp_path):
+    plan = Plan(steps=1, batch=2)
+    train_dit(random_pool(), random_pool(2), SMALL, tmp_path, plan, compile=False)
+    wider = dataclasses.replace(SMALL, hidden_size=72)
+    with pytest.raises(InputError, match=r"dit-state.pt belongs to another network .*; choose another output folder"):
+        train_dit(random_pool(), random_pool(2), wider, tmp_path, plan, compile=False)
+
+
+def test_a_batch_is_contexts_of_one_task_each():
+    pool = random_pool()
+    cond, data = draw_batch(pool, pairs=2, batch=8, generator=torch.Generator().manual_seed(0))
+    assert cond.shape == (8, 16, 5, 4, 4) and data.shape == (8, 16, 1, 4, 4)
+    assert torch.equal(cond[:, :, 1], -cond[:, :, 0]) and torch.equal(cond[:, :, 3], -cond[:, :, 2])
+    assert torch.equal(data[:, :, 0], -cond[:, :, 4])
+    of_task = [{tuple(pool.latents[i].flatten()[:4].tolist()) for i in task.rows[:, 0]} for task in pool.tasks]
+    for item in range(8):
+        inputs = {tuple(cond[item, :, frame].unsqueeze(1).flatten()[:4].half().tolist()) for frame in (0, 2, 4)}
+        assert any(inputs <= known for known in of_task)
+
+
+def test_the_loss_is_that_of_the_flow():
+    """Of a network that predicts zero: the mean square of `data - noise`."""
+    dit = initialise_(JDiT(SMALL), seed=0)  # begins with a velocity of zero
+    cond, data = draw_batch(random_pool(), 1, 64, torch.Generator().manual_seed(1))
+    loss = flow_loss(dit, cond, data, torch.Generator().manual_seed(2))
+    noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(2))
+    assert torch.allclose(loss, (data - noise).square().mean())
+
+
+def test_the_encoder_computes_the_principal_components():
+    """Of pictures and of clips, as the direct computation does, and with unit variance of the scaled latents."""
+    corpus = Corpus.make("template", 64, 6, 1)
+    config = PRESETS["mini"].vae
+    components = train_vae.make_components(corpus, config, seed=0)
+    vae = train_vae.make_vae(config, components, seed=0).requires_grad_(False)
+    for clip in (False, True):
+        frames = train_vae.draw_frames(corpus, corpus.single, np.random.default_rng(0), 3, clip)
+        latents = scale_latents(vae.encode(to_pixels(frames)).mean)
+        direct = component_latents(components, frames)
+        assert latents.shape == direct.shape == (3, 16, 2 if clip else 1, 8, 8)
+        assert (latents - direct).norm() / direct.norm() < 1e-3
+    pictures = train_vae.draw_frames(corpus, corpus.single, np.random.default_rng(1), 64)
+    assert float(component_latents(components, pictures).square().mean()) == pytest.approx(1, rel=0.3)
+
+
+def test_an_untrained_decoder_shows_the_mean_colours():
+    corpus = Corpus.make("template", 64, 6, 1)
+    config = PRESETS["mini"].vae
+    components = train_vae.make_components(corpus, config, seed=0)
+    vae = train_vae.make_vae(config, components, seed=0).requires_grad_(False)
+    pixels = to_pixels(corpus.scenes.colour[:4])
+    shown = vae.decode(vae.encode(pixels).mean)
+    coarse = [F.avg_pool2d(clip[:, :, 0], 8) for clip in (shown, pixels)]
+    assert (coarse[0] - coarse[1]).abs().mean() < 0.1
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    rate = Rate(peak=1.0, steps=100, warmup=10, fall=0.2)
+    assert rate.at(0) == pytest.approx(0.1) and rate.at(9) == rate.at(50) == rate.at(80) == 1
+    assert rate.at(90) == pytest.approx(0.5) and rate.at(99) == pytest.approx(0.05)
