@@ -1,7 +1,4 @@
-"""`make demo`: from photographs and an official-layout checkpoint to a picture, on any machine.
-
-The checkpoint is small and has random weights: it shows that the whole path works, not what the released model can do.
-"""
+"""`make demo`: six tasks done by the small model that comes with the package, in one picture, on any machine."""
 
 from __future__ import annotations
 
@@ -10,80 +7,78 @@ import shlex
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
-from lavin_rt.checkpoint import save_dit, save_vae
+from lavin_rt import images
 from lavin_rt.cli import main as lavin_rt
-from lavin_rt.config import DiTConfig
-from lavin_rt.errors import missing_extra
-from lavin_rt.model import JDiT, randomize_
-from lavin_rt.vae import STVAE, VAEConfig
+from lavin_rt.context import Pair, choose_pairs, read_template
+from lavin_rt.download import BUNDLED
+from lavin_rt.pipeline import Pipeline
 
-# Photographs that ship inside scikit-image: the context's, and the query.
-CONTEXT = ("astronaut", "chelsea", "rocket", "retina")
-QUERY = "coffee"
-
-
-def write_photographs(folder: Path) -> Path:
-    """Writes the template of a task photo -> edges (Sobel), and the query; returns the query's path."""
-    try:
-        from skimage import color, data, filters
-    except ImportError:
-        raise missing_extra("scikit-image", "demo", "the demo") from None
-    template = folder / "checkpoint" / "template" / "edge_detection"
-    template.mkdir(parents=True, exist_ok=True)
-    for name in CONTEXT:
-        photo = getattr(data, name)()
-        edges = filters.sobel(color.rgb2gray(photo))
-        edges = np.uint8(255 * np.clip(edges / np.quantile(edges, 0.99), 0, 1))
-        Image.fromarray(photo).save(template / f"{name}_input.png")
-        Image.fromarray(edges).convert("RGB").save(template / f"{name}_target.png")
-    query = folder / f"{QUERY}.png"
-    Image.fromarray(getattr(data, QUERY)()).save(query)
-    return query
+TASKS = (
+    "depth_estimation",
+    "normal_estimation",
+    "foreground_segmentation",
+    "panoptic_segmentation",
+    "edge_detection",
+    "denoising",
+)
+PAIRS, CELL = 4, 128
+COLUMNS = ("pair: input", "target", "pair: input", "target", "query", "result", "truth")
 
 
-def write_checkpoint(folder: Path) -> Path:
-    """Writes a small random checkpoint under the official names and in the official layout."""
-    folder.mkdir(parents=True, exist_ok=True)
-    dit = JDiT(DiTConfig(hidden_size=288, depth=4, num_heads=4, kv_group=4))
-    save_dit(randomize_(dit), folder / "lavin_dit.safetensors")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        vae = STVAE(VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1))
-    save_vae(vae, folder / "stvae.pt")
-    return folder
+def choose(task: str, seed: int = 0) -> tuple[list[Pair], Pair]:
+    """Context pairs of a bundled task, and one more whose input is the query; training has seen none of them."""
+    *context, query = choose_pairs(read_template(BUNDLED / "template" / task), PAIRS + 1, seed)
+    return context, query
+
+
+def row(pipe: Pipeline, task: str) -> list[torch.Tensor]:
+    """A task's cells, uint8 `[1, 3, h, w]`: two of its pairs, the query, the result, and what would be right."""
+    context, asked = choose(task)
+    session = pipe.task(context)
+    [result] = session.run([asked.input])
+    query, truth = (images.resize(images.load_clip(picture), session.size) for picture in (asked.input, asked.target))
+    return [*session.frames.frames[:4], query, result.frames, truth]
+
+
+def sheet(rows: list[list[torch.Tensor]]) -> torch.Tensor:
+    """All rows under a line of headings, uint8 `[3, H, W]`."""
+    from PIL import Image, ImageDraw
+
+    # Pictures of 64 pixels are shown at twice that, pixel by pixel.
+    enlarged = [
+        [torch.nn.functional.interpolate(cell, size=(CELL, CELL), mode="nearest") for cell in cells] for cells in rows
+    ]
+    grid = images.grid(enlarged)[0]
+    heading = Image.new("RGB", (grid.shape[2], 18), "white")
+    draw = ImageDraw.Draw(heading)
+    for column, text in enumerate(COLUMNS):
+        draw.text((4 + column * (CELL + 4), 4), text, fill="black")
+    return torch.cat([images.load_clip(heading)[0], grid], dim=1)
 
 
 def main() -> int:
-    """Runs the demo; returns the exit code of `lavin-rt run`."""
-    parser = argparse.ArgumentParser(prog="python -m lavin_rt.demo", description=__doc__.splitlines()[0])
+    """Runs the demo; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m lavin_rt.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write to (default: demo)")
     folder = parser.parse_args().output
-    query = write_photographs(folder)
-    checkpoint = write_checkpoint(folder / "checkpoint")
-    command = [
-        "run",
-        "--checkpoint",
-        checkpoint,
-        "--task",
-        "edge_detection",
-        "--query",
-        query,
-        "-o",
-        folder / "edges.png",
-    ]
-    command = [str(word) for word in command] + ["--size", "128", "--grid"]
-    print(
-        "This demo's checkpoint has random weights: the picture shows that the path works, not what the model can do."
-    )
+    folder.mkdir(parents=True, exist_ok=True)
+    _, asked = choose(TASKS[0])
+    command = ["run", "--task", "depth", "--query", str(asked.input), "-o", str(folder / "depth.png"), "--grid"]
     print("$ lavin-rt " + shlex.join(command))
     code = lavin_rt(command)
-    if code == 0:
-        print(f"Look at {folder / 'edges-grid.png'}: context pairs, the query, and below it the answer.")
-    return code
+    if code:
+        return code
+    pipe = Pipeline.from_pretrained()
+    rows = []
+    for task in TASKS:
+        print(f"{task} ...", flush=True)
+        rows.append(row(pipe, task))
+    picture = folder / "tasks.png"
+    images.save_picture(sheet(rows)[None], picture)
+    print(f"Look at {picture}: {', '.join(TASKS)}, one a row.")
+    return 0
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from PIL import Image
 
 import lavin_rt
 from lavin_rt.checkpoint import load_vae
-from lavin_rt.errors import InputError
 from lavin_rt.devices import resolve_device, resolve_dtype
+from lavin_rt.errors import InputError
 from lavin_rt.pipeline import Pipeline, draw_noise
 
 
