@@ -224,7 +224,7 @@ def _add_bench_quality(kinds) -> None:
     quality.add_argument("--steps", type=int, default=20, help="knots of the schedule (default: 20)")
     quality.add_argument("--guidance", type=float, default=1.5, help="guidance scale (default: 1.5)")
     quality.add_argument("--seed", type=int, default=0, help="of degradations, contexts and noise (default: 0)")
-    quality.add_argument("--batch-size", type=int, default=16, help="queries that run together at most (default: 16)")
+    quality.add_argument("--batch-size", type=int, default=8, help="queries that run together at most (default: 8)")
     quality.add_argument("--compile", action="store_true", help="run the network through torch.compile")
     quality.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
     quality.add_argument("--quick", action="store_true", help="4 scenes and 2 pairs: shows that it works, not how well")

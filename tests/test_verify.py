@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -13,7 +14,8 @@ from onnx_exports import exported, golden_checkpoint
 from safetensors.torch import load_file, save_file
 from small_artifact import read_manifest, write_manifest
 
-from lavin_export import onnx_weights, to_onnx, verify
+from lavin_export import to_onnx, verify
+from lavin_export.onnx_support import Report
 from lavin_export.verify import VerificationError, relative_error, verify_artifact
 from lavin_rt.checkpoint import find_checkpoint
 from lavin_rt.cli import main
@@ -110,22 +112,31 @@ def test_the_command(made, folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_failing_export_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+def test_a_failing_export_leaves_nothing_behind(made, tmp_path, monkeypatch, capsys):
     """The command, with an exporter that gets one weight wrong."""
-    checkpoint = golden_checkpoint(tmp_path / "checkpoint", "dit_b")
-    right = to_onnx.denoiser_weights
+    artifact, checkpoint = made
+    parts = Manifest.read(artifact).parts
 
-    def wrong(*arguments):
-        weight = right(*arguments)
-        return lambda name: weight(name) * (1.001 if name.endswith("k_norm") else 1)
+    def wrong(writer, folder, *_):
+        for name in parts:
+            for file in (f"{name}.onnx", f"{name}.onnx.data"):
+                shutil.copy(artifact / file, folder)
+        change_weight(folder)
+        fields = [field.name for field in dataclasses.fields(to_onnx.Part)]
+        for name, part in parts.items():
+            known = {"name": name, "support": Report({}, (10, 15), []), "initialisers": {}, **part}
+            yield to_onnx.Part(**{field: known[field] for field in fields})
 
-    monkeypatch.setattr(to_onnx, "denoiser_weights", wrong)
-    monkeypatch.setattr(onnx_weights, "check_weights", lambda *_: None)
+    monkeypatch.setattr(to_onnx, "write_graphs", wrong)
+    weights, output = str(checkpoint.dit.parent), tmp_path / "artifact"
+    assert main(["export", "onnx", "--checkpoint", weights, "-o", str(output)]) == 1
+    assert "is not the checkpoint's" in capsys.readouterr().err
     monkeypatch.setattr(verify, "check_weights", lambda *_: None)
-    command = ["export", "onnx", "--checkpoint", str(checkpoint.dit.parent), "-o", str(tmp_path / "artifact")]
-    assert main(command) == 1
+    assert main(["export", "onnx", "--checkpoint", weights, "-o", str(output)]) == 1
     assert "is off by" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert not list(tmp_path.iterdir())
+    assert main(["export", "onnx", "--checkpoint", weights, "-o", str(output), "--no-verify"]) == 0
+    assert "not verified" in capsys.readouterr().out
 
 
 def test_relative_error():
