@@ -259,7 +259,7 @@ else:
 
 @pytest.mark.slow
 def test_an_export_holds_few_weights_in_memory(tmp_path):
-    """Three blocks of the released widths: weights of 1.3 GB written, of which no more than a few are held."""
+    """Three blocks of the released widths: weights of 1.1 GB written, of which no more than a few are held."""
     if not Path("/proc/self/status").exists():
         pytest.skip("resident memory is read from /proc, which is not here")
     golden = str(Path(__file__).parent / "golden" / "stvae.pt")
@@ -269,5 +269,5 @@ def test_an_export_holds_few_weights_in_memory(tmp_path):
         )
         assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
-    assert record["bytes on disk"] > 1.2e9
+    assert record["bytes on disk"] > 1.1e9
     assert record["peak bytes"] < 1.0e9, record

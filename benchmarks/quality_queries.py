@@ -1,0 +1,133 @@
+"""Held-out queries of lavin-mini's tasks with a context each, and the yardsticks that need no model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from lavin_rt.mini.corpus import CLIPS_FROM, PHOTOGRAPHS_SHARE
+from lavin_rt.mini.data import CLIP_MOMENTS, SceneArrays, render_arrays
+from lavin_rt.mini.scenes import Picture, Scene
+from lavin_rt.mini.sources import SCENE_SEEDS, photograph_crop
+from lavin_rt.mini.tasks import TASKS, Task
+
+SPLIT = "evaluation"
+# The scenes of contexts begin here within the split, so that no query's scene is in a context.
+CONTEXTS_FROM = 100_000
+SEEN = 0.01  # share of the picture that an object to be boxed covers at least, as in training
+# Pairs that contexts are chosen from, by whether the task is of clips: each is encoded once, whatever the queries.
+POOL = {False: 32, True: 16}
+CROPS_PER_SCENE = 0.125  # photographs on top of the scenes, for tasks that photographs serve for as well
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TaskQueries:
+    """Queries of one task and the pairs that show it, all of scenes and photographs that training never saw.
+
+    Attributes:
+        task: the task.
+        pool: uint8 `[pairs in the pool, 2, T, S, S, 3]`, inputs and targets.
+        picks: int64 `[N, most pairs]`, rows of the pool that are each query's context; fewer pairs are the beginning
+            of more, and no row comes twice in a context.
+        queries, targets: uint8 `[N, T, S, S, 3]`.
+        scenes: how many of the queries are pictures of scenes, each of another one; crops of photographs follow.
+    """
+
+    task: Task
+    pool: np.ndarray
+    picks: np.ndarray
+    queries: np.ndarray
+    targets: np.ndarray
+    scenes: int
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def context_means(self, pairs: int) -> np.ndarray:
+        """The mean of the targets of each query's context, uint8 `[N, T, S, S, 3]`."""
+        return np.stack([np.uint8(self.pool[row, 1].mean(0) + 0.5) for row in self.picks[:, :pairs]])
+
+
+@dataclasses.dataclass(eq=False)
+class Scenery:
+    """The evaluation split's scenes at one size, each rendered once."""
+
+    size: int
+    show: bool = True
+
+    def __post_init__(self):
+        self._kept: dict[tuple[int, int], SceneArrays] = {}
+
+    def render(self, seeds: Sequence[int], moments: int = 1) -> list[SceneArrays]:
+        """The scenes of seeds within the split, one by one."""
+        first = SCENE_SEEDS[SPLIT].start
+        todo = [seed for seed in seeds if (seed, moments) not in self._kept]
+        what = f"rendering {'clips' if moments > 1 else 'scenes'}"
+        for seed in tqdm(todo, what, leave=False, disable=None if self.show else True):
+            self._kept[seed, moments] = render_arrays([first + seed], self.size, moments)
+        return [self._kept[seed, moments] for seed in seeds]
+
+    def pictures(self, task: Task, first: int, count: int) -> list[Any]:
+        """What a task's function takes, of `count` scenes from the seed `first` on that suit the task."""
+        if task.is_clip:
+            seeds = range(CLIPS_FROM + first, CLIPS_FROM + first + count)
+            return [[arrays.picture(0, t) for t in range(CLIP_MOMENTS)] for arrays in self.render(seeds, CLIP_MOMENTS)]
+        if task.source != "single":
+            return [arrays.picture(0) for arrays in self.render(range(first, first + count))]
+        found: list[Picture] = []
+        seed = first
+        while len(found) < count:
+            if len(Scene.from_seed(SCENE_SEEDS[SPLIT].start + seed).solids) == 1:
+                picture = self.render([seed])[0].picture(0)
+                found += [picture] if picture.mask.mean() > SEEN else []
+            seed += 1
+        return found
+
+
+def draw(
+    size: int, scenes: int, pairs: int, tasks: Sequence[Task], seed: int = 0, show: bool = True
+) -> list[TaskQueries]:
+    """Queries of every task; tasks of the same kind of scene are asked about the same scenes, in the same order.
+
+    Args:
+        size: of pictures, pixels a side.
+        scenes: queries a task, besides crops of photographs.
+        pairs: the most in a context.
+        tasks: any of `lavin_rt.mini.tasks.TASKS`.
+        seed: of degradations, crops and the choice of contexts; the scenes are always the split's first.
+    """
+    scenery, drawn = Scenery(size, show), []
+    for task in tasks:
+        index = list(TASKS).index(task.name)
+        photographs = round(CROPS_PER_SCENE * scenes) if task.source == "any" else 0
+        # A few queries need no large pool.
+        pool = min(POOL[task.is_clip], max(2 * pairs, 4 * scenes))
+        crops = round(PHOTOGRAPHS_SHARE * pool) if task.source == "any" else 0
+
+        def applied(role: int, first: int, count: int, crops: int, task: Task = task, index: int = index) -> np.ndarray:
+            """Inputs and targets, uint8 `[count + crops, 2, T, S, S, 3]`."""
+            pictures = scenery.pictures(task, first, count)
+            rngs = [np.random.default_rng([seed, index, role, item]) for item in range(count + crops)]
+            pictures += [Picture(photograph_crop(SPLIT, rng, size)) for rng in rngs[count:]]
+            both = np.stack([np.stack(task.apply(*one)) for one in zip(pictures, rngs, strict=True)])
+            return both if task.is_clip else both[:, :, None]
+
+        both = applied(0, 0, scenes, photographs)
+        rng = np.random.default_rng([seed, index, 2])
+        picks = np.stack([rng.choice(pool, pairs, replace=False) for _ in both])
+        shown = applied(1, CONTEXTS_FROM, pool - crops, crops)
+        drawn.append(TaskQueries(task, shown, picks, both[:, 0], both[:, 1], scenes))
+    return drawn
+
+
+def alike(drawn: Sequence[TaskQueries]) -> list[TaskQueries]:
+    """The largest group of tasks of pictures that ask about the same pictures, in order."""
+    groups: dict[bytes, list[TaskQueries]] = {}
+    for one in drawn:
+        if not one.task.is_clip:
+            groups.setdefault(one.queries[: one.scenes].tobytes(), []).append(one)
+    return max(groups.values(), key=len, default=[])

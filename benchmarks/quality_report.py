@@ -1,0 +1,168 @@
+"""The record of `lavin-rt bench quality` for people: lines on a terminal, tables in the README."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lavin_bench.report import caption, table
+
+UNITS = {"mean angle": ("{:.1f}", "°"), "PSNR": ("{:.1f}", " dB"), "MSE": ("{:.4f}", "")}
+
+
+def value(name: str, number: float) -> str:
+    """A figure of the measure `name`, without its unit."""
+    return UNITS.get(name, ("{:.3f}", ""))[0].format(number)
+
+
+def measure_name(measure: dict[str, Any]) -> str:
+    return measure["name"] + ("↑" if measure["higher_is_better"] else "↓")
+
+
+def signed(name: str, difference: Sequence[float]) -> str:
+    """A mean difference and the half-width of its 95 % interval."""
+    mean, half = (value(name, number) for number in difference)
+    return f"{'' if mean.startswith('-') else '+'}{mean} ± {half}"
+
+
+def deciding(record: dict[str, Any]) -> str:
+    return record["measures"][0]["name"]
+
+
+def beats(record: dict[str, Any], row: dict[str, Any]) -> str:
+    """Which of the simple yardsticks a task's results are clearly better than."""
+    name = deciding(record)
+    beaten = [kind for kind, figures in row["better_than"].items() if figures[name][0] > figures[name][1]]
+    return "both" if len(beaten) == 2 else beaten[0] if beaten else "neither"
+
+
+def task_line(record: dict[str, Any]) -> str:
+    """A task's deciding measure in one line."""
+    name, last = deciding(record), record["pairs"][-1]
+    parts = [f"{record['task']:24}{measure_name(record['measures'][0]):12}"]
+    parts.append(f"copy {value(name, record['copy'][name])}, mean {value(name, last['mean'][name])},")
+    parts += [f"{row['pairs']} pairs {value(name, row['model'][name])}," for row in record["pairs"]]
+    parts.append(f"ceiling {value(name, record['ceiling'][name])};")
+    against = [f"{kind} {signed(name, figures[name])}" for kind, figures in last["better_than"].items()]
+    parts.append(f"better than {', '.join(against)}: {beats(record, last)}")
+    if "shuffled" in record:
+        parts.append(f"; shuffled {signed(name, record['shuffled']['better_than_right'][name])}")
+    if "better_than_exact" in last:
+        parts.append(f"; against exact {signed(name, last['better_than_exact'][name])}")
+    return " ".join(parts).replace(" ;", ";") + ("" if record["trained"] else " (never trained)")
+
+
+def context_text(record: dict[str, Any]) -> list[str]:
+    """What decides, in sentences."""
+    text, across = [], record["across_tasks"]
+    if record["context"] is not None:
+        found = record["context"]
+        right = found["nearest_to_right"].items()
+        shares = [f"{100 * share:.0f} ± {100 * half:.0f} % with {_pairs(count)}" for count, (share, half) in right]
+        text.append(
+            f"The same {found['scenes']} pictures under the contexts of {len(found['tasks'])} tasks: the result is "
+            f"nearest to the right task's target ({found['distance']}) in {', '.join(shares)}; chance is "
+            f"{100 * found['chance']:.0f} %, and the mean of the context's targets is in "
+            f"{100 * found['means_nearest_to_right'][0]:.0f} %."
+        )
+    curve = [f"{m:.2f} dB with {_pairs(n)}" for n, (m, _) in across["psnr"].items()]
+    text.append(f"PSNR of results to targets, the mean over {across['tasks']} tasks: {', '.join(curve)}.")
+    if "more_pairs" in across:
+        text[-1] = f"{text[-1][:-1]}; most against fewest pairs {_decibels(across['more_pairs'])}."
+    if "shuffled_minus_right" in across:
+        text.append(
+            f"With the targets of the pairs exchanged it changes by {_decibels(across['shuffled_minus_right'])}, "
+            f"to {across['shuffled'][0]:.2f} dB."
+        )
+    return text
+
+
+def summary(record: dict[str, Any]) -> list[str]:
+    """What stands below the tasks' lines on a terminal."""
+    trained = [task for task in record["tasks"] if task["trained"]]
+    text = [
+        f"{sum(task['clear'] for task in trained)} of {len(trained)} trained tasks are clearly better than copying the "
+        "query and than the mean of the context's targets (deciding measure, 95 % interval of paired differences)."
+    ]
+    text += context_text(record)
+    if record["context"] is not None:
+        names = record["context"]["tasks"]
+        text += [f"context {name:26}" + "".join(f"{n:5}" for n in row) for name, row in _matrix(record)]
+        text.append("nearest to the target of: " + ", ".join(names))
+    if "exact" in record:
+        exact = record["exact"]
+        text.append(f"Against {exact['checkpoint']} in {exact['dtype']} ({exact['impl']}), positive is better:")
+        for task in record["tasks"]:
+            for row in task["pairs"]:
+                changes = [f"{name} {_fine(figures)}" for name, figures in row["better_than_exact"].items()]
+                text.append(f"  {task['task']:26}{_pairs(row['pairs']):9}{', '.join(changes)}")
+    text += [f"Skipped: {one['task']}: {one['reason']}" for one in record["skipped"]]
+    return [*text, f"{record['seconds']:.0f} s"]
+
+
+def quality_table(record: dict[str, Any]) -> str:
+    """A row a task, all its measures, and what the contexts decide."""
+    counts = [row["pairs"] for row in record["tasks"][0]["pairs"]]
+    rows = []
+    for task in record["tasks"]:
+        last = task["pairs"][-1]
+
+        def cell(found: dict[str, float], task: dict[str, Any] = task) -> str:
+            return " / ".join(value(m["name"], found[m["name"]]) for m in task["measures"])
+
+        name = deciding(task)
+        verdict = ", ".join(f"{kind} {signed(name, figures[name])}" for kind, figures in last["better_than"].items())
+        rows.append(
+            [
+                task["task"] + ("" if task["trained"] else " (never trained)"),
+                " / ".join(measure_name(m) + UNITS.get(m["name"], ("", ""))[1] for m in task["measures"]),
+                cell(task["copy"]),
+                cell(last["mean"]),
+                *(cell(row["model"]) for row in task["pairs"]),
+                cell(task["ceiling"]),
+                f"{'**both**' if task['clear'] else beats(task, last)} ({verdict})",
+            ]
+        )
+    columns = ["task", "measure", "copy of the query", "mean of targets", *map(_pairs, counts), "VAE's ceiling"]
+    text = [
+        f"{record['checkpoint']}, {record['size']} px, {record['tasks'][0]['scenes']} held-out scenes a task, "
+        f"{record['steps']} knots, guidance {record['guidance']}. {caption(record['header'])}",
+        table([*columns, "clearly better than"], rows).rstrip(),
+        " ".join(context_text(record)),
+    ]
+    if record["context"] is not None:
+        names = record["context"]["tasks"]
+        confusion = [[name, *map(str, row)] for name, row in _matrix(record)]
+        text.append(table(["context of, nearest to the target of", *names], confusion).rstrip())
+    if "exact" in record:
+        text.append(_exact_table(record))
+    text += [f"Skipped: {one['task']}, {one['reason']}." for one in record["skipped"]]
+    return "\n\n".join(text) + "\n"
+
+
+def _exact_table(record: dict[str, Any]) -> str:
+    """The differences to the exact pipeline, of the most pairs; positive is better."""
+    rows = []
+    for task in record["tasks"]:
+        changes = task["pairs"][-1]["better_than_exact"]
+        rows.append([task["task"], " / ".join(changes), " / ".join(map(_fine, changes.values()))])
+    exact = record["exact"]
+    head = f"{record['header']['dtype']} ({record['impl']}) against {exact['dtype']} ({exact['impl']})"
+    return table(["task", "measure", f"{head}, positive is better"], rows).rstrip()
+
+
+def _matrix(record: dict[str, Any]) -> list[tuple[str, list[int]]]:
+    return list(zip(record["context"]["tasks"], record["context"]["matrix"], strict=True))
+
+
+def _pairs(count: int | str) -> str:
+    return f"{count} pair{'s' * (int(count) != 1)}"
+
+
+def _decibels(difference: Sequence[float]) -> str:
+    return f"{difference[0]:+.2f} ± {difference[1]:.2f} dB"
+
+
+def _fine(difference: Sequence[float]) -> str:
+    """As small as rounding can be."""
+    return f"{difference[0]:+.2g} ± {difference[1]:.1g}"
