@@ -43,16 +43,19 @@ def random_pool(frames: int = 1) -> LatentPool:
     return LatentPool(torch.cat([inputs, -inputs]).half(), tasks)
 
 
-def test_the_short_preset_brings_the_losses_down(tmp_path):
-    """The VAE's by a factor of 1.5 and the transformer's by 1.15 within a minute; the folder is then a checkpoint."""
+@pytest.mark.slow
+def test_the_short_preset_brings_the_loss_down(tmp_path):
+    """The transformer's by a factor of 1.3 within a minute; the folder is then a checkpoint, its VAE shows pictures."""
     arguments = ["--preset", "tiny", "--output", tmp_path / "run", "--cache", tmp_path / "cache", "--no-compile"]
     assert main([str(a) for a in [*arguments, "--device", "cpu"]]) == 0
-    for network, factor in (("vae", 1.5), ("dit", 1.15)):
-        losses = [record["loss"] for record in records(tmp_path / "run", network)]
-        assert losses[-1] < losses[0] / factor, (network, losses)
+    losses = [record["loss"] for record in records(tmp_path / "run", "dit") if "loss" in record]
+    assert losses[-1] < losses[0] / 1.3, losses
     found = find_checkpoint(tmp_path / "run")
     dit, vae = load_dit(found.dit, strict=True), load_vae(found.vae, strict=True)
     assert dit.config == PRESETS["tiny"].dit and dit.dtype == vae.dtype == torch.float16
+    vae = vae.float()
+    pixels = to_pixels(Corpus.make("template", 32, 8, 1).scenes.colour)
+    assert F.mse_loss(vae(pixels), pixels) < 0.5 * pixels.var()
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path):
@@ -166,14 +169,18 @@ def test_a_decoder_that_knows_its_templates_puts_patches_together(components):
     vae.decoder.norm_out.register_forward_pre_hook(lambda _, inputs: (templates, inputs[1]))
     latents = torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     shown = vae.decoder(unscale_latents(latents * components.gains[:, None, None, None]))
-    patches = torch.einsum("pck,ktrs->rpsc", patch_synthesis(components), latents[0] * components.gains[:, None, None, None])
+    patches = torch.einsum(
+        "pck,ktrs->rpsc", patch_synthesis(components), latents[0] * components.gains[:, None, None, None]
+    )
     expected = patches.unflatten(1, (8, 8)).permute(4, 0, 1, 3, 2).reshape(3, 64, 64)
     assert (shown[0, :, 0] - expected).square().mean() < 0.02 * expected.square().mean()
 
 
 def test_templates_can_be_taught_on_no_picture(components):
     vae = train_vae.make_vae(PRESETS["mini"].vae, components, seed=0, side=4, teaching=0)
-    assert teach_templates(vae.decoder, Synthesis.of(components, terms=16), side=4, steps=60) < 0.1  # of a variance of 1
+    assert (
+        teach_templates(vae.decoder, Synthesis.of(components, terms=16), side=4, steps=60) < 0.1
+    )  # of a variance of 1
 
 
 def test_the_learning_rate_rises_stays_and_falls():
