@@ -225,7 +225,7 @@ def main() -> None:
     for form, base in ((FORMS[1], FORMS[0]), (FORMS[2], FORMS[1])):
         print(f"{form} is {medians[base] / medians[form]:.2f}x as fast as {base}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"header": where, "rows": rows}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"kind": "native", "header": where, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,9 @@ class PackedRowsNetwork:
         layout = Layout.make(self.config, shape, self.device)
         return PackedRowsStep(shape, torch.float32, self.device, None, self, layout)
 
+    def check(self, shape: Shape) -> None:
+        """Takes every shape."""
+
     def workspace(self, shape: Shape) -> int:
         """Nothing is promised: who runs this rung has memory for the others, too."""
         return 0

@@ -174,8 +174,8 @@ class Meter:
                     rows[name]["peak_bytes"] = weights + self._working_bytes(name, before, variant)
                 if self.error_steps != self.steps:
                     latents = call(self.error_steps)
-            except (RuntimeError, MemoryError, InputError) as error:  # no compiler, too little memory, ...
-                rows.pop(name, None)
+            except (RuntimeError, MemoryError, InputError, subprocess.SubprocessError) as error:
+                rows.pop(name, None)  # no compiler, too little memory, ...
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
                 self.skipped.append({"what": what, "variant": name, "reason": reason})
                 self._say(f"{what}, {name}: skipped, {reason}")

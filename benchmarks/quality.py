@@ -292,6 +292,8 @@ def bench_quality(options: argparse.Namespace) -> None:
         if options.threads < 1:
             raise InputError(f"--threads is {options.threads}; expected at least 1")
         torch.set_num_threads(options.threads)
+    if options.seed < 0:
+        raise InputError(f"--seed is {options.seed}; expected a whole number from 0 on")
     tasks = [find_task(name) for name in options.tasks or TASKS]
 
     def load(checkpoint: str | None, **settled: Any) -> Pipeline:

@@ -104,6 +104,21 @@ def startup_table(record: dict[str, Any]) -> str:
     return f"{text}\n\n{table(['from the start of a process', 'cold', 'warm'], rows)}"
 
 
+def native_table(record: dict[str, Any]) -> str:
+    """One sampling by a compiled artifact and by the compiled step, and a whole process."""
+    rows = [
+        [
+            row["form"],
+            milliseconds(row["sampling_seconds"]),
+            f"{row['process_seconds']['median']:.1f} s",
+            f"{row['relative_error']:.1e}",
+        ]
+        for row in record["rows"]
+    ]
+    columns = ["sampling", "ms (spread)", "from nothing to a picture", "error"]
+    return f"{caption(record['header'])}\n\n{table(columns, rows)}"
+
+
 def milliseconds(seconds: dict[str, Any]) -> str:
     """Median and spread."""
     median, low, high = (f"{1e3 * seconds[key]:.0f}" for key in ("median", "low", "high"))
@@ -135,6 +150,7 @@ def render(record: dict[str, Any]) -> str:
         "startup": startup_table,
         "forms": forms_table,
         "quality": quality_table,
+        "native": native_table,
     }
     kind = record.get("kind", "forms")
     if kind not in tables:

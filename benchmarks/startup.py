@@ -16,7 +16,7 @@ import os  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -124,19 +124,25 @@ def start(options: dict[str, Any], caches: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def leave_page_cache(folder: Path) -> bool:
-    """Asks the system to let go of a folder's files; False where it cannot be asked."""
+def leave_page_cache(files: Iterable[Path]) -> bool:
+    """Asks the system to let go of files; False where it cannot be asked, or for one that cannot be read."""
     if not hasattr(os, "posix_fadvise"):
         return False
-    for path in folder.rglob("*"):
-        if path.is_file():
+    left = True
+    for path in files:
+        try:
             descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)  # pages that were not written yet would stay
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
-    return True
+        except OSError:
+            left = False
+            continue
+        try:
+            os.fsync(descriptor)  # pages that were not written yet would stay
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError:
+            left = False
+        finally:
+            os.close(descriptor)
+    return left
 
 
 def make_checkpoint(folder: Path, model: str, device: Any) -> Path:
@@ -168,6 +174,7 @@ def run(options: dict[str, Any], model: str, repeats: int = 3, show: bool = True
     from lavin_bench.timing import header, header_line
     from lavin_rt.devices import resolve_device
     from lavin_rt.download import Artifact, find_model
+    from lavin_rt.manifest import Manifest
 
     device = resolve_device(options["device"])
     record: dict[str, Any] = {
@@ -187,8 +194,11 @@ def run(options: dict[str, Any], model: str, repeats: int = 3, show: bool = True
         options = {**options, "picture": str(folder / "picture.png")}
         # A hub id or an archive is fetched and unpacked before, which is not a start's business.
         files = find_model(options["checkpoint"])
-        weights = files.folder if isinstance(files, Artifact) else files.dit.resolve().parent
-        record["cold_page_cache"] = leave_page_cache(weights)
+        if isinstance(files, Artifact):
+            read = [files.folder / name for name in Manifest.read(files.folder).files]
+        else:
+            read = [files.dit, files.vae]
+        record["cold_page_cache"] = leave_page_cache(read)
         starts = []
         for number in range(1 + repeats):
             starts.append(start(options, folder / "caches"))

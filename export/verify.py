@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from lavin_export import vae_parts
+from lavin_export.denoiser import Denoiser
 from lavin_export.onnx_weights import check_weights, widened
+from lavin_rt.aoti_session import read_weights
 from lavin_rt.artifact import ArtifactNetwork, ArtifactVAE, assemble
 from lavin_rt.checkpoint import Checkpoint, find_checkpoint, load_dit, load_vae
 from lavin_rt.devices import current_device, resolve_device
@@ -84,6 +88,8 @@ def verify_artifact(
     manifest.check_files()
     if manifest.kind == "onnx":
         check_weights(manifest, checkpoint)
+    elif manifest.kind == "aoti":
+        check_compiled_weights(manifest, checkpoint)
     cases = Cases(manifest, checkpoint, evaluations)
     with torch.no_grad(), current_device(device), tempfile.TemporaryDirectory(prefix="lavin-rt-verify-") as scratch:
         truth = cases.of_plain(torch.float32, device)
@@ -118,6 +124,46 @@ def verify_artifact(
             "budget": checks[-1].budget,
         },
     }
+
+
+def check_compiled_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
+    """Compares the weights of an AOTInductor artifact with what the checkpoint's weights make, bit by bit.
+
+    A tensor that the network has no name for is a constant of its trace, which only the results can judge.
+
+    Raises:
+        VerificationError: one that differs, by name.
+        InputError: a weights file that cannot be read.
+    """
+    for name, part in manifest.parts.items():
+        wanted = _network(name, part, manifest, checkpoint).state_dict()
+        for file in part["weights"]:
+            for weight, found in read_weights(manifest.folder / file, torch.device("cpu")).items():
+                if weight in wanted and not _same_bits(found, wanted[weight]):
+                    raise VerificationError(
+                        f"{manifest.folder}: the weight {weight} of {name} is not the checkpoint's; "
+                        "do not use this artifact"
+                    )
+
+
+def _network(name: str, part: Mapping[str, Any], manifest: Manifest, checkpoint: Checkpoint) -> nn.Module:
+    """What a part was compiled from, on the CPU."""
+    if name == "denoiser":
+        dit = load_dit(checkpoint.dit, dtype=manifest.dtype)
+        if part.get("impl") == "triton":
+            from lavin_export.kernel_denoiser import KernelDenoiser
+
+            return KernelDenoiser(dit)
+        return Denoiser(dit)
+    role, _, frames = name.removeprefix("vae_").partition("_clip")
+    make = {"encoder": vae_parts.Encoder, "decoder": vae_parts.Decoder}[role]
+    return make(load_vae(checkpoint.vae, dtype=torch.float32), int(frames or 1)).to(manifest.dtype)
+
+
+def _same_bits(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    if (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
+        return False
+    return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (found, wanted)))
 
 
 class Cases:

@@ -100,8 +100,7 @@ def check_versions(path: Path, torch_version: str, part: dict[str, Any], device:
     found = torch.backends.cpu.get_cpu_capability()
     if level in CPU_LEVELS and found in CPU_LEVELS and CPU_LEVELS.index(level) > CPU_LEVELS.index(found):
         raise InputError(
-            f"{path} was compiled for processors with {level}, this one has {found}; export it with "
-            f"--cpu {'avx2' if found == 'AVX2' else 'any'}"
+            f"{path} was compiled for processors with {level}, this one has {found}; export it on this machine"
         )
 
 

@@ -130,12 +130,8 @@ class ArtifactNetwork:
         """Latents with their frames as rows, `[n, T, 16, h, w]`."""
         return latents.to(self.device, self.dtype).transpose(1, 2)
 
-    def step(self, shape: Shape) -> LatentCondition:
-        """The network at one shape.
-
-        Raises:
-            InputError: the artifact was not exported for it.
-        """
+    def check(self, shape: Shape) -> None:
+        """Raises an `InputError` for a shape that the artifact was not exported for."""
         for frames in {shape.cond_frames, *([1 + shape.query_frames] if shape.guided else [])}:
             sizes = {
                 "batch": shape.queries,
@@ -145,6 +141,10 @@ class ArtifactNetwork:
                 "width": shape.width,
             }
             check_ranges(self.manifest.parts["denoiser"], sizes, str(self.manifest.folder))
+
+    def step(self, shape: Shape) -> LatentCondition:
+        """The network at one shape; an `InputError` as of `check`."""
+        self.check(shape)
         return LatentCondition(shape, self.dtype, self.device, self._velocity)
 
     def _velocity(self, latents: torch.Tensor, cond_latents: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:

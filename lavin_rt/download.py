@@ -96,7 +96,10 @@ def find_model(
         return find_checkpoint(model, revision, cache, progress)
     # Real files: those of the hub's own cache are links, which an artifact may not hold.
     folder = snapshot.parent.parent / "artifact" / snapshot.name
-    manifest = Manifest.read(_fetch(text, snapshot.name, cache, folder, [MANIFEST]))
+    _fetch(text, snapshot.name, cache, folder, [MANIFEST])
+    if not is_artifact(folder):  # a checkpoint with a manifest of something else
+        return find_checkpoint(model, revision, cache, progress)
+    manifest = Manifest.read(folder)
     source = f"{text}@{snapshot.name}"
     if manifest.kind in KINDS_OF_CODE and not trust:
         raise InputError(

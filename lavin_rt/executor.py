@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -60,6 +62,11 @@ class _Schedule:
             torch.ones(capacity, dtype=torch.bool, device=device),
         )
 
+    def rewind(self) -> None:
+        """Back to the first evaluation."""
+        self.evaluation.zero_()
+        self.finite.fill_(True)
+
 
 @dataclasses.dataclass(eq=False)
 class _Plan:
@@ -69,12 +76,14 @@ class _Plan:
         latents: `[queries, 16, target frames, h, w]` float32, the sampler's state.
         condition: the step's buffers.
         advance: one guided Euler step on these buffers, eager or a graph's replay.
+        captured: whether it is a graph.
     """
 
     step: Step
     latents: torch.Tensor
     condition: Tensors
     advance: Callable[[], object]
+    captured: bool
 
 
 class Executor:
@@ -104,6 +113,8 @@ class Executor:
         self._schedule: _Schedule | None = None
         self._tables: OrderedDict[tuple[float, ...], Tensors] = OrderedDict()
         self._pool: object | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._last: torch.cuda.Event | None = None
         self._lock = threading.RLock()
         self._busy = False
 
@@ -112,9 +123,38 @@ class Executor:
         """Waits for this thread's turn on the device and holds it."""
         with self._lock:
             if self._busy:
-                raise InputError("a callback asked for another run of its own task; let the first one end before it")
+                raise InputError("a callback may not use its pipeline while it samples; copy the latents for later")
             with current_device(self.network.device), torch.no_grad():
+                # Threads may have streams of their own, which do not wait for one another.
+                if self._last is not None:
+                    torch.cuda.current_stream().wait_event(self._last)
+                try:
+                    yield
+                finally:
+                    if self.network.device.type == "cuda":
+                        self._last = torch.cuda.current_stream().record_event()
+
+    @contextmanager
+    def _run_of(self, shape: Shape) -> Iterator[None]:
+        """A turn for one shape. What fails in it leaves the device idle; out of memory is said in a user's words."""
+        refused = False
+        with self.turn(), self.network.running():
+            self._busy = True
+            try:
                 yield
+            except BaseException as error:
+                if self.network.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if not out_of_memory(error):
+                    raise
+                # The frames that failed hold the very buffers that the message is to count as free.
+                traceback.clear_frames(error.__traceback__)
+                refused = True
+            finally:
+                self._busy = False
+            if refused:
+                self.release()
+                raise self._too_large(shape)
 
     def embed(self, latents: torch.Tensor) -> torch.Tensor:
         """Clean latents `[n, 16, T, h, w]` as `sample` takes them, to be kept for any number of runs."""
@@ -127,7 +167,7 @@ class Executor:
         Raises:
             InputError: too little memory, naming what would fit, or a shape or schedule that the network does not take.
         """
-        with self.turn(), self.network.running():
+        with self._run_of(shape):
             self._load_schedule(knots)
             self._plan(shape)
 
@@ -160,27 +200,15 @@ class Executor:
             InputError: as `prepare`.
             NonFiniteError: naming the first step after which a latent is NaN or infinite.
         """
-        with self.turn(), self.network.running():
-            self._busy = True
-            try:
-                self._load_schedule(knots)
-                plan = self._plan(shape)
-                plan.step.fill(plan.condition, context, query)
-                plan.latents.copy_(noise)
-                self._schedule.guidance.fill_(guidance)
-                self._rewind()
-                self._run(plan, len(knots) - 1, callback)
-                return plan.latents.clone()
-            except BaseException as error:
-                # Steps may still be under way on the device; the next run may come on another stream.
-                if self.network.device.type == "cuda":
-                    torch.cuda.synchronize()
-                if not out_of_memory(error):
-                    raise
-                self._forget()
-                raise self._too_large(shape) from None
-            finally:
-                self._busy = False
+        with self._run_of(shape):
+            self._load_schedule(knots)
+            plan = self._plan(shape)
+            plan.step.fill(plan.condition, context, query)
+            plan.latents.copy_(noise)
+            self._schedule.guidance.fill_(guidance)
+            self._schedule.rewind()
+            self._run(plan, len(knots) - 1, callback)
+            return plan.latents.clone()
 
     def _run(self, plan: _Plan, evaluations: int, callback: Callback | None) -> None:
         finite = self._schedule.finite
@@ -188,6 +216,7 @@ class Executor:
         every_step = callback is not None or finite.device.type == "cpu"
         for done in range(1, evaluations + 1):
             plan.advance()
+            self.replays += plan.captured
             if every_step:
                 if not finite[done - 1]:
                     raise NonFiniteError(done, evaluations)
@@ -210,17 +239,13 @@ class Executor:
             self._tables.popitem(last=False)
         evaluations = len(knots) - 1
         if schedule is None or len(schedule.widths) < evaluations:
-            self._forget()
+            self.release()
             schedule = self._schedule = _Schedule.make(tables, max(evaluations, EVALUATIONS), self.network.device)
         schedule.loaded = ()
         for buffer, table in zip(schedule.tables, tables, strict=True):
             buffer[:evaluations] = table
         schedule.widths[:evaluations] = knots.diff()
         schedule.loaded = key
-
-    def _rewind(self) -> None:
-        self._schedule.evaluation.zero_()
-        self._schedule.finite.fill_(True)
 
     def _plan(self, shape: Shape) -> _Plan:
         plan = self._plans.get(shape)
@@ -234,7 +259,7 @@ class Executor:
                 plan = None
             if plan is None:
                 # Other shapes' buffers and graphs may be what is in the way.
-                self._forget()
+                self.release()
                 plan = self._make_plan(shape)
             self._plans[shape] = plan
             while len(self._plans) > self._shapes:
@@ -252,58 +277,42 @@ class Executor:
             shape.width,
             device=network.device,
         )
-        plan = _Plan(step, latents, step.buffers(), lambda: self._advance(plan, shape.guided))
-        if self.graphs or network.compiles:
-            self._rewind()
-            plan.advance = self._capture(plan.advance) if self.graphs else self._compiled(plan.advance)
-        return plan
-
-    def _advance(self, plan: _Plan, guided: bool) -> None:
-        """One guided Euler step, `z += (t[i+1] - t[i]) * velocity(z, t[i])`, i from the device's own counter."""
-        schedule = self._schedule
-        rows = [table.index_select(0, schedule.evaluation)[0] for table in schedule.tables]
-        velocity = plan.step(plan.latents, plan.condition, *rows).float()
-        if guided:
-            # Guidance, section 3.3 of the paper: null + scale * (cond - null).
-            cond, null = velocity.chunk(2)
-            velocity = null + schedule.guidance * (cond - null)
-        plan.latents.addcmul_(velocity, schedule.widths.index_select(0, schedule.evaluation))
-        schedule.finite.index_copy_(0, schedule.evaluation, torch.isfinite(plan.latents).all().unsqueeze(0))
-        schedule.evaluation.add_(1)
-
-    def _compiled(self, advance: Callable[[], object]) -> Callable[[], object]:
-        advance()
-        return advance
+        condition = step.buffers()
+        # Nothing of the executor in it: a plan let go frees its memory at once, not at the next garbage collection.
+        advance = partial(_advance, self._schedule, step, latents, condition, shape.guided)
+        if self.graphs:
+            return _Plan(step, latents, condition, self._capture(advance), captured=True)
+        if network.compiles or network.device.type == "cuda":
+            self._schedule.rewind()
+            advance()
+        return _Plan(step, latents, condition, advance, captured=False)
 
     def _capture(self, advance: Callable[[], object]) -> Callable[[], object]:
         """A step as a CUDA graph, after two runs in which kernels are compiled and libraries take their memory."""
         # What the VAE left in the allocator's cache would count beside the graph's own memory for good; torch does the
         # same after the warm-up.
         release_cached(self.network.device)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        # One stream for all captures, as libraries keep a workspace for every stream that they have seen; one pool for
+        # all graphs, as no two replays run at the same time and what outlives one lies outside.
+        self._stream = self._stream or torch.cuda.Stream()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._schedule.rewind()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(2):
                 advance()
-        torch.cuda.current_stream().wait_stream(stream)
-        if self._pool is None:
-            # One pool for all graphs: no two replays run at the same time, and what outlives one lies outside.
-            self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        # Other threads may go on using the device meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             advance()
         self.captures += 1
+        return graph.replay
 
-        def replay() -> None:
-            graph.replay()
-            self.replays += 1
-
-        return replay
-
-    def _forget(self) -> None:
-        """Lets go of every shape's buffers and graphs."""
+    def release(self) -> None:
+        """Lets go of every shape's buffers and graphs, which the next runs make again."""
         self._plans.clear()
-        self._pool = None
+        self._pool = None  # a pool ends with its last graph
         release_cached(self.network.device)
 
     def check_memory(self, shape: Shape) -> None:
@@ -317,29 +326,36 @@ class Executor:
     def _ensure_memory(self, shape: Shape) -> None:
         if shape in self._plans or self.network.workspace(shape) <= memory_at_hand(self.network.device):
             return
-        self._forget()
+        self.release()
         if self.network.workspace(shape) > memory_at_hand(self.network.device):
             raise self._too_large(shape)
 
     def _too_large(self, shape: Shape) -> InputError:
+        need, free = self.network.workspace(shape), memory_at_hand(self.network.device)
+        more = "more than " if need <= free else ""  # the estimate was too low
         return InputError(
-            f"{describe(shape)} needs about {gigabytes(self.network.workspace(shape))} GB of memory on "
-            f"{self.network.device}, {gigabytes(memory_at_hand(self.network.device))} GB are free; "
-            f"{self.what_fits(shape)}"
+            f"{describe(shape)} needs {more}about {gigabytes(need)} GB of memory on {self.network.device}, "
+            f"{gigabytes(free)} GB are free; {self.what_fits(shape)}"
         )
 
     def most_queries(self, shape: Shape) -> int:
-        """The most queries, at most those of the shape, that the memory at hand allows to run together; 0 if none."""
+        """The most queries, at most those of the shape, that the network takes and the memory at hand allows to run
+        together; 0 if none.
+        """
         memory = memory_at_hand(self.network.device)
         for queries in range(shape.queries, 0, -1):
             candidate = dataclasses.replace(shape, queries=queries)
+            try:
+                self.network.check(candidate)
+            except InputError:
+                continue
             if candidate in self._plans or self.network.workspace(candidate) <= memory:
                 return queries
         return 0
 
     def what_fits(self, shape: Shape) -> str:
-        """Names what the memory at hand allows instead of a shape."""
-        memory = memory_at_hand(self.network.device)
+        """Names what the memory at hand allows instead of a shape, always something smaller."""
+        memory = min(memory_at_hand(self.network.device), self.network.workspace(shape) - 1)
         for queries in range(shape.queries - 1, 0, -1):
             if self.network.workspace(dataclasses.replace(shape, queries=queries)) <= memory:
                 return f"batch size {queries} would fit"
@@ -350,6 +366,19 @@ class Executor:
             if self.network.workspace(smaller) <= memory:
                 return f"one query at size {8 * height}x{8 * width} would fit"
         return "free some, or run on another device"
+
+
+def _advance(schedule: _Schedule, step: Step, latents: torch.Tensor, condition: Tensors, guided: bool) -> None:
+    """One guided Euler step, `z += (t[i+1] - t[i]) * velocity(z, t[i])`, i from the device's own counter."""
+    rows = [table.index_select(0, schedule.evaluation)[0] for table in schedule.tables]
+    velocity = step(latents, condition, *rows).float()
+    if guided:
+        # Guidance, section 3.3 of the paper: null + scale * (cond - null).
+        cond, null = velocity.chunk(2)
+        velocity = null + schedule.guidance * (cond - null)
+    latents.addcmul_(velocity, schedule.widths.index_select(0, schedule.evaluation))
+    schedule.finite.index_copy_(0, schedule.evaluation, torch.isfinite(latents).all().unsqueeze(0))
+    schedule.evaluation.add_(1)
 
 
 def describe(shape: Shape) -> str:

@@ -11,7 +11,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -98,23 +99,31 @@ class Manifest:
     def check_files(self, progress: Progress | None = None) -> None:
         """Compares every file with its size and hash.
 
+        Args:
+            progress: called with (bytes read, bytes in all), from one thread at a time.
+
         Raises:
             InputError: a file that is missing, no plain file, or not the one that was exported.
         """
         for name, entry in self.files.items():
             self._check_file(name, entry["bytes"])
-        total, done = sum(entry["bytes"] for entry in self.files.values()), 0
+        total, done, lock = sum(entry["bytes"] for entry in self.files.values()), 0, threading.Lock()
+
+        def add(count: int) -> None:
+            nonlocal done
+            with lock:
+                done += count
+                if progress is not None:
+                    progress(done, total)
+
         with ThreadPoolExecutor(max_workers=2) as pool:  # hashing releases the interpreter
-            digests = pool.map(lambda name: file_sha256(self.folder / name), self.files)
+            digests = pool.map(lambda name: file_sha256(self.folder / name, add), self.files)
             for (name, entry), digest in zip(self.files.items(), digests, strict=True):
                 if digest != entry["sha256"]:
                     raise InputError(
                         f"{self.folder / name} is not the file that was exported (SHA-256 {digest[:12]}..., the "
                         f"manifest has {entry['sha256'][:12]}...); export or fetch the artifact again"
                     )
-                done += entry["bytes"]
-                if progress is not None:
-                    progress(done, total)
 
     def _check_file(self, name: str, size: int) -> None:
         path = self.folder / name
@@ -185,12 +194,14 @@ def is_artifact(path: str | os.PathLike) -> bool:
         return False
 
 
-def file_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, 64 hexadecimal digits, read 4 MiB at a time."""
+def file_sha256(path: str | os.PathLike, add: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file, 64 hexadecimal digits, read 4 MiB at a time; `add` is told the bytes of each time."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(BLOCK):
             digest.update(block)
+            if add is not None:
+                add(len(block))
     return digest.hexdigest()
 
 

@@ -61,6 +61,9 @@ class Network(Protocol):
     def embed(self, latents: torch.Tensor) -> torch.Tensor:
         """Clean latents `[n, 16, T, h, w]` as a step reads them, `[n, rows of T frames, ...]`."""
 
+    def check(self, shape: Shape) -> None:
+        """Raises an `InputError` for a shape that the network does not take."""
+
     def step(self, shape: Shape) -> Step:
         """The network at one shape."""
 
@@ -94,6 +97,9 @@ class PackedNetwork:
     def embed(self, latents: torch.Tensor) -> torch.Tensor:
         """`[n, T * tokens, D]` in the model's dtype."""
         return self.dit.cond_embedder(patchify(latents.to(self.device, self.dtype)))
+
+    def check(self, shape: Shape) -> None:
+        """Takes every shape."""
 
     def step(self, shape: Shape) -> Step:
         return _PackedOnBuffers(PackedStep(self.dit, Layout.make(self.config, shape, self.device), self.impl), self)
@@ -166,6 +172,9 @@ class PlainNetwork:
     def embed(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents with their frames as rows, `[n, T, 16, h, w]`."""
         return latents.to(self.device).transpose(1, 2)
+
+    def check(self, shape: Shape) -> None:
+        """Takes every shape."""
 
     def step(self, shape: Shape) -> Step:
         return LatentCondition(shape, torch.float32, self.device, self._velocity)

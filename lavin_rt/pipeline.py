@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lavin_rt.artifact import ArtifactNetwork, ArtifactVAE, Manifest
 from lavin_rt.artifact import load as load_artifact
 from lavin_rt.checkpoint import load_dit, load_vae
 from lavin_rt.context import EncodedContext
-from lavin_rt.devices import DTYPES, resolve_device, resolve_dtype
+from lavin_rt.devices import DTYPES, out_of_memory, resolve_device, resolve_dtype
 from lavin_rt.download import Artifact, Checkpoint, find_model, native_size, template_roots
 from lavin_rt.errors import InputError
 from lavin_rt.executor import Executor
@@ -134,7 +135,7 @@ class Pipeline:
 
     @property
     def _vae(self) -> STVAE:
-        """The VAE, computing as this pipeline does; another one may share it."""
+        """The VAE, computing as this pipeline does."""
         return self.vae.use(self.impl)
 
     @property
@@ -204,17 +205,43 @@ class Pipeline:
         """
         encoded = []
         for clip in clips:
-            with self.executor.turn():
+
+            def run(clip: torch.Tensor = clip) -> torch.Tensor:
                 posterior = self._vae.encode(clip.to(self.device), tile=self.tile, chunk=self.chunk)
                 latents = posterior.mode() if generator is None else posterior.sample(generator)
-                encoded.append(scale_latents(latents.float()).cpu())
+                return scale_latents(latents.float()).cpu()
+
+            encoded.append(self._within_memory(run, f"encode {_shown(clip)}"))
         return encoded
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures of scaled latents `[1, 16, t, h, w]`: `[T, 3, H, W]` uint8 on the CPU."""
-        with self.executor.turn():
+
+        def run() -> torch.Tensor:
             pixels = self._vae.decode(unscale_latents(latents.to(self.device)), tile=self.tile, chunk=self.chunk)
-        return images.from_pixels(pixels.float())[0].transpose(0, 1).cpu()
+            return images.from_pixels(pixels.float())[0].transpose(0, 1).cpu()
+
+        return self._within_memory(run, f"decode {_shown(latents)} latents")
+
+    def _within_memory(self, work: Callable[[], torch.Tensor], what: str) -> torch.Tensor:
+        """Does VAE work in this thread's turn, where memory is short once more without the sampler's buffers."""
+        with self.executor.turn():
+            for _ in range(2):
+                try:
+                    return work()
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    traceback.clear_frames(error.__traceback__)
+                self.executor.release()
+        raise InputError(
+            f"too little memory on {self.device} to {what}; encode and decode in pieces (tile=, chunk=; --tile, "
+            "--chunk), or give a smaller size"
+        )
+
+
+def _shown(clip: torch.Tensor) -> str:
+    return f"{clip.shape[2]}x{clip.shape[3]}x{clip.shape[4]}"
 
 
 def _load_artifact(

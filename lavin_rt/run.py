@@ -27,8 +27,9 @@ def run(options: argparse.Namespace) -> None:
     default = RELEASED_SIZE if options.checkpoint else MINI_SIZE
     size = images.parse_size(default if options.size is None else options.size)
     check_seed(options.seed, len(queries))
-    clips = [images.load_clip(query) for query in queries]
-    for clip, query, output in zip(clips, queries, outputs, strict=True):
+    for query, output in zip(queries, outputs, strict=True):
+        # Read once to be checked and once to be answered: many large pictures need not be in memory together.
+        clip = images.load_clip(query)
         images.check_clip_frames(len(clip), str(query))
         target = clip.shape[-2:] if options.keep_size else size
         images.check_output(output, len(clip), tuple(target))
@@ -73,27 +74,21 @@ def run(options: argparse.Namespace) -> None:
     if options.save_context:
         task.context.save(options.save_context)
     encoded = time.perf_counter()
-    together = task.batch_size(len(clips), options.batch_size, options.guidance)
+    together = task.batch_size(len(queries), options.batch_size, options.guidance)
     # On a bar of its own, as compilation and capture may take longer than the sampling.
     with progress.bar("preparing", " batches") as preparing:
         preparing(0, 1)
         task.prepare(together, options.steps, options.guidance)
         preparing(1, 1)
     prepared = time.perf_counter()
-    results = answer(task, clips, together, options, progress)
-    sampled = time.perf_counter()
-    for result, clip, output in zip(results, clips, outputs, strict=True):
-        images.save_picture(result.frames, output)
-        if options.grid:
-            images.save_picture(grid_of(task, clip, result), grid_path(output))
+    seeds = answer(task, queries, outputs, together, options, progress)
     seconds = {
         "loading": loaded - began,
         "context": encoded - loaded,
         "preparing": prepared - encoded,
-        "queries": sampled - prepared,
-        "writing": time.perf_counter() - sampled,
+        "queries": time.perf_counter() - prepared,
     }
-    report(options, task, queries, outputs, results, seconds)
+    report(options, task, queries, outputs, seeds, seconds)
 
 
 def check_task(options: argparse.Namespace, checkpoint: Checkpoint | Artifact) -> None:
@@ -105,27 +100,45 @@ def check_task(options: argparse.Namespace, checkpoint: Checkpoint | Artifact) -
     contexts.choose_pairs(contexts.read_template(folder), options.pairs, options.seed, options.repeats)
 
 
-def answer(task: Task, clips: list, together: int, options: argparse.Namespace, progress: Progress) -> list[Result]:
-    """Runs all queries, so many together, under one bar that counts steps."""
-    runs = -(-len(clips) // together)
+def answer(
+    task: Task,
+    queries: list[Path],
+    outputs: list[Path | str],
+    together: int,
+    options: argparse.Namespace,
+    progress: Progress,
+) -> list[int | None]:
+    """Answers all queries, so many together, under one bar that counts steps; what is done is written at once.
+
+    Returns the seeds.
+    """
+    runs, done, seeds = -(-len(queries) // together), 0, []
     with progress.bar("sampling", " steps") as sampling:
-        done = 0
 
         def callback(step: int, evaluations: int, latents: object) -> None:
             nonlocal done
             done += 1
             sampling(done, runs * evaluations)
 
-        return task.run(
-            # A clip is [T, 3, H, W]; as an array it is given as [T, H, W, 3].
-            [clip.permute(0, 2, 3, 1).numpy() for clip in clips],
-            steps=options.steps,
-            guidance=options.guidance,
-            seed=options.seed,
-            batch_size=together,
-            keep_size=options.keep_size,
-            callback=callback,
-        )
+        for first in range(0, len(queries), together):
+            some = slice(first, first + together)
+            clips = [images.load_clip(query) for query in queries[some]]
+            results = task.run(
+                # A clip is [T, 3, H, W]; as an array it is given as [T, H, W, 3].
+                [clip.permute(0, 2, 3, 1).numpy() for clip in clips],
+                steps=options.steps,
+                guidance=options.guidance,
+                seed=options.seed + first,
+                batch_size=together,
+                keep_size=options.keep_size,
+                callback=callback,
+            )
+            for result, clip, output in zip(results, clips, outputs[some], strict=True):
+                images.save_picture(result.frames, output)
+                if options.grid:
+                    images.save_picture(grid_of(task, clip, result), grid_path(output))
+                seeds.append(result.seed)
+    return seeds
 
 
 def find_queries(given: list[str], clip: bool) -> list[Path]:
@@ -177,7 +190,7 @@ def report(
     task: Task,
     queries: list[Path],
     outputs: list[Path | str],
-    results: list[Result],
+    seeds: list[int | None],
     seconds: dict[str, float],
 ) -> None:
     """Says what was done: a record in JSON, or a line for every picture and one for the time."""
@@ -196,14 +209,14 @@ def report(
     }
     if options.json:
         answers = [
-            {"query": str(query), "output": str(output), "seed": result.seed}
-            for query, output, result in zip(queries, outputs, results, strict=True)
+            {"query": str(query), "output": str(output), "seed": seed}
+            for query, output, seed in zip(queries, outputs, seeds, strict=True)
         ]
         rounded = {part: round(value, 4) for part, value in seconds.items()}
         print_json({**setting, "results": answers, "seconds": rounded})
     elif not options.quiet:
-        for output, result in zip(outputs, results, strict=True):
-            print(f"{output}  seed {result.seed}")
+        for output, seed in zip(outputs, seeds, strict=True):
+            print(f"{output}  seed {seed}")
         parts = ", ".join(f"{part} {value:.2f} s" for part, value in seconds.items())
         print(f"{parts}  (impl {pipe.impl}, {setting['device']}, {setting['dtype']})")
 

@@ -79,8 +79,39 @@ def test_a_package_for_more_instructions_is_refused(monkeypatch):
 
     part = {"machine": platform.machine(), "cpu_level": "AVX512"}
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert "--cpu avx2" in refusal(check_versions, Path("denoiser.pt2"), torch.__version__, part, CPU)
+    assert "export it on this machine" in refusal(check_versions, Path("denoiser.pt2"), torch.__version__, part, CPU)
     check_versions(Path("denoiser.pt2"), torch.__version__, {**part, "cpu_level": "AVX2"}, CPU)
+
+
+@pytest.mark.parametrize(("part", "weight"), [("denoiser", "blocks.1.x.proj"), ("vae_decoder", "conv_in.weight")])
+def test_a_weight_slightly_off_is_found(tmp_path, part, weight):
+    """By the bits themselves, nothing compiled: a change as small as this may pass for rounding in the results."""
+    from types import SimpleNamespace
+
+    from lavin_export import vae_parts
+    from lavin_export.denoiser import Denoiser
+    from lavin_export.to_aoti import inner_first_, write_weights
+    from lavin_export.verify import VerificationError, check_compiled_weights
+    from lavin_rt.checkpoint import load_dit, load_vae
+
+    checkpoint = golden_checkpoint(tmp_path / "checkpoint")
+    vae = load_vae(checkpoint.vae, dtype=torch.float32)
+    networks = {
+        "denoiser": Denoiser(load_dit(checkpoint.dit, dtype=torch.float32)),
+        "vae_encoder_clip5": vae_parts.Encoder(vae, 5),
+        "vae_decoder": vae_parts.Decoder(vae),
+    }
+    inner_first_(networks["denoiser"])
+    parts = {name: {"weights": [f"{name}.weights.safetensors"]} for name in networks}
+    for name, network in networks.items():
+        write_weights(tmp_path / parts[name]["weights"][0], network.state_dict())
+    manifest = SimpleNamespace(folder=tmp_path, parts=parts, dtype=torch.float32)
+    check_compiled_weights(manifest, checkpoint)
+    tensors = {name: tensor.clone() for name, tensor in networks[part].state_dict().items()}
+    tensors[weight][1, :1] *= 1 + 2**-20
+    write_weights(tmp_path / parts[part]["weights"][0], tensors)
+    with pytest.raises(VerificationError, match=f"weight {weight} of {part} is not the checkpoint's"):
+        check_compiled_weights(manifest, checkpoint)
 
 
 def test_bad_options_are_refused(tmp_path):

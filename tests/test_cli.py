@@ -86,7 +86,7 @@ def test_json_record(setup, capsys):
     assert err == ""
     assert record["results"] == [{"query": setup["--query"], "output": setup["-o"], "seed": 5}]
     assert (record["impl"], record["dtype"], record["size"], record["steps"]) == ("torch", "float32", [32, 48], 4)
-    assert set(record["seconds"]) == {"loading", "context", "preparing", "queries", "writing"}
+    assert set(record["seconds"]) == {"loading", "context", "preparing", "queries"}
 
 
 def test_quiet(setup, capsys):

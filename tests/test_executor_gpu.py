@@ -79,6 +79,16 @@ def test_memory_does_not_grow_with_runs(dit):
     assert torch.cuda.memory_allocated() <= after_few[0] and torch.cuda.memory_reserved() <= after_few[1]
 
 
+def test_memory_does_not_grow_with_captures(dit):
+    executor = Executor(make_network(dit), shapes=1)
+    for run in range(4):
+        answer(executor, shape=(SMALL, LARGE)[run % 2])
+    after_few = torch.cuda.memory_reserved()
+    for run in range(40):
+        answer(executor, shape=(SMALL, LARGE)[run % 2])
+    assert executor.captures == 44 and torch.cuda.memory_reserved() <= after_few
+
+
 def test_out_of_memory_is_one_clear_error(dit):
     """The allocator is held to what it has, so that the capture of a large shape fails inside."""
     executor = Executor(make_network(dit))

@@ -83,7 +83,7 @@ def test_nan_weights_name_the_step_and_the_next_task_works(tmp_path):
 def test_batches_are_sized_to_the_memory_at_hand(pipe, task, monkeypatch):
     queries = [picture(seed) for seed in range(4)]
     expected = task.run(queries, steps=4, batch_size=4)
-    pipe.executor._forget()
+    pipe.executor.release()
     need = pipe.network.workspace(task._shape(3, 1.5))
     monkeypatch.setattr(lavin_rt.executor, "memory_at_hand", lambda device: need)
     assert task.batch_size(4) == 3
@@ -92,7 +92,7 @@ def test_batches_are_sized_to_the_memory_at_hand(pipe, task, monkeypatch):
     for smaller, whole in zip(task.run(queries, steps=4), expected, strict=True):
         assert torch.allclose(smaller.latents, whole.latents, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(lavin_rt.executor, "memory_at_hand", lambda device: 1000)
-    pipe.executor._forget()
+    pipe.executor.release()
     with pytest.raises(InputError, match="1 query at 32x48 with 2 pairs needs about"):
         latents(task, 5)
     with pytest.raises(InputError, match="at 64x96 with 1 pair needs about"):

@@ -1,5 +1,6 @@
 #include "artifact.h"
 
+#include <ATen/DynamicLibrary.h>
 #include <sys/stat.h>
 #include <torch/version.h>
 
@@ -39,6 +40,23 @@ void check_file(const fs::path& path, int64_t size) {
 std::string release(const std::string& version) {
   const size_t first = version.find('.');
   return first == std::string::npos ? version : version.substr(0, version.find_first_of(".+", first + 1));
+}
+
+// (major, minor) as the driver tells it; the headers of CUDA are not needed to build this.
+std::pair<int, int> compute_capability(at::Device device) {
+  int handle = 0, major = 0, minor = 0;
+  try {
+    at::DynamicLibrary driver("libcuda.so.1", nullptr, /*leak_handle=*/true);
+    const auto initialise = reinterpret_cast<int (*)(unsigned)>(driver.sym("cuInit"));
+    const auto get = reinterpret_cast<int (*)(int*, int)>(driver.sym("cuDeviceGet"));
+    const auto attribute = reinterpret_cast<int (*)(int*, int, int)>(driver.sym("cuDeviceGetAttribute"));
+    if (!initialise(0) && !get(&handle, device.has_index() ? device.index() : 0) && !attribute(&major, 75, handle) &&
+        !attribute(&minor, 76, handle)) {
+      return {major, minor};
+    }
+  } catch (const std::exception&) {  // no such library
+  }
+  throw InputError("the compute capability of " + device.str() + " cannot be read; is there a GPU, and its driver?");
 }
 
 }  // namespace
@@ -121,6 +139,15 @@ void Manifest::check_target(at::Device device) const {
   if (wanted != "any" && wanted != found) {
     throw InputError(folder.string() + " was exported for " + one_line(wanted, 40) + " and cannot run on " + found +
                      "; choose --device " + one_line(wanted, 40) + " or export it for " + found);
+  }
+  const Json* capability = values["target"].find("compute_capability");
+  if (device.is_cuda() && capability && !capability->is_null()) {
+    const auto [major, minor] = compute_capability(device);
+    const std::vector<Json>& made_for = capability->array();
+    if (made_for.size() != 2 || made_for[0].integer() != major || made_for[1].integer() != minor) {
+      throw InputError(folder.string() + " was exported for a GPU of another compute capability than " + device.str() +
+                       " has, " + std::to_string(major) + "." + std::to_string(minor) + "; export it on this machine");
+    }
   }
   const Json* exported = values["versions"].find("torch");
   const std::string torch = exported ? exported->string() : "none";

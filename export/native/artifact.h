@@ -20,7 +20,7 @@ struct Manifest {
   // Compares every file with its size and hash; throws InputError for the first that is missing or another one.
   void check_files() const;
 
-  // Throws InputError where the artifact was made for another kind of device, or for another torch.
+  // Throws InputError where the artifact was made for another kind of device, another GPU or another torch.
   void check_target(at::Device device) const;
 
   fs::path folder;

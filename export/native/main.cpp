@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <iostream>
 #include <optional>
+#include <tuple>
 
 #include "context.h"
 #include "error.h"
@@ -64,14 +65,15 @@ struct Options {
   bool time = false, quiet = false;
 };
 
-uint64_t parse_seed(const std::string& text) {
+// The seed, and its text as Python writes the number: the choice of pairs is by the text.
+std::pair<uint64_t, std::string> parse_seed(const std::string& text) {
   char* end = nullptr;
   errno = 0;
   const bool negative = !text.empty() && text[0] == '-';
   const uint64_t value = negative ? static_cast<uint64_t>(std::strtoll(text.c_str(), &end, 10)) : std::strtoull(text.c_str(), &end, 10);
   const bool digits = text.size() > negative && text.find_first_not_of("0123456789", negative) == std::string::npos;
   if (!digits || errno || *end) throw InputError("--seed is " + lavin::one_line(text, 40) + "; expected a whole number from -2**63 to 2**64 - 1");
-  return value;
+  return {value, negative ? std::to_string(static_cast<int64_t>(value)) : std::to_string(value)};
 }
 
 double parse_number(const std::string& text, const std::string& name) {
@@ -105,7 +107,7 @@ Options parse(int count, char** words) {
     else if (name == "--size") options.size = value();
     else if (name == "--steps") options.steps = lavin::parse_integer(value(), name, 2, 1000);
     else if (name == "--guidance") options.guidance = parse_number(value(), name);
-    else if (name == "--seed") options.seed = parse_seed(options.seed_text = value());
+    else if (name == "--seed") std::tie(options.seed, options.seed_text) = parse_seed(value());
     else if (name == "--noise") options.noise = value();
     else if (name == "--device") options.device = value();
     else if (name == "--threads") options.threads = lavin::parse_integer(value(), name, 1, 4096);

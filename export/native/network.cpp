@@ -27,7 +27,7 @@ void check_processor(const Json& part, const std::string& file) {
   const std::string found = at::get_cpu_capability(), wanted = part["cpu_level"].string();
   if (rank(wanted) < 3 && rank(found) < rank(wanted)) {
     throw InputError(file + " was compiled for processors with " + wanted + ", this one has " + found +
-                     "; export it with --cpu avx2, or on this machine");
+                     "; export it on this machine");
   }
 }
 

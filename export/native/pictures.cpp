@@ -55,7 +55,8 @@ at::Tensor read_ppm(const MappedFile& file, const fs::path& path) {
   if (end - at < height * width * channels) throw unreadable(path, "it is truncated");
   void* data = const_cast<char*>(at);
   const at::Tensor pixels = at::from_blob(data, {height, width, channels}, at::kByte);
-  return pixels.permute({2, 0, 1}).expand({3, height, width}).contiguous();
+  // A copy in any case: the file is not mapped for longer than this.
+  return pixels.permute({2, 0, 1}).expand({3, height, width}).clone(at::MemoryFormat::Contiguous);
 }
 
 void write_ppm(const at::Tensor& picture, const fs::path& path) {

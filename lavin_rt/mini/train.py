@@ -62,14 +62,14 @@ PRESETS = {
         scenes=4000,
         clips=200,
         photographs=1500,
-        degraded=3000,
+        degraded=3500,
         vae=VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1),
         dit=DiTConfig(hidden_size=216, depth=5, num_heads=3, kv_group=3),
         teaching=300,
-        vae_steps=2500,
+        vae_steps=1650,
         vae_batch=4,
         vae_peak=5e-4,
-        plan=Plan(steps=12000),
+        plan=Plan(steps=6800, pairs=(0.72, 0.12, 0.06, 0.1), clips=0.06),
     ),
     # A minute on a CPU: shows that everything fits together and that losses fall, not what a trained model can do.
     "tiny": Preset(
