@@ -93,12 +93,12 @@ def find_model(
         return find_checkpoint(model, revision, cache, progress)
     snapshot = _fetch(text, revision, cache)
     if not (snapshot / MANIFEST).is_file():
-        return find_checkpoint(model, revision, cache, progress)
+        return _in_snapshot(text, snapshot, progress)
     # Real files: those of the hub's own cache are links, which an artifact may not hold.
     folder = snapshot.parent.parent / "artifact" / snapshot.name
     _fetch(text, snapshot.name, cache, folder, [MANIFEST])
     if not is_artifact(folder):  # a checkpoint with a manifest of something else
-        return find_checkpoint(model, revision, cache, progress)
+        return _in_snapshot(text, snapshot, progress)
     manifest = Manifest.read(folder)
     source = f"{text}@{snapshot.name}"
     if manifest.kind in KINDS_OF_CODE and not trust:
@@ -154,12 +154,16 @@ def find_checkpoint(
                 f"{text!r} is no file or folder here, nor a Hugging Face id (owner/name); "
                 f"expected a folder with {EXPECTED}"
             )
-        snapshot = _fetch(text, revision, cache)
-        beside = snapshot.parent.parent / "unpacked" / snapshot.name
-        source = f"{text}@{snapshot.name}"
-        return _Finder(source, lambda archive: beside / archive.name, progress).find(snapshot)
+        return _in_snapshot(text, _fetch(text, revision, cache), progress)
     except OSError as error:
         raise InputError(f"cannot read {text}: {error.strerror or error}; expected {EXPECTED}") from None
+
+
+def _in_snapshot(repository: str, snapshot: Path, progress: Progress | None) -> Checkpoint:
+    """A checkpoint's files in a hub repository's snapshot; archives are unpacked beside it."""
+    beside = snapshot.parent.parent / "unpacked" / snapshot.name
+    source = f"{repository}@{snapshot.name}"
+    return _Finder(source, lambda archive: beside / archive.name, progress).find(snapshot)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +23,7 @@ from lavin_rt.errors import InputError, NonFiniteError
 from lavin_rt.layout import Shape
 from lavin_rt.networks import Network, Step, Tensors
 
+T = TypeVar("T")
 Callback = Callable[[int, int, torch.Tensor], None]
 """`(evaluations done, evaluations in all, latents)`, after every step; an exception raised in it ends the run."""
 
@@ -251,16 +253,7 @@ class Executor:
         plan = self._plans.get(shape)
         if plan is None:
             self._ensure_memory(shape)
-            try:
-                plan = self._make_plan(shape)
-            except RuntimeError as error:
-                if not out_of_memory(error) or not self._plans:
-                    raise
-                plan = None
-            if plan is None:
-                # Other shapes' buffers and graphs may be what is in the way.
-                self.release()
-                plan = self._make_plan(shape)
+            plan = self.with_room(partial(self._make_plan, shape))
             self._plans[shape] = plan
             while len(self._plans) > self._shapes:
                 self._plans.popitem(last=False)
@@ -308,6 +301,18 @@ class Executor:
             advance()
         self.captures += 1
         return graph.replay
+
+    def with_room(self, work: Callable[[], T]) -> T:
+        """Does work in this thread's turn; where memory is short, once more without any shape's buffers and graphs."""
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            # What failed is let go only behind this block, and its frames hold the tensors that they made.
+            traceback.clear_frames(error.__traceback__)
+        self.release()
+        return work()
 
     def release(self) -> None:
         """Lets go of every shape's buffers and graphs, which the next runs make again."""

@@ -363,6 +363,7 @@ def _exif(image: Image.Image, tag: int) -> Any:
     """A tag of the picture's EXIF data; None where that is missing or damaged, for which no picture is refused."""
     try:
         return image.getexif().get(tag)
+    # A damaged tag raises whatever Pillow's reader meets: struct.error, ValueError, OSError, SyntaxError, ...
     except Exception:
         return None
 

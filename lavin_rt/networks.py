@@ -107,8 +107,8 @@ class PackedNetwork:
     def workspace(self, shape: Shape) -> int:
         """Bytes of a step's condition and activations.
 
-        The most lives in the MLP: residual, normed and gate/up rows, SwiGLU's output and the down projection's,
-        `4 D + 3 mlp_size` a row; a sixteenth more for padding of heads, tables and the allocator's rounding.
+        The most lives in the reference SwiGLU: residual, normed and attention's rows, gate and up, and two rows of
+        `mlp_size`. That is `3 D + 4 mlp_size` a row, and with `mlp_size` at most 8/3 D no more than what is taken.
         """
         rows = sum(shape.condition_frames) * shape.frame_tokens
         rows += shape.branches * shape.target_frames * shape.frame_tokens
@@ -119,13 +119,10 @@ class PackedNetwork:
         return nullcontext()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class _PackedOnBuffers:
-    step: PackedStep
-    network: PackedNetwork
-
-    def __post_init__(self):
-        object.__setattr__(self, "run", self.step.compiled() if self.network.compiles else self.step)
+    def __init__(self, step: PackedStep, network: PackedNetwork):
+        self.step, self.network = step, network
+        self.run = step.compiled() if network.compiles else step
 
     def buffers(self) -> Tensors:
         config, shape = self.network.config, self.step.layout.shape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lavin_rt.artifact import load as load_artifact
 from lavin_rt.checkpoint import load_dit, load_vae
 from lavin_rt.context import EncodedContext
 from lavin_rt.devices import DTYPES, out_of_memory, resolve_device, resolve_dtype
-from lavin_rt.download import Artifact, Checkpoint, find_model, native_size, template_roots
+from lavin_rt.download import RELEASED_SIZE, Artifact, Checkpoint, find_model, native_size, template_roots
 from lavin_rt.errors import InputError
 from lavin_rt.executor import Executor
 from lavin_rt.files import Progress
@@ -60,7 +59,7 @@ class Pipeline:
         chunk: int | None = None,
         template_roots: Sequence[Path] = (),
         source: str = "memory",
-        size: int = 512,
+        size: int = RELEASED_SIZE,
     ):
         self.network = make_network(dit, impl, compile) if isinstance(dit, JDiT) else dit
         self.dit, self.vae = dit, vae
@@ -224,16 +223,13 @@ class Pipeline:
         return self._within_memory(run, f"decode {_shown(latents)} latents")
 
     def _within_memory(self, work: Callable[[], torch.Tensor], what: str) -> torch.Tensor:
-        """Does VAE work in this thread's turn, where memory is short once more without the sampler's buffers."""
-        with self.executor.turn():
-            for _ in range(2):
-                try:
-                    return work()
-                except (RuntimeError, MemoryError) as error:
-                    if not out_of_memory(error):
-                        raise
-                    traceback.clear_frames(error.__traceback__)
-                self.executor.release()
+        """Does the VAE's work in this thread's turn, if need be without the sampler's buffers."""
+        try:
+            with self.executor.turn():
+                return self.executor.with_room(work)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
         raise InputError(
             f"too little memory on {self.device} to {what}; encode and decode in pieces (tile=, chunk=; --tile, "
             "--chunk), or give a smaller size"
