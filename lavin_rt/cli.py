@@ -66,7 +66,8 @@ def _add_run(commands) -> None:
         "--task",
         required=True,
         metavar="DIR|NAME|FILE",
-        help="folder of *_input and *_target pictures, a task's name in the checkpoint's templates, or a saved context",
+        help="folder of *_input and *_target pictures, a task's name (in the checkpoint's templates, then the package's own), "
+        "or a saved context",
     )
     what.add_argument(
         "--query", required=True, nargs="+", metavar="PICTURE", help="pictures, or folders of pictures; see --clip"
