@@ -325,9 +325,8 @@ def useful_flops(config: Any, frame_tokens: int, condition_frames: tuple[int, ..
 def main() -> None:
     """Prints what the authors' way reaches, so that everyone can see that it is no straw man."""
     from lavin_bench.ceilings import matmul_ceiling
-    from lavin_bench.pipeline_variants import CPU_CONFIG, random_model
+    from lavin_bench.pipeline_variants import CPU_CONFIG, RELEASED, Setting, random_model
     from lavin_bench.timing import header, header_line, measure
-    from lavin_rt.config import PRESETS
     from lavin_rt.devices import resolve_device, resolve_dtype
 
     parser = argparse.ArgumentParser(prog="lavin_bench.authors_way", description=__doc__.splitlines()[0])
@@ -341,23 +340,21 @@ def main() -> None:
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     size = options.size or (512 if device.type == "cuda" else 128)
-    dit = random_model(PRESETS["lavin-dit-3.4b"] if device.type == "cuda" else CPU_CONFIG, device).to(dtype)
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, 16, 2 * options.pairs + 1, size // 8, size // 8)
-    cond, noise = torch.randn(shape, generator=generator), torch.randn(*shape[:2], 1, *shape[3:], generator=generator)
-    cond, noise = cond.to(device), noise.to(device)
+    setting = Setting(size, options.pairs, RELEASED if device.type == "cuda" else CPU_CONFIG)
+    dit = random_model(setting.config, device).to(dtype)
+    cond, noise = setting.latents(device)
     way = AuthorsWay(dit, compile=not options.eager)
     timing = measure({"way": lambda: way.sample(cond, noise)}, options.repeats, device=device)["way"]
-    flops = useful_flops(dit.config, (size // 16) ** 2, (shape[2], 2))
-    rate = (len(way.knots) - 1) * flops / timing.median
+    rate = (len(way.knots) - 1) * setting.useful_flops / timing.median
     ceiling = matmul_ceiling(device, dtype)["flops_per_second"]
     print(header_line(header(device)))
-    print(f"{size} px, {options.pairs} pairs, {dtype}, {'eager' if options.eager else f'compiled, mode {way.mode}'}")
+    print(f"{setting.name}, {dtype}, {'eager' if options.eager else f'compiled, mode {way.mode}'}")
     for length, choice in way.attention.items():
         print(f"attention over {length} tokens: {choice.name}")
     print(
         f"one sampling of {len(way.knots) - 1} evaluations {timing.median:.3f} s ({timing.low:.3f}-{timing.high:.3f}), "
-        f"{flops / 1e12:.3g} TFLOP a step, {rate / 1e12:.3g} useful TFLOP/s, {rate / ceiling:.0%} of the matmul ceiling"
+        f"{setting.useful_flops / 1e12:.3g} TFLOP a step, {rate / 1e12:.3g} useful TFLOP/s, {rate / ceiling:.0%} of "
+        "the matmul ceiling"
     )
 
 

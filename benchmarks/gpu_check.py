@@ -7,7 +7,6 @@ a process. Each part writes its own JSON file into the folder, so that a part th
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from lavin_bench import kernels, pipeline, startup
 from lavin_bench.cases import settings
 from lavin_bench.ceilings import ceilings
 from lavin_bench.pipeline_variants import AUTHORS_COMPILED, Setting
+from lavin_bench.report import write_record
 from lavin_bench.timing import header
 
 # What a part may take: nine minutes in all. At 512 px about a minute goes into compiling the authors' way, so that
@@ -51,12 +51,8 @@ def parts(device: torch.device, folder: Path, full: bool) -> dict[str, Callable[
         "ceilings": lambda: {"kind": "ceilings", "header": header(device), **ceilings(device, dtype)},
         "kernels": lambda: kernels.run(settings(device, full), device, dtype),
         **pipelines(device, dtype, full),
-        "startup": lambda: startup.run(STANDARD_START, "released", repeats=3 if full else 1),
+        "startup": lambda: startup.run(startup.STANDARD, "released", repeats=3 if full else 1),
     }
-
-
-STANDARD_START = {"checkpoint": None, "size": 512, "pairs": 4, "impl": "auto", "compile": False, "threads": None}
-STANDARD_START |= {"device": "cuda", "dtype": "auto"}
 
 
 def pipelines(device: torch.device, dtype: torch.dtype, full: bool) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -109,7 +105,7 @@ def run_part(name: str, part: Callable[[], dict[str, Any]], folder: Path) -> int
         record = {"kind": "failure", "failures": [traceback.format_exc()]}
     failed = bool(record.get("failures") or record.get("exit_code"))
     record["part_seconds"] = time.perf_counter() - began
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_record(folder / f"{name}.json", record)
     print(f"{name}: {'FAILED' if failed else 'done'} in {record['part_seconds']:.0f} s", flush=True)
     return int(failed)
 

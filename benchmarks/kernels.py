@@ -7,7 +7,6 @@ as much as eager PyTorch in the same dtype, plus one unit in the last place, get
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,10 +14,10 @@ import torch
 
 from lavin_bench.cases import OPERATORS, Case, Setting, Tensors, cases, settings
 from lavin_bench.ceilings import ceilings
+from lavin_bench.report import write_record
 from lavin_bench.timing import Timing, header, header_line, measure
 from lavin_rt.devices import current_device, resolve_device, resolve_dtype
 from lavin_rt.errors import InputError
-from lavin_rt.files import written_whole
 from lavin_rt.images import check_writable
 
 
@@ -130,11 +129,11 @@ def run(
 
 
 def timed(case: Case, repeats: int, device: torch.device) -> dict[str, Timing]:
-    """Times of a case's variants; on CUDA as graphs, since a launch from Python takes longer than a small kernel."""
+    """Times of a case's variants; on CUDA those without FLOPs as graphs, since a launch from Python takes longer than a
+    small kernel.
+    """
     calls = {name: variant.call for name, variant in case.variants.items()}
-    if device.type != "cuda" or case.flops:
-        return measure(calls, repeats, warmup=3, device=device)
-    return measure(calls, repeats, warmup=3, device=device, graph=True)
+    return measure(calls, repeats, warmup=3, device=device, graph=device.type == "cuda" and not case.flops)
 
 
 def _show(case: Case, rows: list[dict[str, Any]], skipped: list[dict[str, str]]) -> None:
@@ -175,7 +174,6 @@ def bench_kernels(options: argparse.Namespace) -> None:
     with torch.no_grad(), current_device(device):
         record = run(settings(device, options.full), device, dtype, options.operator, options.repeats)
     if options.json:
-        with written_whole(options.json) as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(options.json, record)
     if record["failures"]:
         raise WrongResult(f"{len(record['failures'])} cases got no time: {record['failures'][0]}")

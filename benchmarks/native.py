@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from lavin_bench.timing import Timing, header, header_line
+from lavin_bench.pipeline_variants import CPU_CONFIG, CPU_VAE
+from lavin_bench.report import write_record
+from lavin_bench.timing import header, header_line, in_turn
 from lavin_rt.checkpoint import load_dit, save_dit, save_vae
-from lavin_rt.config import DiTConfig
 from lavin_rt.executor import Executor
 from lavin_rt.images import load_clip, save_picture
 from lavin_rt.knots import schedule
@@ -30,10 +31,9 @@ from lavin_rt.layout import Shape
 from lavin_rt.model import JDiT, randomize_
 from lavin_rt.networks import make_network
 from lavin_rt.pipeline import Pipeline, Task
-from lavin_rt.vae import STVAE, VAEConfig
+from lavin_rt.vae import STVAE
 
 TOLERANCE = 1e-4  # relative error of a whole sampling, float32
-CONFIG = DiTConfig(hidden_size=576, depth=6, num_heads=8, kv_group=4)
 STEPS, GUIDANCE, PAIRS, SIZE = 20, 1.5, 4, 128
 FORMS = ("packed, compiled", "AOTI, Python", "AOTI, native")
 
@@ -51,10 +51,9 @@ def prepare(folder: Path, threads: int) -> dict[str, Path]:
     }
     if not places["checkpoint"].exists():
         places["checkpoint"].mkdir(parents=True)
-        save_dit(randomize_(JDiT(CONFIG)), places["checkpoint"] / "lavin_dit.safetensors")
+        save_dit(randomize_(JDiT(CPU_CONFIG)), places["checkpoint"] / "lavin_dit.safetensors")
         torch.manual_seed(0)
-        vae = STVAE(VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1))
-        save_vae(vae, places["checkpoint"] / "stvae.safetensors")
+        save_vae(STVAE(CPU_VAE), places["checkpoint"] / "stvae.safetensors")
     if not places["query"].exists():
         places["task"].mkdir()
         generator = torch.Generator().manual_seed(0)
@@ -162,17 +161,6 @@ def timed_process(command: list[Any], threads: int) -> float:
     return time.perf_counter() - began
 
 
-def in_turn(calls: dict[str, Callable[[], float]], repeats: int) -> dict[str, Timing]:
-    """Seconds that the calls themselves report, in rounds that hold each once and start with another one each."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for number in range(repeats):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            samples[name].append(calls[name]())
-    return {name: Timing.of(values) for name, values in samples.items()}
-
-
 def compare(places: dict[str, Path], repeats: int, threads: int) -> list[dict[str, Any]]:
     """One row per form; raises `SystemExit` where a result is wrong."""
     runs = forms(places, threads)
@@ -225,7 +213,7 @@ def main() -> None:
     for form, base in ((FORMS[1], FORMS[0]), (FORMS[2], FORMS[1])):
         print(f"{form} is {medians[base] / medians[form]:.2f}x as fast as {base}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"kind": "native", "header": where, "rows": rows}, indent=1) + "\n")
+        write_record(arguments.json, {"kind": "native", "header": where, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from lavin_bench.ceilings import ceilings
+from lavin_bench.kernels import relative_error
 from lavin_bench.pipeline_checks import graphs_equal_eager, memory_of_the_standard_run
 from lavin_bench.pipeline_variants import (
     AUTHORS_COMPILED,
@@ -40,8 +40,9 @@ from lavin_bench.pipeline_variants import (
     weights_bytes,
     whole_calls,
 )
-from lavin_bench.timing import Timing, header, header_line, measure
-from lavin_rt.devices import current_device, resolve_device, resolve_dtype
+from lavin_bench.report import write_record
+from lavin_bench.timing import Timing, header, header_line, measure, use_threads
+from lavin_rt.devices import current_device, release_cached, resolve_device, resolve_dtype
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 from lavin_rt.images import check_writable
@@ -105,12 +106,12 @@ def run(
     vae = random_vae(vae_config, device, dtype)
     truths = [oracles(dit, vae, setting, error_steps, whole) for setting in chosen]
     dit, vae = dit.to(dtype), vae.to(dtype)
-    _release()
+    _release(device)
     if device.type == "cuda":
         for name in checks:
             record[name], failures = CHECKS[name](dit, vae, chosen)
             record["failures"] += failures
-            _release()
+            _release(device)
             if show:
                 print(f"{name}: {record[name]}", flush=True)
     for setting, truth in zip(chosen, truths, strict=True):
@@ -131,11 +132,11 @@ def run(
         record["settings"].append(figures)
         record["failures"] += meter.failures
         if show:
-            for found in figures["speedups"]:
-                print(f"  {found['what']}: {found['fast']} is {found['times']:.2f}x as fast as {found['base']}")
-        del baselines, meter
+            for gain in figures["speedups"]:
+                print(f"  {gain['what']}: {gain['fast']} is {gain['times']:.2f}x as fast as {gain['base']}")
+        del baselines, meter, found, kept  # variants hold the baselines
         torch.compiler.reset()  # the graphs of mode="reduce-overhead" hold memory
-        _release()
+        _release(device)
     return record
 
 
@@ -162,7 +163,7 @@ class Meter:
         whole = what != "sampling"
         calls, rows = {}, {}
         for name, variant in found.items():
-            _release()
+            _release(self.device)
             try:
                 began, before = time.perf_counter(), self._reserved()
                 call = variant.make()
@@ -180,7 +181,7 @@ class Meter:
                 self.skipped.append({"what": what, "variant": name, "reason": reason})
                 self._say(f"{what}, {name}: skipped, {reason}")
                 continue
-            rows[name]["relative_error"] = relative_error(latents.cpu(), truth)
+            rows[name]["relative_error"] = relative_error((latents.cpu(),), (truth,))
             calls[name] = call
             self._say(f"{what}, {name}: first after {rows[name]['first_seconds']:.1f} s")
         self._refuse(calls, rows, what)
@@ -247,12 +248,6 @@ class Meter:
         return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def relative_error(result: torch.Tensor, truth: torch.Tensor) -> float:
-    """`||result - truth|| / ||truth||` in float64; infinite where the result is not finite."""
-    error = float((result.double() - truth.double()).norm() / truth.double().norm())
-    return float("inf") if error != error else error
-
-
 def speedups(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """Ours against the authors' way, like against like where a CPU offers it, else against the compiled one."""
     found = []
@@ -279,21 +274,17 @@ def line(row: dict[str, Any]) -> str:
     return f"{text}  first after {row['first_seconds']:.1f} s"
 
 
-def _release() -> None:
+def _release(device: torch.device) -> None:
     """Lets go of what the variants before compiled, captured and kept."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_cached(device)
 
 
 def bench_pipeline(options: argparse.Namespace) -> None:
     """Runs the command; a wrong result raises `RuntimeError` when all the rest is done."""
     if options.output:
         check_writable(options.output)
-    if options.threads is not None:
-        if options.threads < 1:
-            raise InputError(f"--threads is {options.threads}; expected at least 1")
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     for name, values, multiple in (("--size", options.size, 16), ("--pairs", options.pairs, 1)):
@@ -311,11 +302,8 @@ def bench_pipeline(options: argparse.Namespace) -> None:
     if options.output:
         from lavin_bench.waterfall import waterfall
 
-        for path, text in (
-            (Path(options.output), json.dumps(record, indent=1) + "\n"),
-            (Path(options.output).with_suffix(".svg"), waterfall(record)),
-        ):
-            with written_whole(path) as partial:
-                partial.write_text(text)
+        write_record(options.output, record)
+        with written_whole(Path(options.output).with_suffix(".svg")) as partial:
+            partial.write_text(waterfall(record))
     if record["failures"]:
         raise RuntimeError(f"{len(record['failures'])} checks failed: {record['failures'][0]}")

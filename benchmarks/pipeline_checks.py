@@ -59,9 +59,8 @@ def memory_of_the_standard_run(dit: JDiT, vae: STVAE, chosen: Sequence[Setting])
     with tempfile.TemporaryDirectory(prefix="lavin-pipeline-") as work:
         save_dit(dit, Path(work) / "lavin_dit.safetensors")
         save_vae(vae, Path(work) / "stvae.safetensors")
-        options = {"checkpoint": work, "size": setting.size, "pairs": setting.pairs, "device": str(dit.device)}
-        options |= {"dtype": "auto", "impl": "auto", "compile": False, "threads": None}
-        record = startup.run(options, "given", repeats=1, show=False)
+        given = {"checkpoint": work, "size": setting.size, "pairs": setting.pairs, "device": str(dit.device)}
+        record = startup.run({**startup.STANDARD, **given}, "given", repeats=1, show=False)
     figures = {"setting": setting.name, "reserved_bytes": record["warm"]["reserved_bytes"]}
     figures["start_seconds"] = {kind: record[kind]["total"] for kind in ("cold", "warm")}
     if (setting.size, setting.pairs) == (512, 4):

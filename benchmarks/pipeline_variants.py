@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from lavin_bench import authors_way
 from lavin_bench.authors_way import AuthorsWay
 from lavin_bench.packed_rows import PackedRowsNetwork
+from lavin_bench.vae_forms import resident_bytes
 from lavin_rt import images, sampler
 from lavin_rt.config import PRESETS, DiTConfig
 from lavin_rt.executor import Executor
@@ -232,7 +232,7 @@ def whole_calls(dit: JDiT, vae: STVAE, setting: Setting, baselines: Baselines) -
 
             def answer(steps: int) -> torch.Tensor:
                 [result] = task.run([query], steps=steps, guidance=GUIDANCE, noise=noise)
-                answer.frames, answer.image = result.frames, result.image
+                answer.frames, answer.image = result.frames, result.image  # a call ends with a PIL image
                 return result.latents
 
             return answer
@@ -250,11 +250,6 @@ def weights_bytes(dit: JDiT, modulates: bool) -> int:
     modulation = 2 * 4 * dit.config.hidden_size * (dit.config.hidden_size + 1) * dit.config.depth
     elements = sum(parameter.numel() for parameter in dit.parameters()) + modulates * modulation
     return elements * dit.dtype.itemsize
-
-
-def resident_bytes(field: str) -> int:
-    """This process's `VmRSS`, or its peak `VmHWM`."""
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,13 +21,14 @@ from tqdm import tqdm
 
 from lavin_bench.quality_answers import Answers, Sampling
 from lavin_bench.quality_queries import TaskQueries, alike, draw
+from lavin_bench.quality_report import clear, summary, task_line
 from lavin_bench.quality_sheet import context_sheet, tasks_sheet
-from lavin_bench.timing import header, header_line
+from lavin_bench.report import write_record
+from lavin_bench.timing import header, header_line, use_threads
 from lavin_rt.devices import current_device
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 from lavin_rt.images import check_writable
-from lavin_rt.mini.evaluation import confidence
 from lavin_rt.mini.measures import MEASURES, measure
 from lavin_rt.mini.tasks import TASKS, find_task
 from lavin_rt.model import JDiT
@@ -73,8 +73,9 @@ def fidelity(result: np.ndarray, target: np.ndarray) -> float:
 
 
 def interval(differences: np.ndarray) -> list[float]:
-    """The mean of paired differences and the half-width of its 95 % interval."""
-    return [round(value, 6) for value in confidence(differences)]
+    """The mean of paired differences and the half-width of its 95 % interval (normal)."""
+    half = 1.96 * differences.std(ddof=1) / np.sqrt(len(differences))
+    return [round(float(value), 6) for value in (differences.mean(), half)]
 
 
 def means(found: Figures) -> dict[str, float]:
@@ -85,11 +86,6 @@ def better(task: str, a: Figures, b: Figures) -> dict[str, list[float]]:
     """By how much a is better than b, of every measure: mean and half-width."""
     of_task = {m.name: m.better for m in MEASURES[TASKS[task].measure]}
     return {name: interval(of_task[name](a[name], b[name])) for name in of_task}
-
-
-def clear(difference: Sequence[float]) -> bool:
-    """Whether an interval lies above zero."""
-    return difference[0] > difference[1]
 
 
 def task_record(answered: Answered, exact: Answered | None = None) -> tuple[dict[str, Any], dict[str, Figures]]:
@@ -266,8 +262,6 @@ def run(
             record["tasks"].append(of_task)
             found.append(of_figures)
             if show:
-                from lavin_bench.quality_report import task_line
-
                 bar.write(task_line(of_task), file=sys.stdout)
     if not answered:
         raise InputError(f"no task could be run; {record['skipped'][0]['task']}: {record['skipped'][0]['reason']}")
@@ -288,10 +282,7 @@ def bench_quality(options: argparse.Namespace) -> None:
         raise InputError(f"--pairs is {pairs[-1]}; expected at most 8")
     if options.output:
         check_writable(options.output)
-    if options.threads is not None:
-        if options.threads < 1:
-            raise InputError(f"--threads is {options.threads}; expected at least 1")
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     if options.seed < 0:
         raise InputError(f"--seed is {options.seed}; expected a whole number from 0 on")
     tasks = [find_task(name) for name in options.tasks or TASKS]
@@ -314,13 +305,10 @@ def bench_quality(options: argparse.Namespace) -> None:
     drawn = draw(size, scenes, pairs[-1], tasks, options.seed)
     with torch.no_grad(), current_device(pipe.device):
         record, answered = run(pipe, drawn, pairs, sampling, exact)
-    from lavin_bench.quality_report import summary
-
     print("\n".join(summary(record)))
     if options.output:
         path = Path(options.output)
-        with written_whole(path) as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(path, record)
         for suffix, sheet in (("", tasks_sheet(answered)), ("-context", context_sheet(answered))):
             if sheet is not None:
                 with written_whole(path.with_name(f"{path.stem}{suffix}.png")) as partial:

@@ -11,6 +11,7 @@ import torch
 from lavin_bench.quality_queries import TaskQueries
 from lavin_rt.errors import InputError
 from lavin_rt.knots import schedule
+from lavin_rt.layout import Shape
 from lavin_rt.mini.corpus import to_pixels
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.task import draw_noise, task_shape
@@ -92,7 +93,7 @@ class Answers:
                 progress(len(queries))
         return np.concatenate(found)
 
-    def _batch(self, shape, knots: torch.Tensor) -> int:
+    def _batch(self, shape: Shape, knots: torch.Tensor) -> int:
         """The most queries at once, of those asked for, 4 (what artifacts take by default) and 1, that can be run."""
         asked = min(self.sampling.batch, len(self.asked))
         for queries in sorted({asked, min(4, asked), 1}, reverse=True):

@@ -19,6 +19,11 @@ def measure_name(measure: dict[str, Any]) -> str:
     return measure["name"] + ("↑" if measure["higher_is_better"] else "↓")
 
 
+def clear(difference: Sequence[float]) -> bool:
+    """Whether the interval of a mean difference lies above zero."""
+    return difference[0] > difference[1]
+
+
 def signed(name: str, difference: Sequence[float]) -> str:
     """A mean difference and the half-width of its 95 % interval."""
     mean, half = (value(name, number) for number in difference)
@@ -32,7 +37,7 @@ def deciding(record: dict[str, Any]) -> str:
 def beats(record: dict[str, Any], row: dict[str, Any]) -> str:
     """Which of the simple yardsticks a task's results are clearly better than."""
     name = deciding(record)
-    beaten = [kind for kind, figures in row["better_than"].items() if figures[name][0] > figures[name][1]]
+    beaten = [kind for kind, figures in row["better_than"].items() if clear(figures[name])]
     return "both" if len(beaten) == 2 else beaten[0] if beaten else "neither"
 
 

@@ -12,8 +12,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lavin_rt.files import written_whole
+
 RESULTS = Path(__file__).parent / "results"
 PLACE = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def write_record(path: str | Path, record: dict[str, Any]) -> None:
+    """Writes a record as a result file, whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
@@ -62,8 +70,7 @@ def forms_table(record: dict[str, Any]) -> str:
 def pipeline_table(record: dict[str, Any]) -> str:
     """Samplings and whole calls of every setting, by variant."""
     head = record["header"]
-    evaluations = f"{record['steps']} knots, medians of {head['repeats']}"
-    text = [f"{evaluations}, errors against float32. {caption(head)}"]
+    text = [f"{record['steps']} knots, medians of {head['repeats']}, errors against float32. {caption(head)}"]
     for setting in record["settings"]:
         rows = [
             [
@@ -127,7 +134,7 @@ def milliseconds(seconds: dict[str, Any]) -> str:
 
 def caption(header: dict[str, Any]) -> str:
     """Where, with what and when."""
-    parts = [header["device"], f"torch {header['torch']}", f"{header['date'][:10]}"]
+    parts = [header["device"], f"torch {header['torch']}", header["date"][:10]]
     if header.get("dtype"):
         parts.insert(1, header["dtype"])
     if header.get("commit"):

@@ -21,6 +21,8 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 STEPS, GUIDANCE = 20, 1.5
+STANDARD = {"checkpoint": None, "size": 512, "pairs": 4, "impl": "auto", "compile": False, "threads": None}
+STANDARD |= {"device": "auto", "dtype": "auto"}
 SECONDS_AT_MOST, RESERVED_AT_MOST = 25.0, 7.0e9  # warm, released model, 512 px and 4 pairs on CUDA
 
 
@@ -151,14 +153,14 @@ def make_checkpoint(folder: Path, model: str, device: Any) -> Path:
 
     from lavin_bench.pipeline_variants import CPU_CONFIG, CPU_VAE, RELEASED, RELEASED_VAE, random_model, random_vae
     from lavin_rt.checkpoint import save_dit, save_vae
+    from lavin_rt.devices import release_cached
 
     config, vae, dtype = (
         (CPU_CONFIG, CPU_VAE, torch.float32) if model == "small" else (RELEASED, RELEASED_VAE, torch.bfloat16)
     )
     save_dit(random_model(config, device, dtype).to(dtype), folder / "lavin_dit.safetensors")
     save_vae(random_vae(vae, device, dtype).to(dtype), folder / "stvae.safetensors")
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the memory is the children's now
+    release_cached(device)  # the memory is the children's now
     return folder
 
 
@@ -166,7 +168,7 @@ def run(options: dict[str, Any], model: str, repeats: int = 3, show: bool = True
     """One cold start and `repeats` warm ones; returns the record that `report` reads.
 
     Args:
-        options: checkpoint (None for a random one of `model`), size, pairs, device, dtype, impl, compile, threads.
+        options: what `STANDARD` has; without a checkpoint a random one of `model` is made.
         model: `"small"` or `"released"`, where no checkpoint is given.
         repeats: warm starts.
         show: print as it goes.
@@ -229,13 +231,15 @@ def lines(record: dict[str, Any]) -> list[str]:
 
 def bench_startup(options: argparse.Namespace) -> None:
     """Runs the command; a start that is too slow or too large on a GPU raises `RuntimeError` at the end."""
+    from lavin_bench.report import write_record
+    from lavin_bench.timing import use_threads
     from lavin_rt.devices import resolve_device
     from lavin_rt.errors import InputError
-    from lavin_rt.files import written_whole
     from lavin_rt.images import check_writable, parse_size
 
     if options.output:
         check_writable(options.output)
+    use_threads(options.threads)  # the record's header says how many
     device = resolve_device(options.device)
     model = options.model if options.model != "auto" else "released" if device.type == "cuda" else "small"
     if model not in ("small", "released"):
@@ -247,8 +251,7 @@ def bench_startup(options: argparse.Namespace) -> None:
     wanted = {name: getattr(options, name) for name in ("checkpoint", "pairs", "device", "dtype", "impl", "compile")}
     record = run({**wanted, "size": size, "threads": options.threads}, model)
     if options.output:
-        with written_whole(options.output) as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(options.output, record)
     if record["failures"]:
         raise RuntimeError(f"the start is over its bounds: {'; '.join(record['failures'])}")
 

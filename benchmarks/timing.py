@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from lavin_rt.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
@@ -68,12 +70,19 @@ def measure(
             call()
     calls = {name: captured(call, device) if graph else call for name, call in variants.items()}
     sample = cuda_sampler(device) if device.type == "cuda" else wall_clock
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+    return in_turn({name: lambda call=call: sample(call) for name, call in calls.items()}, repeats, progress)
+
+
+def in_turn(
+    samplers: Mapping[str, Callable[[], float]], repeats: int, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Timing]:
+    """Seconds that the samplers themselves report, in rounds that hold each once and start with another one each."""
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    names = list(samplers)
     for number in range(repeats):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            samples[name].append(sample(calls[name]))
+            samples[name].append(samplers[name]())
             if progress is not None:
                 progress(sum(map(len, samples.values())), repeats * len(names))
     return {name: Timing.of(values) for name, values in samples.items()}
@@ -117,6 +126,15 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], o
         with torch.cuda.graph(graph):
             call()
     return graph.replay
+
+
+def use_threads(threads: int | None) -> None:
+    """What `--threads` asks of PyTorch on a CPU; None leaves it as it is."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise InputError(f"--threads is {threads}; expected at least 1")
+    torch.set_num_threads(threads)
 
 
 def header(device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -98,7 +98,8 @@ def bench_tune(options: argparse.Namespace) -> None:
         raise InputError("tuning needs a CUDA device, this machine has none; the defaults in kernels/configs serve it")
     if not any(options.operator in operator for _, operator in KERNELS.values()):
         raise InputError(
-            f"no tuned operator has {options.operator!r} in its name; expected one of {', '.join(KERNELS)}"
+            f"no tuned operator has {options.operator!r} in its name; expected one of "
+            + ", ".join(dict.fromkeys(operator for _, operator in KERNELS.values()))
         )
     path = Path(options.output) if options.output else tuning.config_file(torch.cuda.get_device_name(device))
     check_writable(path)

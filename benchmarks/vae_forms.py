@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lavin_bench.report import write_record
 from lavin_bench.timing import header, header_line, measure
 from lavin_rt.vae import STVAE, VAEConfig
 from lavin_rt.vae_layers import DerivedKernel
@@ -159,7 +160,7 @@ def main() -> None:
             "repeats": options.repeats,
             "rows": rows,
         }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_record(options.json, result)
 
 
 if __name__ == "__main__":

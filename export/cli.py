@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 from typing import Any
 
 FORMATS = {
@@ -67,8 +66,14 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--revision", help="revision of a Hugging Face id")
     command.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; new, or empty")
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    command.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    command.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto, which is cpu for onnx)"
+    )
+    command.add_argument(
+        "--dtype",
+        default="auto",
+        help="auto, float32, bfloat16 or float16 (default: auto, which is float32 for onnx)",
+    )
     command.add_argument(
         "--steps", type=int, nargs="+", default=[20], help="schedules that it shall know, in knots (default: 20)"
     )
@@ -84,14 +89,20 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("-q", "--quiet", action="store_true", help="print errors only")
 
 
+def common_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What of the options that all formats have goes to a format's `export_...` function by name and as it is."""
+    return {name: getattr(arguments, name) for name in ("steps", "clip_frames", "templates", "verify")}
+
+
 def export(options: argparse.Namespace) -> None:
     """Runs the command."""
     if options.kind == "verify":
         from lavin_export.verify import from_arguments, shown
+        from lavin_rt.cli import print_json
 
         verification = from_arguments(options)
         if options.json:
-            print(json.dumps(verification, indent=2))
+            print_json(verification)
         elif not options.quiet:
             print("\n".join(shown(verification)))
         return
@@ -99,6 +110,7 @@ def export(options: argparse.Namespace) -> None:
     module.from_arguments(options)
     if options.quiet:
         return
+    from lavin_rt.devices import gigabytes
     from lavin_rt.manifest import Manifest
 
     manifest = Manifest.read(options.output)
@@ -109,4 +121,4 @@ def export(options: argparse.Namespace) -> None:
     else:
         print("not verified")
     size = sum(entry["bytes"] for entry in manifest.files.values())
-    print(f"{options.output}  {options.kind}, {size / 1e9:.2f} GB")
+    print(f"{options.output}  {options.kind}, {gigabytes(size)} GB")

@@ -29,20 +29,16 @@ class Stream(nn.Module):
 
     def __init__(self, block: nn.Module, stream: int, hidden: int, keys_only: bool):
         super().__init__()
-
-        def part(weight: torch.Tensor) -> nn.Parameter:
-            return nn.Parameter(weight.detach(), requires_grad=False)
-
         attention, mlp = block.attention, block.mlp
-        self.k_norm = part(attention.k_norm[stream])
+        self.k_norm = fixed(attention.k_norm[stream])
         if keys_only:
-            self.kv = part(attention.qkv[stream, hidden:])
+            self.kv = fixed(attention.qkv[stream, hidden:])
             return
-        self.qkv = part(attention.qkv[stream])
-        self.q_norm = part(attention.q_norm[stream])
-        self.proj = part(attention.proj[stream])
-        self.gate_up = part(mlp.gate_up[stream])
-        self.down = part(mlp.down[stream])
+        self.qkv = fixed(attention.qkv[stream])
+        self.q_norm = fixed(attention.q_norm[stream])
+        self.proj = fixed(attention.proj[stream])
+        self.gate_up = fixed(mlp.gate_up[stream])
+        self.down = fixed(mlp.down[stream])
 
 
 class Denoiser(nn.Module):
@@ -166,6 +162,11 @@ class Denoiser(nn.Module):
         shape = (frames, rows, columns, table.shape[1])
         axes = table[:frames, None, None], table[:rows, None], table[:columns]
         return torch.stack([axis.expand(shape) for axis in axes], dim=-2).flatten(0, 2)[:, None, :, None]
+
+
+def fixed(weight: torch.Tensor) -> nn.Parameter:
+    """A parameter that shares a weight's memory and is not trained."""
+    return nn.Parameter(weight.detach(), requires_grad=False)
 
 
 def rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

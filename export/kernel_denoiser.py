@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lavin_kernels
-from lavin_export.denoiser import POSITIONS
+from lavin_export.denoiser import POSITIONS, fixed
 from lavin_rt.model import GATE_MLP, GATE_MSA, NORM_EPS, SCALE_MLP, SCALE_MSA, JDiT, patchify, unpatchify
 from lavin_rt.rope import rotary_tables
 
@@ -24,9 +24,9 @@ class JointBlock(nn.Module):
     def __init__(self, block: nn.Module):
         super().__init__()
         attention, mlp = block.attention, block.mlp
-        self.qkv, self.proj = _fixed(attention.qkv), _fixed(attention.proj)
-        self.q_norm, self.k_norm = _fixed(attention.q_norm), _fixed(attention.k_norm)
-        self.gate_up, self.down = _fixed(mlp.gate_up), _fixed(mlp.down)
+        self.qkv, self.proj = fixed(attention.qkv), fixed(attention.proj)
+        self.q_norm, self.k_norm = fixed(attention.q_norm), fixed(attention.k_norm)
+        self.gate_up, self.down = fixed(mlp.gate_up), fixed(mlp.down)
 
 
 class LastBlock(nn.Module):
@@ -35,10 +35,10 @@ class LastBlock(nn.Module):
     def __init__(self, block: nn.Module, hidden: int):
         super().__init__()
         attention, mlp = block.attention, block.mlp
-        self.cond_kv, self.x_qkv = _fixed(attention.qkv[0, hidden:]), _fixed(attention.qkv[1])
-        self.q_norm, self.k_norm = _fixed(attention.q_norm), _fixed(attention.k_norm)
-        self.proj = _fixed(attention.proj[1])
-        self.gate_up, self.down = _fixed(mlp.gate_up[1]), _fixed(mlp.down[1])
+        self.cond_kv, self.x_qkv = fixed(attention.qkv[0, hidden:]), fixed(attention.qkv[1])
+        self.q_norm, self.k_norm = fixed(attention.q_norm), fixed(attention.k_norm)
+        self.proj = fixed(attention.proj[1])
+        self.gate_up, self.down = fixed(mlp.gate_up[1]), fixed(mlp.down[1])
 
 
 class KernelDenoiser(nn.Module):
@@ -123,10 +123,10 @@ class KernelDenoiser(nn.Module):
         size = self.config.head_size
         # The operators by name: their lists of lengths, one item a branch, would fix the number of branches in the
         # graph. The kernels read the tables; the lists are the references', which one branch of all rows satisfies.
+        lengths = [parts[0].shape[0]], [parts[1].shape[0]]
         q, k, v = torch.ops.lavin.qk_norm_rope(
             *parts,
-            [parts[0].shape[0]],
-            [parts[1].shape[0]],
+            *lengths,
             table,
             branch_rows,
             positions,
@@ -138,7 +138,6 @@ class KernelDenoiser(nn.Module):
             NORM_EPS,
             self.padded_head_size,
         )
-        lengths = [parts[0].shape[0]], [parts[1].shape[0]]
         return torch.ops.lavin.joint_attention(q, k, v, table, *lengths, size, size**-0.5)
 
 
@@ -169,7 +168,3 @@ def row_positions(
         return torch.stack([axis.expand(shape) for axis in axes], dim=-1).flatten(0, 3)
 
     return torch.cat([of_stream(cond_frames, 0), of_stream(frames, cond_frames)]).int()
-
-
-def _fixed(value: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(value.detach(), requires_grad=False)

@@ -33,10 +33,11 @@ from lavin_rt.checkpoint import Checkpoint, ModulationInFile, load_dit, load_vae
 from lavin_rt.checkpoint_header import check_tensors, dit_config
 from lavin_rt.config import DiTConfig
 from lavin_rt.context import vae_fingerprint
+from lavin_rt.devices import DTYPES
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 from lavin_rt.knots import schedule
-from lavin_rt.manifest import DTYPES, FORMAT, KINDS, MODULATION, NAME, VERSION, Manifest, file_sha256
+from lavin_rt.manifest import FORMAT, KINDS, MODULATION, NAME, VERSION, Manifest, file_sha256
 from lavin_rt.model import JDiT
 from lavin_rt.modulation import modulation_table
 from lavin_rt.official_layout import official_layout, resident_layout
@@ -44,7 +45,6 @@ from lavin_rt.safetensors_io import SafetensorsFile, write_safetensors
 from lavin_rt.vae import LATENT_SCALE, LATENT_SHIFT, STVAE
 
 ANY_DEVICE: dict[str, Any] = {"device": "any", "compute_capability": None, "hardware_compatibility": None}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @contextlib.contextmanager
@@ -71,12 +71,15 @@ def writing(
         templates: copy the checkpoint's template folder, where it has one, so that tasks go by name.
 
     Raises:
-        InputError: a folder that is in use, a checkpoint that cannot be read, a schedule that does not exist.
+        InputError: a folder that is in use, a checkpoint that cannot be read, a schedule that does not exist or comes
+            twice.
     """
-    if kind not in KINDS or dtype not in DTYPE_NAMES:
+    if kind not in KINDS or dtype not in DTYPES.values():
         raise InputError(f"cannot export {kind!r} in {dtype}; expected {', '.join(KINDS)} in {', '.join(DTYPES)}")
     if not steps:
         raise InputError("no schedule to export; expected at least one number of steps, such as 20")
+    if len(set(steps)) < len(steps):
+        raise InputError(f"steps are {list(steps)}, which names a schedule twice; give each once")
     for count in steps:
         schedule(count)
     target_folder = Path(output)
@@ -129,7 +132,7 @@ class ArtifactWriter:
 
     @property
     def dtype_name(self) -> str:
-        return DTYPE_NAMES[self.dtype]
+        return str(self.dtype).removeprefix("torch.")
 
     def vae(self) -> STVAE:
         """The checkpoint's VAE, float32 on the CPU."""

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lavin_export.onnx_support import OPSET, Report, check_support
-from lavin_rt.errors import InputError, missing_extra
+from lavin_rt.errors import missing_extra
 from lavin_rt.files import Progress
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def write(
     data = path.with_name(f"{path.name}.data")
     values = [value for value in graph.model.graph.initializers.values() if value.const_value is None]
     sizes = [int(math.prod(value.shape.numpy()) * value.dtype.itemsize) for value in values]
-    done = 0
+    done, total = 0, sum(sizes)
     with open(data, "xb") as file:
         for value, size in zip(values, sizes, strict=True):
             offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
@@ -149,7 +149,7 @@ def write(
             )
             done += size
             if progress is not None:
-                progress(done, sum(sizes))
+                progress(done, total)
     onnx_ir.save(graph.model, path)
 
 
@@ -239,6 +239,3 @@ def _quiet() -> Iterator[None]:
 def readable(name: str) -> bool:
     """Whether an initialiser's name is a parameter's or a constant's, and none that an exporter made up."""
     return not re.fullmatch(r"(val|tensor|lifted_tensor|scalar_tensor)(_.*)?", name)
-
-
-__all__ = ["Graph", "InputError", "on_meta", "readable", "trace", "write"]

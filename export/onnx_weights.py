@@ -12,14 +12,12 @@ from lavin_export import vae_parts
 from lavin_rt.checkpoint import Checkpoint, load_vae
 from lavin_rt.checkpoint_header import dit_config
 from lavin_rt.errors import InputError, missing_extra
-from lavin_rt.manifest import Manifest
-from lavin_rt.onnx_file import external_files
+from lavin_rt.manifest import MODULATION, Manifest
+from lavin_rt.onnx_file import check_external_files
 from lavin_rt.safetensors_io import SafetensorsFile
 
 if TYPE_CHECKING:
     import onnx_ir
-
-PICTURE = "1"
 
 
 def check_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
@@ -40,9 +38,7 @@ def check_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
         if name == "denoiser":
             weight = denoiser_weights(file, manifest.config, manifest.dtype)
         else:
-            role, _, clip = name.removeprefix("vae_").partition("_clip")
-            make = {"encoder": vae_parts.Encoder, "decoder": vae_parts.Decoder}[role]
-            network = vae_parts.in_dtype(make(vae, int(clip or PICTURE)), manifest.dtype)
+            network = vae_parts.in_dtype(vae_parts.network_of(name, vae), manifest.dtype)
             weight = dict(network.named_parameters()).__getitem__
         for value in _external(_load(manifest, part["file"], part["weights"])):
             transposed = part.get("initialisers", {}).get(value.name, {}).get("transposed", name == "denoiser")
@@ -98,8 +94,7 @@ def widened(manifest: Manifest, folder: Path) -> Manifest:
         onnx_ir.save(model, folder / part["file"])
         float32 = {role: [{**tensor, "dtype": "float32"} for tensor in part[role]] for role in ("inputs", "outputs")}
         parts[name] = {**part, **float32, "weights": [data.name]}
-    modulation = folder / "modulation.safetensors"
-    modulation.symlink_to((manifest.folder / modulation.name).resolve())
+    (folder / MODULATION).symlink_to((manifest.folder / MODULATION).resolve())
     return dataclasses.replace(manifest, folder=folder, dtype=torch.float32, parts=parts)
 
 
@@ -108,9 +103,7 @@ def _load(manifest: Manifest, file: str, weights: list[str]) -> onnx_ir.Model:
         import onnx_ir
     except ImportError:
         raise missing_extra("onnx_ir", "onnx", "verifying an ONNX artifact") from None
-    strangers = external_files(manifest.folder / file) - set(weights)
-    if strangers:
-        raise InputError(f"{manifest.folder / file} takes weights from {sorted(strangers)[0]!r}; it was not opened")
+    check_external_files(manifest.folder / file, weights)
     return onnx_ir.load(manifest.folder / file)
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from lavin_export.denoiser import Denoiser
+from lavin_export.kernel_denoiser import row_positions, row_tables
 from lavin_export.onnx_support import OPSET
 from lavin_export.onnx_support import PLUGIN_DOMAIN as DOMAIN
 from lavin_rt.model import GATE_MLP, GATE_MSA, NORM_EPS, SCALE_MLP, SCALE_MSA, JDiT, patchify, unpatchify
@@ -53,7 +54,7 @@ FUNCTIONS = {
             product = Mul (silu, up)
         }""",
 }
-# Sizes: HD head size, HD3 a third of it, HD6 a sixth. Rows of cond come first in `positions`, batch by batch.
+# Of q or k of one stream, `[B, L, heads * head_size]`: the norm, and the rotation by the stream's `ANGLES`.
 ROTATED = """
             {name}_normed = RMSNormalization <axis = -1, epsilon: float = @epsilon, stash_type = 1> ({name}, {weight})
             {name}_wide = Cast <to = 1> ({name}_normed)
@@ -69,6 +70,7 @@ ROTATED = """
             {name}_joined = Reshape ({name}_both, head_shape)
             {name}_turned = CastLike ({name}_joined, {name})
 """
+# Rows of one stream from a table of cosines or sines. Rows of cond come first in `positions`, batch by batch.
 ANGLES = """
             {stream}_{table}_rows = Gather <axis = 0> ({table}, {stream}_positions)
             {stream}_{table}_shape = Concat <axis = 0> ({stream}_shape, angle_tail)
@@ -91,8 +93,11 @@ class PluginDenoiser(Denoiser):
         self, latents: torch.Tensor, cond_latents: torch.Tensor, modulation: torch.Tensor, head_scale: torch.Tensor
     ) -> torch.Tensor:
         frames, height, width = latents.shape[2:]
-        grid = frames, height // 2, width // 2
-        tables = _row_tables(latents.shape[0], cond_latents.shape[2], grid, latents.device)
+        batch, cond_frames, device = latents.shape[0], cond_latents.shape[2], latents.device
+        grid = height // 2, width // 2
+        tokens = grid[0] * grid[1]
+        _, branch_rows = row_tables(batch, cond_frames * tokens, frames * tokens, device)
+        tables = branch_rows, row_positions(batch, cond_frames, frames, *grid, device)
         cond, x = self.cond_embedder(patchify(cond_latents)), self.x_embedder(patchify(latents))
         scales = modulation.flatten(0, 2)  # [depth * 2 * 4, D]
 
@@ -141,22 +146,6 @@ class PluginDenoiser(Denoiser):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         joint = F.scaled_dot_product_attention(q, k, v, scale=self.config.head_size**-0.5, enable_gqa=True)
         return joint.transpose(1, 2).flatten(2)
-
-
-def _row_tables(
-    batch: int, cond_frames: int, grid: tuple[int, int, int], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`branch_rows` `[rows]` and `positions` `[rows, 3]`, int32, for rows ordered cond of all items, x of all items."""
-    frames, rows, columns = grid
-    joint = cond_frames + frames
-    length, split = joint * rows * columns, cond_frames * rows * columns
-    axes = [torch.arange(size, dtype=torch.int32, device=device) for size in (joint, rows, columns)]
-    views = (axes[0][:, None, None], axes[1][:, None], axes[2])
-    joint_positions = torch.stack([view.expand(joint, rows, columns) for view in views], dim=-1).flatten(0, 2)  # [L, 3]
-    parts = joint_positions[:split], joint_positions[split:]
-    positions = [part.expand(batch, *part.shape).flatten(0, 1) for part in parts]
-    places = torch.arange(batch * length, dtype=torch.int32, device=device).unflatten(0, (batch, length))
-    return torch.cat([places[:, :split].flatten(), places[:, split:].flatten()]), torch.cat(positions)
 
 
 def ada_rms_norm(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

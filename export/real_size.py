@@ -3,8 +3,9 @@
     python -m lavin_export.real_size --folder /some/large/disk --dtype bfloat16
 
 Makes a checkpoint of the released shapes (6.8 GB, and 0.86 GB for the VAE) where there is none yet, exports it in a
-process of its own, and prints one JSON record. `--verify` also runs the result beside PyTorch (for float16 and float32
-in ONNX Runtime), again in a process of its own. `--depth` makes a shallower model of the same widths.
+process of its own, and prints one JSON record. `--verify` also runs the result in ONNX Runtime beside PyTorch
+(bfloat16 weights in float32 arithmetic), again in a process of its own. `--depth` makes a shallower model of the same
+widths.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 
 from lavin_rt.checkpoint import find_checkpoint, save_vae
 from lavin_rt.config import PRESETS, DiTConfig
+from lavin_rt.devices import DTYPES
 from lavin_rt.download import DIT
 from lavin_rt.official_layout import official_layout
 from lavin_rt.safetensors_io import write_safetensors
@@ -83,8 +85,10 @@ def run_job(job: str, checkpoint: Path, output: Path, dtype: torch.dtype) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint and the artifact go")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--depth", type=int, default=PRESETS["lavin-dit-3.4b"].depth, help="blocks (default: 22)")
+    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
+    parser.add_argument(
+        "--depth", type=int, default=PRESETS["lavin-dit-3.4b"].depth, help="blocks (default: %(default)s)"
+    )
     parser.add_argument("--verify", action="store_true", help="run the artifact beside PyTorch, too")
     parser.add_argument("-o", "--output", type=Path, help="write the record to this JSON file")
     parser.add_argument("--job", choices=["export", "verify"], help=argparse.SUPPRESS)
@@ -93,7 +97,7 @@ def main() -> None:
     checkpoint = arguments.folder / f"random-{arguments.depth}"
     output = arguments.folder / f"onnx-{arguments.dtype}-{arguments.depth}"
     if arguments.job:
-        print(json.dumps(run_job(arguments.job, checkpoint, output, getattr(torch, arguments.dtype))))
+        print(json.dumps(run_job(arguments.job, checkpoint, output, DTYPES[arguments.dtype])))
         return
     if not (checkpoint / "stvae.safetensors").is_file():
         print(f"writing a random checkpoint to {checkpoint}", file=sys.stderr)

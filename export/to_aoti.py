@@ -17,13 +17,13 @@ from torch import nn
 
 from lavin_export import denoiser as denoiser_part
 from lavin_export import vae_parts
+from lavin_export.cli import common_options
 from lavin_export.manifest import ArtifactWriter, writing
 from lavin_rt.aoti_session import CPU_LEVELS, PERMUTED
 from lavin_rt.checkpoint import Checkpoint, find_checkpoint, load_dit
+from lavin_rt.devices import resolve_device, resolve_dtype
 from lavin_rt.errors import InputError
-from lavin_rt.images import check_clip_frames
 from lavin_rt.packed import resolve_impl
-from lavin_rt.pipeline import resolve_device, resolve_dtype
 from lavin_rt.safetensors_io import write_safetensors
 
 # Compiler's options by what `--cpu` says: vector bits and architecture; None is the machine's own.
@@ -80,14 +80,12 @@ def export_aoti(
         raise InputError(f"cpu is {cpu!r}; expected one of {', '.join(CPUS)}")
     if cpu != "native" and platform.machine() != "x86_64":
         raise InputError(f"cpu is {cpu!r}, this is an {platform.machine()} machine; use native")
-    for frames in clip_frames:
-        check_clip_frames(frames, "clip")
+    lengths = vae_parts.clip_lengths(clip_frames)
     target = {"device": device.type, "compute_capability": None, "hardware_compatibility": None}
     if device.type == "cuda":
         target["compute_capability"] = list(torch.cuda.get_device_capability(device))
     options = {"cpu": cpu, "clip_frames": list(clip_frames)}
     with writing(output, "aoti", checkpoint, dtype, target, options, steps, templates) as artifact:
-        lengths = [1, *(frames for frames in clip_frames if frames != 1)]
         parts: list[Callable[[], None]] = [lambda: compile_denoiser(artifact, device, cpu)]
         parts += [
             lambda part=part, frames=frames: compile_vae(artifact, part, frames, device, cpu)
@@ -132,8 +130,7 @@ def compile_denoiser(artifact: ArtifactWriter, device: torch.device, cpu: str) -
 
 def compile_vae(artifact: ArtifactWriter, part: str, frames: int, device: torch.device, cpu: str) -> None:
     """Compiles the VAE's "encoder" or "decoder" for clips of so many frames into the artifact."""
-    make = vae_parts.Encoder if part == "encoder" else vae_parts.Decoder
-    network = make(artifact.vae(), frames).eval().to(device, artifact.dtype)
+    network = vae_parts.NETWORKS[part](artifact.vae(), frames).eval().to(device, artifact.dtype)
     inputs = tuple(x.to(device) for x in vae_parts.example_inputs(part, artifact.dtype, frames, rows=16, columns=24))
     _compile(
         artifact,
@@ -250,10 +247,7 @@ def from_arguments(arguments: argparse.Namespace) -> Path:
             arguments.output,
             device=arguments.device,
             dtype=arguments.dtype,
-            steps=arguments.steps,
-            clip_frames=arguments.clip_frames,
             cpu=arguments.cpu,
-            templates=arguments.templates,
-            verify=arguments.verify,
             progress=progress,
+            **common_options(arguments),
         )

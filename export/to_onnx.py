@@ -13,6 +13,7 @@ import torch
 
 from lavin_export import denoiser as denoiser_part
 from lavin_export import onnx_graph, vae_parts
+from lavin_export.cli import common_options
 from lavin_export.denoiser import Denoiser, Source
 from lavin_export.manifest import ArtifactWriter, writing
 from lavin_export.onnx_support import Report
@@ -20,9 +21,8 @@ from lavin_export.plugin_graph import PluginDenoiser, add_functions
 from lavin_rt.checkpoint import Checkpoint, find_checkpoint
 from lavin_rt.config import DiTConfig
 from lavin_rt.devices import resolve_device, resolve_dtype
-from lavin_rt.errors import InputError, missing_extra
+from lavin_rt.errors import missing_extra
 from lavin_rt.files import Progress
-from lavin_rt.images import check_clip_frames
 from lavin_rt.manifest import Manifest
 from lavin_rt.model import JDiT
 from lavin_rt.rope import rotary_tables
@@ -90,12 +90,11 @@ def export_onnx(
         import onnxscript
     except ImportError as error:
         raise missing_extra(error.name or "onnx", "onnx", "exporting to ONNX") from None
-    for frames in clip_frames:
-        check_clip_frames(frames, "clip")
+    lengths = vae_parts.clip_lengths(clip_frames)
     options = {"clip_frames": list(clip_frames), "opset": onnx_graph.OPSET}
     with writing(output, "onnx", checkpoint, dtype, options=options, steps=steps, templates=templates) as artifact:
         artifact.versions |= {"onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
-        for part in write_graphs(artifact, artifact.folder, clip_frames, progress):
+        for part in write_graphs(artifact, artifact.folder, lengths, progress):
             needs = {"tensorrt": ".".join(map(str, part.support.tensorrt)), "operators": part.support.operators}
             more = {"initialisers": part.initialisers} if part.initialisers else {}
             artifact.add_part(
@@ -108,13 +107,13 @@ def export_onnx(
 
 
 def write_graphs(
-    artifact: ArtifactWriter, folder: Path, clip_frames: Sequence[int] = (), progress: Progress | None = None
+    artifact: ArtifactWriter, folder: Path, lengths: Sequence[int], progress: Progress | None = None
 ) -> list[Part]:
-    """Writes the denoiser and the VAE's networks as ONNX files into a folder, in the artifact's dtype."""
+    """Writes the denoiser and the VAE's networks, for clips of these numbers of frames, as ONNX files into a folder."""
     import onnx
 
     parts = [write_denoiser(artifact, folder, progress)]
-    for frames in [1, *(frames for frames in clip_frames if frames != 1)]:
+    for frames in lengths:
         parts += [write_vae(artifact, folder, part, frames) for part in ("encoder", "decoder")]
     for part in parts:
         onnx.checker.check_model(str(folder / part.file), full_check=True)
@@ -158,8 +157,7 @@ def write_vae(artifact: ArtifactWriter, folder: Path, part: str, frames: int) ->
 
 def vae_module(artifact: ArtifactWriter, part: str, frames: int) -> torch.nn.Module:
     """The module that is traced, with its weights in the artifact's dtype."""
-    make = {"encoder": vae_parts.Encoder, "decoder": vae_parts.Decoder}[part]
-    return vae_parts.in_dtype(make(artifact.vae(), frames), artifact.dtype)
+    return vae_parts.in_dtype(vae_parts.NETWORKS[part](artifact.vae(), frames), artifact.dtype)
 
 
 def denoiser_weights(file: SafetensorsFile, config: DiTConfig, dtype: torch.dtype) -> WeightsOf:
@@ -197,18 +195,13 @@ def from_arguments(arguments: argparse.Namespace) -> Manifest:
 
     device = resolve_device("cpu" if arguments.device == "auto" else arguments.device)
     dtype = resolve_dtype("float32" if arguments.dtype == "auto" else arguments.dtype, device)
-    if arguments.steps and len(set(arguments.steps)) < len(arguments.steps):
-        raise InputError(f"--steps {arguments.steps} names a schedule twice; give each once")
     checkpoint = find_checkpoint(arguments.checkpoint, revision=arguments.revision)
     with Bars(arguments.quiet).bar("writing weights", "B") as progress:
         return export_onnx(
             checkpoint,
             arguments.output,
             dtype=dtype,
-            steps=arguments.steps,
-            clip_frames=arguments.clip_frames,
-            templates=arguments.templates,
-            verify=arguments.verify,
             device=device,
             progress=progress,
+            **common_options(arguments),
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,16 +17,16 @@ from typing import Any
 import torch
 
 from lavin_export import to_onnx
+from lavin_export.cli import common_options
 from lavin_export.denoiser import RANGES
 from lavin_export.manifest import ArtifactWriter, writing
 from lavin_export.trt_build import HARDWARE, BuildOptions, build_plan
 from lavin_export.trt_profiles import Profile, for_vae, parse, with_null_branches
-from lavin_export.vae_parts import ROWS
+from lavin_export.vae_parts import ROWS, clip_lengths
 from lavin_rt.checkpoint import Checkpoint, find_checkpoint
 from lavin_rt.devices import resolve_device, resolve_dtype
 from lavin_rt.errors import InputError, missing_extra
 from lavin_rt.files import Progress
-from lavin_rt.images import check_clip_frames
 from lavin_rt.manifest import Manifest
 from lavin_rt.trt_library import import_tensorrt, version_numbers
 
@@ -84,8 +84,7 @@ def export_tensorrt(
     device, options = resolve_device(device), options or BuildOptions()
     if device.type != "cuda":
         raise InputError(f"TensorRT builds on the GPU that the plan is for; the device is {device}; use --device cuda")
-    for frames in clip_frames:
-        check_clip_frames(frames, "clip")
+    lengths = clip_lengths(clip_frames)
     wanted = with_null_branches(profiles or [parse(DEFAULT_PROFILE)])
     _check_profiles(wanted)
     capability = torch.cuda.get_device_capability(device)
@@ -108,7 +107,7 @@ def export_tensorrt(
             register_plugins(trt, capability, options)
         artifact.versions |= {"tensorrt": trt.__version__, "gpu": torch.cuda.get_device_name(device)}
         keep = artifact.folder if keep_onnx or options.strip_plan else None
-        for part in _graphs(artifact, keep or Path(graphs), clip_frames, plugins, progress):
+        for part in _graphs(artifact, keep or Path(graphs), lengths, plugins, progress):
             build_part(trt, artifact, part, keep or Path(graphs), wanted, options, plugins=plugins, quiet=quiet)
             if keep is None:
                 for name in (part.file, *part.weights):
@@ -142,11 +141,11 @@ def register_plugins(trt: ModuleType, capability: tuple[int, int], options: Buil
 
 
 def _graphs(
-    artifact: ArtifactWriter, folder: Path, clip_frames: Sequence[int], plugins: bool, progress: Progress | None
-) -> Any:
+    artifact: ArtifactWriter, folder: Path, lengths: Sequence[int], plugins: bool, progress: Progress | None
+) -> Iterator[to_onnx.Part]:
     """The ONNX graphs one after another, each written when the one before has been built."""
     yield to_onnx.write_denoiser(artifact, folder, progress, plugins=plugins)
-    for frames in [1, *(frames for frames in clip_frames if frames != 1)]:
+    for frames in lengths:
         for part in ("encoder", "decoder"):
             yield to_onnx.write_vae(artifact, folder, part, frames)
 
@@ -225,9 +224,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--version-compatible", action="store_true", help="runs on later minor versions of TensorRT")
     build.add_argument("--tf32", action="store_true", help="float32 products may round their inputs to TF32")
     build.add_argument(
-        "--optimization-level", type=int, default=4, metavar="0..5", help="time for the build to find fast kernels"
+        "--optimization-level",
+        type=int,
+        default=4,
+        metavar="0..5",
+        help="how long the build may look for fast kernels, 5 the longest (default: 4)",
     )
-    build.add_argument("--workspace", type=float, metavar="GIB", help="most scratch memory of a layer")
+    build.add_argument(
+        "--workspace", type=float, metavar="GIB", help="most scratch memory of a layer (default: TensorRT's)"
+    )
     build.add_argument("--timing-cache", type=Path, metavar="FILE", help="kernel timings, read and written")
 
 
@@ -259,11 +264,8 @@ def from_arguments(arguments: argparse.Namespace) -> Manifest:
             options=options,
             plugins=arguments.plugins,
             keep_onnx=arguments.keep_onnx,
-            steps=arguments.steps,
-            clip_frames=arguments.clip_frames,
-            templates=arguments.templates,
-            verify=arguments.verify,
             device=device,
             quiet=arguments.quiet,
             progress=progress,
+            **common_options(arguments),
         )

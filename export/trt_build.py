@@ -1,8 +1,8 @@
 """From an ONNX file to a TensorRT plan, with TensorRT 10.15 or newer and with TensorRT 11.
 
-All that differs between the two majors is in this file: precision flags and a switch for strong typing exist in 10 only
-(nothing here uses the former; the latter is set wherever it exists), enum values were renumbered (they are always taken
-from the module), and flags are looked up by name.
+All that differs between the two majors is in this file: precision flags exist in 10 only (nothing here uses them),
+strong typing is a choice in 10 and the only way in 11 (its flag is set wherever it exists), and enum values were
+renumbered (they are always taken from the module, by name).
 
 Written against NVIDIA's Python bindings of TensorRT 10.16 and 11.4 and checked with them; the project has not yet built
 an engine with the real libraries.
@@ -26,11 +26,8 @@ from lavin_rt.trt_library import create, make_logger, parser_errors
 Bounds = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
 """Of every input with a shape that varies: its smallest, its tuned and its largest shape."""
 
-HARDWARE = {
-    "none": "NONE",
-    "same_compute_capability": "SAME_COMPUTE_CAPABILITY",
-    "ampere_plus": "AMPERE_PLUS",
-}
+# Of `HardwareCompatibilityLevel`, in lower case.
+HARDWARE = ("none", "same_compute_capability", "ampere_plus")
 # In the names of TensorRT's fused attention kernels and of the layers that they run in.
 FUSED_ATTENTION = re.compile(r"mha|attention", re.IGNORECASE)
 
@@ -209,7 +206,7 @@ def _configure(trt: ModuleType, config: Any, options: BuildOptions) -> None:
         flag = getattr(trt.BuilderFlag, name)
         config.set_flag(flag) if wanted else config.clear_flag(flag)
     config.builder_optimization_level = options.optimization_level
-    config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, HARDWARE[options.hardware])
+    config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, options.hardware.upper())
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)

@@ -177,7 +177,7 @@ def compile_kernel(
 
     Args:
         kernel: one of this file.
-        types: Triton's type of every argument that is no constant, in order: `*bf16`, `*fp32`, `*i32`, `i32`.
+        types: Triton's type of every argument that is no constant: `*bf16`, `*fp32`, `*i32`, `i32`.
             Pointers are taken to be divisible by 16, as TensorRT's are.
         constants: values of the other arguments.
         capability: of the GPU; engines for Ampere and newer take 80.

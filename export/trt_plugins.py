@@ -4,10 +4,10 @@ An engine with them holds the compiled kernels themselves: to run it needs neith
 against `tensorrt.plugin` of 10.16 and 11.4 and driven through it in tests; the project has not yet built an engine with
 the real libraries.
 
-Annotations here are read at run time, so that this file does not postpone their evaluation.
+TensorRT reads annotations and names of arguments at run time, so that this file does not postpone their evaluation and
+every function spells its signature out.
 """
 
-import itertools
 from types import ModuleType
 from typing import Any
 
@@ -74,9 +74,19 @@ def _launch(trtp: ModuleType, kernel: kernels.Kernel, blocks: Any, integers: tup
     return kernel.name, kernel.ptx, parameters, trtp.SymIntExprs.from_tuple(list(integers))
 
 
+def _compiled_norm(
+    trtp: ModuleType, kernel: Any, pointers: dict[str, str], rows: Any, epsilon: Any, capability: int, tactic: int
+) -> tuple:
+    """What the ahead-of-time implementations of both norms return; `rows` is one of the tensors `[..., D]`."""
+    width = rows.shape[rows.ndim - 1]
+    constants = kernels.norm_constants(width, float(epsilon[0]))
+    warps = kernels.norm_warps(width, NORM_CANDIDATES[tactic - 1]["num_warps"])
+    compiled = kernels.compile_kernel(kernel, pointers, constants, capability, warps)
+    return _launch(trtp, compiled, rows.shape_expr.numel() // width)
+
+
 def _register_ada_rms_norm(trtp: ModuleType, types: Types, capability: int) -> None:
     name = f"{DOMAIN}::LavinAdaRmsNorm"
-    tuned = NORM_CANDIDATES
 
     @trtp.register(name)
     def describe(rows: trtp.TensorDesc, scale: trtp.TensorDesc, epsilon: FLOAT) -> trtp.TensorDesc:
@@ -86,23 +96,18 @@ def _register_ada_rms_norm(trtp: ModuleType, types: Types, capability: int) -> N
     def tactics(
         rows: trtp.TensorDesc, scale: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc]
     ) -> list[trtp.AutoTuneCombination]:
-        return types.combination(trtp, (rows, scale, *outputs), len(tuned))
+        return types.combination(trtp, (rows, scale, *outputs), len(NORM_CANDIDATES))
 
     @trtp.aot_impl(name)
     def compiled(
         rows: trtp.TensorDesc, scale: trtp.TensorDesc, epsilon: FLOAT, outputs: tuple[trtp.TensorDesc], tactic: int
     ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
-        width = rows.shape[rows.ndim - 1]
-        arguments = types.pointers(["rows_ptr", "scale_ptr", "out_ptr"], (rows, scale, *outputs))
-        constants = kernels.norm_constants(width, float(epsilon[0]))
-        warps = kernels.norm_warps(width, tuned[tactic - 1]["num_warps"])
-        kernel = kernels.compile_kernel(kernels.lavin_ada_rms_norm, arguments, constants, capability, warps)
-        return _launch(trtp, kernel, rows.shape_expr.numel() // width)
+        pointers = types.pointers(["rows_ptr", "scale_ptr", "out_ptr"], (rows, scale, *outputs))
+        return _compiled_norm(trtp, kernels.lavin_ada_rms_norm, pointers, rows, epsilon, capability, tactic)
 
 
 def _register_gated_residual_ada_rms_norm(trtp: ModuleType, types: Types, capability: int) -> None:
     name = f"{DOMAIN}::LavinGatedResidualAdaRmsNorm"
-    tuned = NORM_CANDIDATES
 
     @trtp.register(name)
     def describe(
@@ -122,7 +127,7 @@ def _register_gated_residual_ada_rms_norm(trtp: ModuleType, types: Types, capabi
         scale: trtp.TensorDesc,
         outputs: tuple[trtp.TensorDesc],
     ) -> list[trtp.AutoTuneCombination]:
-        return types.combination(trtp, (residual, update, gate, scale, *outputs), len(tuned))
+        return types.combination(trtp, (residual, update, gate, scale, *outputs), len(NORM_CANDIDATES))
 
     @trtp.aot_impl(name)
     def compiled(
@@ -134,14 +139,10 @@ def _register_gated_residual_ada_rms_norm(trtp: ModuleType, types: Types, capabi
         outputs: tuple[trtp.TensorDesc],
         tactic: int,
     ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
-        width = residual.shape[residual.ndim - 1]
         names = ["residual_ptr", "update_ptr", "gate_ptr", "scale_ptr", "residual_out_ptr", "normed_ptr"]
-        arguments = types.pointers(names, (residual, update, gate, scale, *outputs))
-        constants = kernels.norm_constants(width, float(epsilon[0]))
-        warps = kernels.norm_warps(width, tuned[tactic - 1]["num_warps"])
+        pointers = types.pointers(names, (residual, update, gate, scale, *outputs))
         function = kernels.lavin_gated_residual_ada_rms_norm
-        kernel = kernels.compile_kernel(function, arguments, constants, capability, warps)
-        return _launch(trtp, kernel, residual.shape_expr.numel() // width)
+        return _compiled_norm(trtp, function, pointers, residual, epsilon, capability, tactic)
 
 
 def _register_swiglu(trtp: ModuleType, types: Types, capability: int) -> None:
@@ -228,14 +229,12 @@ def _register_qk_norm_rope(trtp: ModuleType, types: Types, capability: int, op: 
         heads, kv_heads = q_weight.shape[1] // size, k_weight.shape[1] // size
         names = ["cond", "x", "branch_rows", "positions", "cos", "sin", "q_weight", "k_weight", "q", "k", "v"]
         tensors = (cond, x, branch_rows, positions, cos, sin, q_weight, k_weight, *outputs)
-        pointers = types.pointers([f"{one}_ptr" for one in names], tensors)
-        inputs, results = dict(itertools.islice(pointers.items(), 8)), dict(itertools.islice(pointers.items(), 8, None))
+        arguments = {**types.pointers([f"{one}_ptr" for one in names], tensors), "split": "i32"}
         candidate = tuned[tactic - 1]
         constants = kernels.qk_constants(
             heads, kv_heads, size, cos.shape[0], cond_queries, candidate["group"], float(epsilon[0])
         )
         warps = kernels.qk_warps((heads + 2 * kv_heads) * size, candidate["num_warps"])
-        arguments = {**inputs, "split": "i32", **results}
         kernel = kernels.compile_kernel(kernels.lavin_qk_norm_rope, arguments, constants, capability, warps)
         split = cond.shape_expr[0] * cond.shape_expr[1]
         return _launch(trtp, kernel, split + x.shape_expr[0] * x.shape_expr[1], (trtp.SymInt32(split),))

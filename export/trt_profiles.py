@@ -48,13 +48,8 @@ class Profile:
     width: Range
 
     def bounds(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """Least, tuned and largest shape of every input of a manifest's part whose shape varies.
-
-        The VAE's parts have their sizes in `rows` and `columns` of latents.
-        """
-        named = {**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}}
-        named |= {"rows": self.height, "columns": self.width}
-        bounds = {}
+        """Least, tuned and largest shape of every input of a manifest's part whose shape varies."""
+        named, bounds = self._named(), {}
         for tensor in inputs:
             if all(isinstance(size, int) for size in tensor["shape"]):
                 continue
@@ -66,9 +61,13 @@ class Profile:
     def ranges(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
         """Least and most of every named size of these inputs, as a manifest has them."""
         names = {parse_size(size)[1] for tensor in inputs for size in tensor["shape"] if isinstance(size, str)}
-        own = {"rows": self.height, "columns": self.width}
-        sizes = {name: own.get(name) or getattr(self, name) for name in sorted(names)}
-        return {name: [size.least, size.most] for name, size in sizes.items()}
+        named = self._named()
+        return {name: [named[name].least, named[name].most] for name in sorted(names)}
+
+    def _named(self) -> dict[str, Range]:
+        """The sizes by the names that manifests use; to the VAE's parts, `rows` and `columns` of latents."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**own, "rows": self.height, "columns": self.width}
 
 
 def _number(size: int | str, named: Mapping[str, Range], which: str) -> int:

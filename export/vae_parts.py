@@ -8,12 +8,15 @@ two and the convolution behind it are one transposed convolution, as in `lavin_r
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lavin_export.denoiser import fixed
 from lavin_rt import vae_layers
+from lavin_rt.images import check_clip_frames
 from lavin_rt.vae import STVAE
 
 ROWS = [2, 512]  # latent rows and columns that a part takes: 16 to 4096 pixels
@@ -83,14 +86,17 @@ class Decoder(nn.Module):
         return self.conv_out(self.norm_out(x, latents)).unsqueeze(2)
 
 
+NETWORKS = {"encoder": Encoder, "decoder": Decoder}
+
+
 class PictureConv(nn.Module):
     """A causal 3D convolution on a single frame: its kernel summed over time."""
 
     def __init__(self, source: vae_layers.CausalConv | nn.Conv3d):
         super().__init__()
         conv = getattr(source, "conv", source)
-        self.weight = _fixed(conv.weight.double().sum(2).to(conv.weight.dtype))
-        self.bias = _fixed(conv.bias)
+        self.weight = fixed(conv.weight.double().sum(2).to(conv.weight.dtype))
+        self.bias = fixed(conv.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
@@ -106,7 +112,7 @@ class Norm(nn.Module):
 
     def __init__(self, source: nn.GroupNorm, dims: int = 2):
         super().__init__()
-        self.weight, self.bias = (_fixed(value.float().view(-1, *[1] * dims)) for value in (source.weight, source.bias))
+        self.weight, self.bias = (fixed(value.float().view(-1, *[1] * dims)) for value in (source.weight, source.bias))
         self.groups, self.eps = source.num_groups, source.eps
 
     def normed(self, x: torch.Tensor) -> torch.Tensor:
@@ -158,7 +164,7 @@ class PictureDownsampler(nn.Module):
 
     def __init__(self, source: vae_layers.Downsampler):
         super().__init__()
-        self.weight, self.bias = _fixed(source.conv.weight), _fixed(source.conv.bias)
+        self.weight, self.bias = fixed(source.conv.weight), fixed(source.conv.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, stride=2)
@@ -169,8 +175,8 @@ class PictureUpsampler(nn.Module):
 
     def __init__(self, source: vae_layers.Upsampler):
         super().__init__()
-        self.weight = _fixed(source.derive(source.conv.weight))  # [in, out, 4, 4]
-        self.bias = _fixed(source.conv.bias)
+        self.weight = fixed(source.derive(source.conv.weight))  # [in, out, 4, 4]
+        self.bias = fixed(source.conv.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
@@ -232,7 +238,7 @@ def _after_first(clip: torch.Tensor, ratio: int) -> torch.Tensor:
 
 def _clip_form(network: nn.Module) -> nn.Module:
     """A copy of the encoder or decoder, sharing its weights, without kernels derived while running."""
-    memo = {id(parameter): _fixed(parameter) for parameter in network.parameters()}
+    memo = {id(parameter): fixed(parameter) for parameter in network.parameters()}
     network = copy.deepcopy(network, memo)
     network.form.plain = False
     for owner in list(network.modules()):
@@ -249,14 +255,22 @@ def _clip_form(network: nn.Module) -> nn.Module:
 def in_dtype(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Casts an `Encoder` or `Decoder`, its norms' weights aside, which stay in float32 as they compute."""
     for module in network.modules():
+        if isinstance(module, Norm):
+            continue
         for name, value in list(module.named_parameters(recurse=False)):
-            if not isinstance(module, Norm):
-                setattr(module, name, _fixed(value.to(dtype)))
+            setattr(module, name, fixed(value.to(dtype)))
     return network
 
 
-def _fixed(value: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(value.detach(), requires_grad=False)
+def clip_lengths(clip_frames: Sequence[int]) -> list[int]:
+    """Numbers of frames to export the VAE for: 1, of pictures, and those of the clips asked for, each once.
+
+    Raises:
+        InputError: a number that is not `1 + 4 k`.
+    """
+    for frames in clip_frames:
+        check_clip_frames(frames)
+    return list(dict.fromkeys([1, *clip_frames]))
 
 
 def latent_frames(frames: int) -> int:
@@ -287,6 +301,12 @@ def example_inputs(
 def part_name(part: str, frames: int = 1) -> str:
     """The name in the manifest: `vae_encoder`, `vae_decoder_clip5`, ..."""
     return f"vae_{part}" + ("" if frames == 1 else f"_clip{frames}")
+
+
+def network_of(name: str, vae: STVAE) -> nn.Module:
+    """The network of a name that `part_name` gave."""
+    part, _, frames = name.removeprefix("vae_").partition("_clip")
+    return NETWORKS[part](vae, int(frames or 1))
 
 
 def specification(part: str, dtype: str, frames: int = 1) -> tuple[list[dict], list[dict], dict[str, list[int]]]:

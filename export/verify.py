@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,8 @@ from lavin_rt.checkpoint import Checkpoint, find_checkpoint, load_dit, load_vae
 from lavin_rt.devices import current_device, resolve_device
 from lavin_rt.errors import InputError
 from lavin_rt.knots import schedule
-from lavin_rt.manifest import Manifest, check_ranges, file_sha256, sized
+from lavin_rt.manifest import Manifest, check_ranges, file_sha256, ranges_of, sized
+from lavin_rt.model import JDiT
 from lavin_rt.official_layout import official_layout
 from lavin_rt.vae import STVAE
 
@@ -135,8 +137,16 @@ def check_compiled_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
         VerificationError: one that differs, by name.
         InputError: a weights file that cannot be read.
     """
+
+    @functools.cache
+    def vae() -> STVAE:
+        return load_vae(checkpoint.vae, dtype=torch.float32)
+
     for name, part in manifest.parts.items():
-        wanted = _network(name, part, manifest, checkpoint).state_dict()
+        if name == "denoiser":
+            wanted = _denoiser(part, load_dit(checkpoint.dit, dtype=manifest.dtype)).state_dict()
+        else:
+            wanted = vae_parts.network_of(name, vae()).to(manifest.dtype).state_dict()
         for file in part["weights"]:
             for weight, found in read_weights(manifest.folder / file, torch.device("cpu")).items():
                 if weight in wanted and not _same_bits(found, wanted[weight]):
@@ -146,18 +156,13 @@ def check_compiled_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
                     )
 
 
-def _network(name: str, part: Mapping[str, Any], manifest: Manifest, checkpoint: Checkpoint) -> nn.Module:
-    """What a part was compiled from, on the CPU."""
-    if name == "denoiser":
-        dit = load_dit(checkpoint.dit, dtype=manifest.dtype)
-        if part.get("impl") == "triton":
-            from lavin_export.kernel_denoiser import KernelDenoiser
+def _denoiser(part: Mapping[str, Any], dit: JDiT) -> nn.Module:
+    """What the part "denoiser" was compiled from."""
+    if part.get("impl") == "triton":
+        from lavin_export.kernel_denoiser import KernelDenoiser
 
-            return KernelDenoiser(dit)
-        return Denoiser(dit)
-    role, _, frames = name.removeprefix("vae_").partition("_clip")
-    make = {"encoder": vae_parts.Encoder, "decoder": vae_parts.Decoder}[role]
-    return make(load_vae(checkpoint.vae, dtype=torch.float32), int(frames or 1)).to(manifest.dtype)
+        return KernelDenoiser(dit)
+    return Denoiser(dit)
 
 
 def _same_bits(found: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -185,7 +190,7 @@ class Cases:
             if name != "denoiser"
             for sizes in sizes_to_check(part, LARGEST_PICTURE, ODD_PICTURE, lambda sizes: True)
         ]
-        self.run = {**self.passes[0], "batch": min(self.passes[0]["batch"], 1) or 1}
+        self.run = dict(self.passes[0])
         fits = _within(manifest.parts["denoiser"], {**self.run, "height": 4, "width": 6, "cond_frames": 3})
         if fits:
             self.run |= {"height": 4, "width": 6, "cond_frames": 3}
@@ -270,7 +275,7 @@ def sizes_to_check(
 ) -> list[Sizes]:
     """The smallest sizes that a part takes, odd ones and large ones, of every range that it has; none twice."""
     found: list[Sizes] = []
-    for ranges in part["ranges"] if isinstance(part["ranges"], list) else [part["ranges"]]:
+    for ranges in ranges_of(part):
         bounds = {name: ranges.get(name, [1, largest[name]]) for name in largest}
         smallest = {name: least for name, (least, _) in bounds.items()}
         middle, large = (

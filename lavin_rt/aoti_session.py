@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from lavin_rt.devices import DTYPES
 from lavin_rt.errors import InputError
-from lavin_rt.manifest import DTYPES, Manifest, bind_sizes
+from lavin_rt.manifest import Manifest, bind_sizes
 from lavin_rt.vae import full_precision
 
 # What the weights file says about tensors whose memory order is not the order of their dimensions.

@@ -66,8 +66,8 @@ def _add_run(commands) -> None:
         "--task",
         required=True,
         metavar="DIR|NAME|FILE",
-        help="folder of *_input and *_target pictures, a task's name (in the checkpoint's templates, then the package's own), "
-        "or a saved context",
+        help="folder of *_input and *_target pictures, a task's name (in the checkpoint's templates, then the "
+        "package's own), or a saved context",
     )
     what.add_argument(
         "--query", required=True, nargs="+", metavar="PICTURE", help="pictures, or folders of pictures; see --clip"
@@ -173,9 +173,13 @@ def _add_bench(commands) -> None:
     pipeline.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     pipeline.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
     pipeline.add_argument("--repeats", type=int, help="samples per variant (default: 7)")
-    pipeline.add_argument("--error-steps", type=int, default=20, help="knots of the runs for errors (default: 20)")
+    pipeline.add_argument(
+        "--error-steps", type=int, default=20, help="knots of the samplings that errors are taken of (default: 20)"
+    )
     pipeline.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
-    pipeline.add_argument("--quick", action="store_true", help="a tiny model, once: shows that it works, not how fast")
+    pipeline.add_argument(
+        "--quick", action="store_true", help="a tiny model and picture, once: shows that it works, not how fast"
+    )
     pipeline.add_argument(
         "-o", "--output", metavar="FILE", help="write the figures to this JSON file and the waterfall beside it as SVG"
     )
@@ -188,7 +192,9 @@ def _add_bench(commands) -> None:
     startup.add_argument(
         "--checkpoint", help="folder, archive, hub id or artifact (default: a random one, made for this)"
     )
-    startup.add_argument("--model", default="auto", help="of the random one: auto, small or released (default: auto)")
+    startup.add_argument(
+        "--model", default="auto", help="which random one: small, released, or auto: released on CUDA (default: auto)"
+    )
     startup.add_argument("--size", type=int, help="pixels (default: 512; for the small model 128)")
     startup.add_argument("--pairs", type=int, default=4, help="pairs of the context (default: 4)")
     startup.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")

@@ -1,4 +1,4 @@
-"""`lavin-rt info`: what a checkpoint is, and what this machine can run it with."""
+"""`lavin-rt info`: what a checkpoint or an artifact is, and what this machine can run it with."""
 
 from __future__ import annotations
 

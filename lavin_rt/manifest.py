@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from lavin_rt.config import DiTConfig
+from lavin_rt.devices import DTYPES
 from lavin_rt.errors import InputError
 from lavin_rt.files import Progress
 
@@ -27,7 +28,6 @@ FORMAT, VERSION = "lavin-rt artifact", 1
 NAME = "manifest.json"
 KINDS = ("onnx", "tensorrt", "aoti")
 KINDS_OF_CODE = ("tensorrt", "aoti")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MODULATION = "modulation.safetensors"
 PARTS = ("denoiser", "vae_encoder", "vae_decoder")
 MAX_BYTES = 16 * 2**20
@@ -161,8 +161,9 @@ class Manifest:
     def record(self) -> dict[str, Any]:
         """What `lavin-rt info` shows."""
         denoiser = self.parts["denoiser"]
-        ranges = denoiser["ranges"] if isinstance(denoiser["ranges"], list) else [denoiser["ranges"]]
-        shown = ["; ".join(f"{name} {least} to {most}" for name, (least, most) in one.items()) for one in ranges]
+        shown = [
+            "; ".join(f"{name} {least} to {most}" for name, (least, most) in one.items()) for one in ranges_of(denoiser)
+        ]
         checked = self.verification
         sampling = checked.get("sampling")
         return {
@@ -234,10 +235,14 @@ def bind_sizes(part: Mapping[str, Any], shapes: Sequence[Sequence[int]], name: s
     return sizes
 
 
+def ranges_of(part: Mapping[str, Any]) -> list[dict[str, list[int]]]:
+    """The ranges of a part's sizes, of which one has to fit."""
+    return part["ranges"] if isinstance(part["ranges"], list) else [part["ranges"]]
+
+
 def check_ranges(part: Mapping[str, Any], sizes: Mapping[str, int], name: str = "network") -> None:
     """Raises an `InputError` for sizes that a part was not exported for; sizes that it does not name are free."""
-    ranges = part["ranges"]
-    alternatives = ranges if isinstance(ranges, list) else [ranges]
+    alternatives = ranges_of(part)
     for one in alternatives:
         if all(least <= sizes.get(size, least) <= most for size, (least, most) in one.items()):
             return

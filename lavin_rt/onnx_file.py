@@ -8,7 +8,7 @@ than it is given.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from lavin_rt.errors import InputError
@@ -30,6 +30,16 @@ MESSAGES: dict[str, dict[int, str]] = {
     "Entry": {},
 }
 LOCATION, KEY, VALUE = b"location", 1, 2
+
+
+def check_external_files(path: str | os.PathLike, weights: Collection[str]) -> None:
+    """Raises an `InputError` where an ONNX file of an artifact names other files than its own weights."""
+    strangers = external_files(path) - set(weights)
+    if strangers:
+        raise InputError(
+            f"{path} takes weights from {sorted(strangers)[0]!r}, which is not a file of the artifact; "
+            "it was refused: fetch the artifact from whom you trust"
+        )
 
 
 def external_files(path: str | os.PathLike) -> set[str]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from lavin_rt.devices import DTYPES
 from lavin_rt.errors import InputError, missing_extra
-from lavin_rt.manifest import DTYPES, Manifest, bind_sizes, sized
-from lavin_rt.onnx_file import external_files
+from lavin_rt.manifest import Manifest, bind_sizes, sized
+from lavin_rt.onnx_file import check_external_files
 
 ELEMENT_TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}  # of onnx.TensorProto
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
@@ -57,12 +58,7 @@ class Session:
     ):
         self.part, self.device = part, device
         self.path = Path(folder) / part["file"]
-        strangers = external_files(self.path) - set(part["weights"])
-        if strangers:
-            raise InputError(
-                f"{self.path} takes weights from {sorted(strangers)[0]!r}, which is not a file of the artifact; "
-                "it was refused: fetch the artifact from whom you trust"
-            )
+        check_external_files(self.path, part["weights"])
         cpu = device.type == "cpu"
         if cpu and manifest.dtype == torch.bfloat16:
             raise InputError(
@@ -163,12 +159,11 @@ class Session:
             "device_id": str(device.index or 0),
             "user_compute_stream": str(self._stream.cuda_stream),
         }
-        # TF32 would not be float32.
-        cuda = ("CUDAExecutionProvider", {**stream, "enable_cuda_graph": "1", "use_tf32": "0"})
+        # Two providers in one session capture no graph of CUDA's own; TF32 would not be float32.
+        graph = "0" if wanted == "tensorrt" else "1"
+        cuda = ("CUDAExecutionProvider", {**stream, "enable_cuda_graph": graph, "use_tf32": "0"})
         tensorrt = ("TensorrtExecutionProvider", {**stream, "trt_cuda_graph_enable": "1"})
         chosen = [tensorrt, cuda] if wanted == "tensorrt" else [cuda]
-        if wanted == "tensorrt":
-            cuda[1]["enable_cuda_graph"] = "0"
         missing = [name for name, _ in chosen if name not in available]
         if missing:
             raise InputError(

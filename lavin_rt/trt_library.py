@@ -59,7 +59,7 @@ def check_version(built: str | None, installed: str, version_compatible: bool) -
         )
 
 
-def make_logger(trt: ModuleType, verbose: bool = False) -> Any:
+def make_logger(trt: ModuleType) -> Any:
     """A TensorRT logger that keeps warnings and errors in `.lines` and prints nothing; `.why` is the last error."""
 
     class Logger(trt.ILogger):
@@ -69,7 +69,7 @@ def make_logger(trt: ModuleType, verbose: bool = False) -> Any:
 
         def log(self, severity, message):
             kept = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR, trt.ILogger.WARNING)
-            if severity in kept or verbose:
+            if severity in kept:
                 self.lines.append((severity.name.lower(), " ".join(message.split())))
 
         @property

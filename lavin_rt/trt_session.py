@@ -49,7 +49,7 @@ class Session:
     A call runs on torch's current stream without waiting for it (on a stream of its own, joined by events, where that
     is the default stream, on which TensorRT would synchronise), allocates its outputs with torch and may be captured
     into a CUDA graph once it has been called with the same shapes. Every set of shapes has an execution context and
-    scratch memory of its own; the least recently used ones go beyond 16 sets, except those that a graph has captured.
+    scratch memory of its own; the 16 sets used last are held, besides all that a graph has captured.
 
     Args:
         folder: of the artifact; hashes of its files have been checked.

@@ -4,6 +4,7 @@ timed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -37,9 +38,12 @@ from lavin_bench.waterfall import waterfall
 from lavin_rt.cli import main
 from lavin_rt.executor import Executor
 from lavin_rt.knots import schedule
+from lavin_rt.model import JDiT
+from lavin_rt.sampler import sample
 
 CPU = torch.device("cpu")
 TINY = Setting(32, 2, QUICK_CONFIG, CPU_VAE)
+COMPILED = [AUTHORS_COMPILED, "savings, compiled", "task(query), compiled"]
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +59,8 @@ def record() -> dict:
         return pipeline.run([TINY], CPU, torch.float32, 2, 6, 6, show=False, without=COMPILED)
 
 
-COMPILED = [AUTHORS_COMPILED, "savings, compiled", "task(query), compiled"]
-
-
 def test_every_variant_samples_the_same(models):
-    """Three queries' worth of steps by every eager rung, and by the whole calls, against the plain model."""
+    """Every eager rung and the whole calls by two schedules, one after the other, against the plain model."""
     dit, vae = models
     for steps in (6, 4):
         sampled, answered = oracles(dit, vae, TINY, steps, whole=True)
@@ -77,19 +78,13 @@ def test_packed_rows_take_several_queries(models):
     dit, _ = models
     generator = torch.Generator().manual_seed(0)
     cond, noise = (torch.randn(2, 16, frames, 4, 4, generator=generator) for frames in (5, 1))
-    shape = type(TINY.shape)(2, 5, 1, 1, 4, 4, guided=True)
+    shape = dataclasses.replace(TINY.shape, queries=2)
     executor = Executor(PackedRowsNetwork(dit))
     frames = executor.embed(cond)
     together = executor.sample(shape, frames[:, :-1], frames[:, -1:], noise, schedule(6), 1.5)
     for item in range(2):
-        truth = pipeline_truth(dit, cond[item : item + 1], noise[item : item + 1])
+        truth = sample(dit, cond[item : item + 1], noise[item : item + 1], 6, 1.5, "plain")
         assert relative_error(together[item : item + 1], truth) <= 1e-5
-
-
-def pipeline_truth(dit, cond, noise):
-    from lavin_rt.sampler import sample
-
-    return sample(dit, cond, noise, 6, 1.5, "plain")
 
 
 def test_weights_that_a_16_bit_dtype_holds_exactly():
@@ -201,8 +196,6 @@ def test_settings_of_a_device():
     assert (setting.size, setting.pairs, setting.config) == (128, 4, CPU_CONFIG)
     assert Setting(512, 4).useful_flops / 1e12 == pytest.approx(55.82, abs=0.01)
     with torch.device("meta"):
-        from lavin_rt.model import JDiT
-
         full = JDiT(RELEASED).to(torch.bfloat16)
     assert weights_bytes(full, modulates=False) == 2 * sum(p.numel() for p in full.parameters())
 
@@ -233,6 +226,7 @@ def test_command(tmp_path, capsys):
         ["pipeline", "-o", "/dev/null/file.json"],
         ["startup", "--model", "huge"],
         ["startup", "--pairs", "0"],
+        ["startup", "--threads", "0"],
         ["startup", "--size", "100"],
         ["startup", "--device", "nosuch"],
         ["startup", "--checkpoint", "/nosuch"],
@@ -266,10 +260,10 @@ def test_parts_of_a_start_add_up(monkeypatch):
 
 
 @pytest.mark.slow
-def test_start(monkeypatch, tmp_path):
-    """Two processes from a random checkpoint to a picture; what takes what is theirs to know."""
-    options = {"checkpoint": None, "size": 32, "pairs": 1, "device": "cpu", "dtype": "auto", "impl": "auto"}
-    record = startup.run({**options, "compile": False, "threads": 1}, "small", repeats=1, show=False)
+def test_start():
+    """Two processes from a random checkpoint to a picture: their parts add up, and are all there."""
+    options = {**startup.STANDARD, "size": 32, "pairs": 1, "device": "cpu", "threads": 1}
+    record = startup.run(options, "small", repeats=1, show=False)
     for figures in (record["cold"], record["warm"]):
         assert figures["total"] == pytest.approx(sum(figures["parts"].values()))
         assert all(seconds >= 0 for seconds in figures["parts"].values())
@@ -279,8 +273,8 @@ def test_start(monkeypatch, tmp_path):
 
 
 def test_a_start_that_fails_says_why(tmp_path):
-    options = {"checkpoint": str(tmp_path), "size": 32, "pairs": 1, "device": "cpu", "dtype": "auto", "impl": "auto"}
-    options |= {"compile": False, "threads": 1, "picture": str(tmp_path / "picture.png")}
+    given = {"checkpoint": str(tmp_path), "size": 32, "pairs": 1, "device": "cpu", "threads": 1}
+    options = {**startup.STANDARD, **given, "picture": str(tmp_path / "picture.png")}
     with pytest.raises(RuntimeError, match=r"no picture: .*lavin_dit\.safetensors"):
         startup.start(options, tmp_path)
 

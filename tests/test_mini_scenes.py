@@ -35,15 +35,20 @@ def test_a_scene_is_a_function_of_its_seed():
     assert not np.array_equal(first.colour, other.colour)
 
 
+def view(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The camera's position and axes at moment 0, and the rays through the pixels' centres, `[SIZE, SIZE, 3]`."""
+    position, axes = scene._camera(0)
+    reach = np.tan(np.radians(FIELD_OF_VIEW / 2))
+    x, y = np.meshgrid(*[(np.arange(SIZE) + 0.5) / SIZE * 2 - 1] * 2)
+    return position, axes, np.stack([x * reach, -y * reach, -np.ones_like(x)], -1) @ axes.T
+
+
 def test_depth_and_normals_of_the_ground_are_those_of_its_plane():
     """On the plane y = 0: depth times the ray's descent is the camera's height, and the normal is the world's up."""
     for seed in range(4):
         scene = Scene.from_seed(seed)
         picture = scene.render(SIZE)
-        position, axes = scene._camera(0)
-        reach = np.tan(np.radians(FIELD_OF_VIEW / 2))
-        x, y = np.meshgrid(*[(np.arange(SIZE) + 0.5) / SIZE * 2 - 1] * 2)
-        rays = np.stack([x * reach, -y * reach, -np.ones_like(x)], -1) @ axes.T
+        position, axes, rays = view(scene)
         ground = picture.classes == GROUND
         assert ground.mean() > 0.1
         heights = position[1] + picture.depth[ground] * rays[ground][:, 1]
@@ -61,10 +66,7 @@ def test_depth_and_normals_of_a_sphere_are_those_of_the_sphere():
             continue
         found += 1
         picture = scene.render(SIZE)
-        position, axes = scene._camera(0)
-        reach = np.tan(np.radians(FIELD_OF_VIEW / 2))
-        x, y = np.meshgrid(*[(np.arange(SIZE) + 0.5) / SIZE * 2 - 1] * 2)
-        rays = np.stack([x * reach, -y * reach, -np.ones_like(x)], -1) @ axes.T
+        position, axes, rays = view(scene)
         points = position + picture.depth[picture.mask][:, None] * rays[picture.mask]
         radius = np.linalg.norm(points - solid.position, axis=1) / solid.half[0]
         assert (radius > 0.98).all() and (radius < 1.001).all()

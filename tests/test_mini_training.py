@@ -19,14 +19,15 @@ from lavin_rt.config import DiTConfig
 from lavin_rt.errors import InputError
 from lavin_rt.mini import train_vae
 from lavin_rt.mini.corpus import Corpus, to_pixels
-from lavin_rt.mini.latents import LatentPool, TaskLatents
+from lavin_rt.mini.latents import LatentPool, TaskLatents, encode_pictures
 from lavin_rt.mini.principal import Components, component_latents, patch_synthesis
 from lavin_rt.mini.start import Synthesis, teach_templates
+from lavin_rt.mini.tasks import TASKS
 from lavin_rt.mini.train import PRESETS, main
 from lavin_rt.mini.train_dit import Plan, draw_batch, flow_loss, initialise_, train_dit
 from lavin_rt.mini.training import Rate
 from lavin_rt.model import JDiT
-from lavin_rt.vae import scale_latents, unscale_latents
+from lavin_rt.vae import STVAE, scale_latents, unscale_latents
 
 SMALL = DiTConfig(hidden_size=36, depth=1, num_heads=1, kv_group=1)
 
@@ -36,11 +37,13 @@ def records(folder: Path, network: str) -> list[dict]:
 
 
 def random_pool(frames: int = 1) -> LatentPool:
-    """Pairs whose target is the negated input, of two tasks."""
+    """Pairs of two tasks, the target the negated input by the first order of channels and twice the input by the
+    second.
+    """
     inputs = torch.randn(20, 16, frames, 4, 4, generator=torch.Generator().manual_seed(0))
-    rows = torch.arange(20)[:, None] + torch.tensor([0, 20])
-    tasks = tuple(TaskLatents(name, rows[i::2]) for i, name in enumerate(("depth_estimation", "denoising")))
-    return LatentPool(torch.cat([inputs, -inputs]).half(), tasks)
+    rows = torch.arange(20)[:, None] + torch.tensor([[[0, 20]], [[0, 40]]])
+    tasks = tuple(TaskLatents(name, rows[:, i::2]) for i, name in enumerate(("depth_estimation", "denoising")))
+    return LatentPool(torch.cat([inputs, -inputs, 2 * inputs]).half(), tasks)
 
 
 @pytest.mark.slow
@@ -106,16 +109,36 @@ def test_a_state_of_another_network_is_refused(tmp_path):
         train_dit(random_pool(), random_pool(2), wider, tmp_path, plan, compile=False)
 
 
-def test_a_batch_is_contexts_of_one_task_each():
+def test_a_batch_is_contexts_of_one_task_and_one_order_each():
     pool = random_pool()
-    cond, data = draw_batch(pool, pairs=2, batch=8, generator=torch.Generator().manual_seed(0))
-    assert cond.shape == (8, 16, 5, 4, 4) and data.shape == (8, 16, 1, 4, 4)
-    assert torch.equal(cond[:, :, 1], -cond[:, :, 0]) and torch.equal(cond[:, :, 3], -cond[:, :, 2])
-    assert torch.equal(data[:, :, 0], -cond[:, :, 4])
-    of_task = [{tuple(pool.latents[i].flatten()[:4].tolist()) for i in task.rows[:, 0]} for task in pool.tasks]
-    for item in range(8):
+    cond, data = draw_batch(pool, pairs=2, batch=32, generator=torch.Generator().manual_seed(0))
+    assert cond.shape == (32, 16, 5, 4, 4) and data.shape == (32, 16, 1, 4, 4)
+    of_task = [{tuple(pool.latents[i].flatten()[:4].tolist()) for i in task.rows[0, :, 0]} for task in pool.tasks]
+    seen = set()
+    for item in range(32):
         inputs = {tuple(cond[item, :, frame].unsqueeze(1).flatten()[:4].half().tolist()) for frame in (0, 2, 4)}
-        assert any(inputs <= known for known in of_task)
+        task = [inputs <= known for known in of_task].index(True)
+        factor = next(f for f in (-1, 2) if torch.equal(data[item, :, 0], f * cond[item, :, 4]))
+        assert torch.equal(cond[item, :, 1:4:2], factor * cond[item, :, 0:4:2])
+        seen.add((task, factor))
+    assert len(seen) == 4
+
+
+def test_targets_are_encoded_in_every_order_of_their_channels():
+    corpus, task = Corpus.make("template", 32, 8, 1), TASKS["panoptic_segmentation"]
+    vae = STVAE(PRESETS["tiny"].vae).eval()
+    pool = encode_pictures(corpus, vae, [task], photographs=0, degraded=0)
+    [found] = pool.tasks
+    assert found.rows.shape == (6, 8, 2)
+    assert (found.rows[:, :, 0] == found.rows[0, :, 0]).all()  # inputs keep their colours
+    colourful = max(range(8), key=lambda i: len(set(found.rows[:, i, 1].tolist())))
+    rng = np.random.default_rng([0, 2])
+    mirrored = [bool(rng.random() < 0.5) for _ in range(8)]
+    _, target = task.apply(corpus.still(colourful, mirrored[colourful]), rng)
+    ordered = np.stack([target[..., order] for order in task.orders])[:, None]
+    expected = scale_latents(vae.encode(to_pixels(ordered)).mode()).flatten(1)
+    apart = torch.cdist(pool.latents[found.rows[:, colourful, 1]].float().flatten(1), expected)
+    assert (apart.argmin(1) == torch.arange(6)).all() and apart.diagonal().max() < 1e-2 * expected.norm(dim=1).max()
 
 
 def test_the_loss_is_that_of_the_flow():
@@ -134,12 +157,12 @@ def test_the_encoder_computes_the_principal_components():
     components = train_vae.make_components(corpus, config, seed=0)
     vae = train_vae.make_vae(config, components, seed=0, side=8, teaching=0).requires_grad_(False)
     for clip in (False, True):
-        frames = train_vae.draw_frames(corpus, corpus.single, np.random.default_rng(0), 3, clip)
+        frames = train_vae.draw_frames(corpus, np.random.default_rng(0), 3, clip)
         latents = scale_latents(vae.encode(to_pixels(frames)).mean)
         direct = component_latents(components, frames)
         assert latents.shape == direct.shape == (3, 16, 2 if clip else 1, 8, 8)
         assert (latents - direct).norm() / direct.norm() < 1e-3
-    pictures = train_vae.draw_frames(corpus, corpus.single, np.random.default_rng(1), 64)
+    pictures = train_vae.draw_frames(corpus, np.random.default_rng(1), 64)
     assert float(component_latents(components, pictures).square().mean()) == pytest.approx(1, rel=0.3)
 
 

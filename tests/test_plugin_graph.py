@@ -100,7 +100,7 @@ if not INTERPRETED:
         assert not known & set(OPERATORS)
 
     def test_without_the_function_or_with_a_wrong_one(exported, tmp_path):
-        """The test above sees what the functions compute: without one ONNX Runtime refuses, changed it differs."""
+        """ONNX Runtime does run the functions: without one it refuses the model, with a changed one numbers differ."""
         onnxruntime = pytest.importorskip("onnxruntime")
         path, plain, config = exported("dit_c")
         model = onnx.load(path)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
-from conftest import GOLDEN
-
-from lavin_rt.checkpoint import find_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -19,18 +14,17 @@ PROFILE = "batch=1:1:3,cond_frames=3:5:9,target_frames=1:1:2,height=16:32:96,wid
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_exported_verified_and_captured(tmp_path, dtype, plugins):
     pytest.importorskip("tensorrt", reason="needs TensorRT")
+    from onnx_exports import golden_checkpoint
+
     from lavin_export.to_tensorrt import export_tensorrt
     from lavin_export.trt_build import BuildOptions
     from lavin_export.trt_profiles import parse
     from lavin_rt.trt_session import Session
 
-    weights = tmp_path / "checkpoint"
-    weights.mkdir()
-    shutil.copy(GOLDEN / "dit_c.safetensors", weights / "lavin_dit.safetensors")
-    shutil.copy(GOLDEN / "stvae.pt", weights / "stvae.pt")
+    checkpoint = golden_checkpoint(tmp_path / "checkpoint", "dit_c")
     options = BuildOptions(optimization_level=1)
     given = {"dtype": dtype, "profiles": [parse(PROFILE)], "plugins": plugins, "options": options, "steps": (4,)}
-    manifest = export_tensorrt(find_checkpoint(str(weights)), tmp_path / "artifact", quiet=True, **given)
+    manifest = export_tensorrt(checkpoint, tmp_path / "artifact", quiet=True, **given)
     assert manifest.verification["passed"]
     build = manifest.parts["denoiser"]["build"]
     assert build["attention"]["nodes"] == manifest.config.depth

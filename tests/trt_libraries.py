@@ -36,7 +36,7 @@ class Libraries:
     computes, at the addresses that it was given. It has two profiles: 1 to 2 rows, and 2 to 8 rows.
 
     Attributes:
-        fault: "parse", "build", "plan", "refit" or "shape": what goes wrong.
+        fault: "parse", "profile", "build", "run", "refit" or "missing" (weights): what goes wrong.
         streamable: bytes of weights that may stream.
     """
 
@@ -52,7 +52,7 @@ class Libraries:
         self.streams: list[int] = []
         self.refitted = ""
         self.timing = b""
-        self.config = self.parser = self.cache = None
+        self.config = self.parser = None
 
     def script(self) -> dict[str, Any]:
         named = {
@@ -61,15 +61,13 @@ class Libraries:
             "Runtime": self._logger,
             "Refitter": lambda *arguments: None,
         }
-        own = {
-            name.replace("__", "."): getattr(self, name) for name in dir(self) if name[0] in "IBORE" and "__" in name
-        }
+        own = {name.replace("__", "."): getattr(self, name) for name in dir(self) if name[0].isupper() and "__" in name}
         return {**named, **own, **self._values()}
 
     def _values(self) -> dict[str, Any]:
         return {
             "INetworkDefinition.num_layers": 3,
-            "IAttentionBoundaryLayer.attention": lambda layer: self._attention(layer),
+            "IAttentionBoundaryLayer.attention": self._attention,
             "OnnxParser.num_errors": 2,
             "OnnxParserRefitter.num_errors": 1,
             "ParserError.code": lambda error: _Code("UNSUPPORTED_NODE"),
@@ -221,7 +219,7 @@ class Libraries:
             least, _, most = self.PROFILES[context.state["profile"]]
             assert least <= shape[0] <= most
         context.state["shapes"][name] = tuple(shape)
-        return self.fault != "shape"
+        return True
 
     def IExecutionContext__infer_shapes(self, context):
         return [name for name in ("latents", "scale") if name not in context.state["shapes"]]
@@ -251,8 +249,8 @@ class Libraries:
             self.logger.log(self.real.ILogger.ERROR, "illegal address")
             return False
         shape = state["shapes"]["latents"]
-        latents, velocity = (_floats(state["addresses"][name], shape) for name in ("latents", "velocity"))
-        velocity[:] = latents * _floats(state["addresses"]["scale"], (3,))
+        latents, velocity = (floats(state["addresses"][name], shape) for name in ("latents", "velocity"))
+        velocity[:] = latents * floats(state["addresses"]["scale"], (3,))
         return True
 
     # Refitting.
@@ -270,5 +268,6 @@ class _Code:
         self.name = name
 
 
-def _floats(address: int, shape: tuple[int, ...]) -> np.ndarray:
+def floats(address: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The float32 array at an address of this process."""
     return np.ctypeslib.as_array((ctypes.c_float * math.prod(shape)).from_address(address)).reshape(shape)

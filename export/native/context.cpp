@@ -4,6 +4,7 @@
 #include <array>
 #include <charconv>
 #include <map>
+#include <tuple>
 
 #include "error.h"
 #include "pictures.h"
@@ -17,14 +18,8 @@ namespace {
 // What Python takes for pictures; this program reads some of them.
 constexpr const char* kPictures[] = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"};
 
-std::string lower(std::string text) {
-  for (char& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
-  return text;
-}
-
 bool is_picture(const fs::path& path) {
-  const std::string suffix = lower(path.extension().string());
-  return std::find(std::begin(kPictures), std::end(kPictures), suffix) != std::end(kPictures);
+  return std::find(std::begin(kPictures), std::end(kPictures), suffix(path)) != std::end(kPictures);
 }
 
 std::map<std::string, Pair> read_template(const fs::path& folder) {

@@ -24,4 +24,15 @@ inline std::string one_line(std::string text, size_t most = 300) {
   return text.size() > most ? text.substr(0, most) + "..." : text;
 }
 
+// Numbers with commas between them, for messages.
+template <typename Numbers>
+std::string joined(const Numbers& numbers) {
+  std::string text;
+  for (const auto number : numbers) {
+    if (!text.empty()) text += ", ";
+    text += std::to_string(number);
+  }
+  return text;
+}
+
 }  // namespace lavin

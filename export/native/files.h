@@ -35,7 +35,7 @@ class MappedFile {
 // Calls `write` with a free name beside `path`, then renames that file to `path`; removes it where anything fails.
 void written_whole(const fs::path& path, const std::function<void(const fs::path&)>& write);
 
-// Throws InputError unless files can be made where `path` is to be.
+// Throws InputError unless files can be made where `path` is to be, in a folder that is made where it is missing.
 void check_writable(const fs::path& path);
 
 }  // namespace lavin

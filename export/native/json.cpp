@@ -1,7 +1,6 @@
 #include "json.h"
 
 #include <charconv>
-#include <cmath>
 #include <cstring>
 
 #include "error.h"
@@ -76,7 +75,6 @@ class JsonReader {
       case 't':
         word("true");
         value.kind_ = Json::Kind::boolean;
-        value.boolean_ = true;
         return value;
       case 'f':
         word("false");

@@ -16,8 +16,6 @@ class Json {
   // Throws InputError where `text` is no JSON, nests deeper than 64 levels or names a key twice.
   static Json parse(std::string_view text);
 
-  Kind kind() const { return kind_; }
-  bool is_object() const { return kind_ == Kind::object; }
   bool is_array() const { return kind_ == Kind::array; }
   bool is_string() const { return kind_ == Kind::string; }
   bool is_null() const { return kind_ == Kind::null; }
@@ -39,7 +37,6 @@ class Json {
   friend class JsonReader;
 
   Kind kind_ = Kind::null;
-  bool boolean_ = false;
   bool integral_ = false;
   double number_ = 0;
   int64_t integer_ = 0;

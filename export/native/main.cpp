@@ -5,11 +5,11 @@
 #include <torch/version.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <iostream>
 #include <optional>
 #include <tuple>
 
@@ -158,10 +158,8 @@ at::Tensor read_noise(const std::string& path, int64_t height, int64_t width) {
   const at::Tensor noise = lavin::Safetensors::open(path).at("noise");
   const std::vector<int64_t> expected{1, 16, 1, height / 8, width / 8};
   if (noise.sizes() != at::IntArrayRef(expected) || !noise.is_floating_point()) {
-    std::string shape;
-    for (int64_t size : noise.sizes()) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-    throw InputError(lavin::one_line(path) + ": noise is [" + shape + "]; expected floating point [1, 16, 1, " +
-                     std::to_string(height / 8) + ", " + std::to_string(width / 8) + "]");
+    throw InputError(lavin::one_line(path) + ": noise is [" + lavin::joined(noise.sizes()) +
+                     "]; expected floating point [" + lavin::joined(expected) + "]");
   }
   return noise.to(at::kFloat);
 }

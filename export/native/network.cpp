@@ -71,11 +71,7 @@ std::string listed(const std::vector<Json>& shape) {
   return "[" + text + "]";
 }
 
-std::string listed(at::IntArrayRef shape) {
-  std::string text;
-  for (int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
-  return "[" + text + "]";
-}
+std::string listed(at::IntArrayRef shape) { return "[" + joined(shape) + "]"; }
 
 std::string listed(const std::map<std::string, Json>& ranges) {
   std::string text;

@@ -3,8 +3,6 @@
 #include <ATen/ops/_upsample_bicubic2d_aa.h>
 
 #include <cctype>
-#include <cstdio>
-#include <cstring>
 #include <fstream>
 
 #include "error.h"
@@ -18,12 +16,6 @@ namespace lavin {
 namespace {
 
 constexpr int64_t kMaxPixels = 178'956'970;  // where Pillow sees a decompression bomb
-
-std::string suffix(const fs::path& path) {
-  std::string text = path.extension().string();
-  for (char& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
-  return text;
-}
 
 InputError unreadable(const fs::path& path, const std::string& reason) {
   return InputError(one_line(path.string()) + ": cannot be read as a picture (" + reason + "); give a sound file");
@@ -70,12 +62,10 @@ void write_ppm(const at::Tensor& picture, const fs::path& path) {
 
 }  // namespace
 
-bool reads_suffix(const fs::path& path) {
-  const std::string found = suffix(path);
-#ifdef LAVIN_PNG
-  if (found == ".png") return true;
-#endif
-  return found == ".ppm" || found == ".pgm";
+std::string suffix(const fs::path& path) {
+  std::string text = path.extension().string();
+  for (char& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return text;
 }
 
 std::string known_suffixes() {
@@ -97,8 +87,13 @@ at::Tensor load_picture(const fs::path& path) {
 }
 
 void check_output(const fs::path& path) {
-  if (!reads_suffix(path) || suffix(path) == ".pgm") {
-    throw InputError(one_line(path.string()) + ": cannot write " + (suffix(path).empty() ? "that" : suffix(path)) +
+  const std::string found = suffix(path);
+  bool known = found == ".ppm";
+#ifdef LAVIN_PNG
+  known |= found == ".png";
+#endif
+  if (!known) {
+    throw InputError(one_line(path.string()) + ": cannot write " + (found.empty() ? "that" : found) +
                      "; expected a name ending in " + known_suffixes());
   }
   check_writable(path);

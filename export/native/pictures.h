@@ -7,8 +7,10 @@
 
 namespace lavin {
 
-// Suffixes of the files that this build reads and writes: .ppm and .pgm, and .png where it has libpng.
-bool reads_suffix(const fs::path& path);
+// A file name's suffix in lower case, with its dot.
+std::string suffix(const fs::path& path);
+
+// What this build reads and writes, for messages: .ppm, and .png where it has libpng.
 std::string known_suffixes();
 
 // One picture as uint8 [3, H, W]: binary PPM or PGM, or PNG. Transparency is composited on white, 16 bits become 8.
@@ -18,7 +20,7 @@ at::Tensor load_picture(const fs::path& path);
 // Writes uint8 [3, H, W] as .ppm or .png, whole or not at all.
 void save_picture(const at::Tensor& picture, const fs::path& path);
 
-// Throws InputError for a name that save_picture cannot write.
+// Throws InputError for a name or a place that save_picture cannot write to; makes the folder where it is missing.
 void check_output(const fs::path& path);
 
 // Bicubic antialiased resampling of uint8 [3, H, W] on uint8 values; aspect ratio is ignored.

@@ -3,8 +3,6 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
 
-#include <algorithm>
-
 #include "error.h"
 #include "pictures.h"
 #include "safetensors.h"
@@ -49,10 +47,8 @@ at::Tensor Runner::sample(const at::Tensor& condition, const at::Tensor& noise, 
   const auto table = [&](const char* name) {
     auto found = modulation_.find(name + std::to_string(steps));
     if (found == modulation_.end()) {
-      std::string known;
-      for (int64_t count : manifest_.schedules) known += (known.empty() ? "" : ", ") + std::to_string(count);
-      throw InputError("steps is " + std::to_string(steps) + "; the artifact has the schedules of " + known +
-                       "; choose one, or export it with --steps " + std::to_string(steps));
+      throw InputError("steps is " + std::to_string(steps) + "; the artifact has the schedules of " +
+                       joined(manifest_.schedules) + "; choose one, or export it with --steps " + std::to_string(steps));
     }
     return found->second;
   };

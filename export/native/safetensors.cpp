@@ -87,9 +87,7 @@ const at::Tensor& Safetensors::at(const std::string& name) const {
 
 void save_tensor(const fs::path& path, const std::string& name, const at::Tensor& tensor) {
   const at::Tensor values = tensor.detach().to(at::kCPU, at::kFloat).contiguous();
-  std::string shape;
-  for (int64_t size : values.sizes()) shape += (shape.empty() ? "" : ",") + std::to_string(size);
-  std::string header = "{\"" + name + "\":{\"dtype\":\"F32\",\"shape\":[" + shape + "],\"data_offsets\":[0," +
+  std::string header = "{\"" + name + "\":{\"dtype\":\"F32\",\"shape\":[" + joined(values.sizes()) + "],\"data_offsets\":[0," +
                        std::to_string(values.nbytes()) + "]}}";
   header.resize((header.size() + 7) / 8 * 8, ' ');
   written_whole(path, [&](const fs::path& partial) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 
 import numpy as np
@@ -48,7 +49,7 @@ class Corpus:
             cached_scenes(cache, moving, size, CLIP_MOMENTS, workers),
         )
 
-    @property
+    @functools.cached_property
     def single(self) -> np.ndarray:
         """Indices of the scenes with one object that is seen whole enough to be boxed."""
         largest = self.scenes.instances.max((1, 2, 3))
@@ -63,20 +64,15 @@ class Corpus:
         frames = [self.clips.picture(index, moment) for moment in range(CLIP_MOMENTS)]
         return [frame.mirrored() for frame in frames] if mirrored else frames
 
-    def draw(self, task: Task, rng: np.random.Generator, single: np.ndarray | None = None) -> np.ndarray:
-        """A random pair of the task: input and target, uint8 `[2, T, S, S, 3]`.
-
-        Args:
-            single: `self.single`, where the caller draws often and has it at hand.
-        """
+    def draw(self, task: Task, rng: np.random.Generator) -> np.ndarray:
+        """A random pair of the task: input and target, uint8 `[2, T, S, S, 3]`."""
         mirrored = bool(rng.random() < 0.5)
         if task.is_clip:
             return np.stack(task.apply(self.clip(int(rng.integers(len(self.clips))), mirrored), rng))
         if task.source == "any" and rng.random() < PHOTOGRAPHS_SHARE:
             picture = Picture(photograph_crop(self.split, rng, self.size))
         elif task.source == "single":
-            candidates = self.single if single is None else single
-            picture = self.still(int(candidates[rng.integers(len(candidates))]), mirrored)
+            picture = self.still(int(self.single[rng.integers(len(self.single))]), mirrored)
         else:
             picture = self.still(int(rng.integers(len(self.scenes))), mirrored)
         return np.stack(task.apply(picture, rng))[:, None]

@@ -18,7 +18,7 @@ from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 from lavin_rt.mini.scenes import Picture, Scene
 
-CHUNK = 100
+CHUNK = 100  # scenes a piece
 CLIP_MOMENTS = 10  # a clip of five frames, and the five that follow
 # Bumped when scenes of the same seed come out otherwise, so that a kept folder is not taken for them.
 SCENES_VERSION = 1
@@ -96,7 +96,7 @@ def cached_scenes(
         with concurrent.futures.ProcessPoolExecutor(max(workers, 1), mp_context=context) as pool:
             running = [pool.submit(_render_piece, *work) for work in todo]
             finished = concurrent.futures.as_completed(running)
-            for done in tqdm(finished, f"rendering {size} px scenes", len(todo), unit="00"):
+            for done in tqdm(finished, f"rendering {size} px scenes", len(todo), unit="piece"):
                 done.result()
     return SceneArrays.joined([_read_piece(file) for file in files])
 

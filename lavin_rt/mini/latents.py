@@ -21,11 +21,14 @@ from lavin_rt.mini.tasks import Task
 from lavin_rt.vae import STVAE, scale_latents
 
 ENCODE_BATCH = 32
+LATENTS_VERSION = 2  # bumped when tasks of the same name, or the files, come out otherwise
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TaskLatents:
-    """A task's pairs: rows of `LatentPool.latents`, int64 `[pairs, 2]`, input and target."""
+    """A task's pairs: rows of `LatentPool.latents`, int64 `[orders, pairs, 2]`, input and target, for every order of
+    the target's channels (`Task.orders`).
+    """
 
     name: str
     rows: torch.Tensor
@@ -70,6 +73,11 @@ class _Encoder:
                 self.flush()
         return self.rows[digest]
 
+    def add_task(self, task: Task, pairs: Sequence[Sequence[np.ndarray]]) -> TaskLatents:
+        """Takes inputs and targets, uint8 `[T, S, S, 3]`."""
+        rows = [[[self.add(shown), self.add(target[..., order])] for shown, target in pairs] for order in task.orders]
+        return TaskLatents(task.name, torch.tensor(rows))
+
     @torch.no_grad()
     def flush(self) -> None:
         if self.waiting:
@@ -101,8 +109,8 @@ def encode_pictures(
                 chosen += [scenes[i] for i in rng.permutation(len(scenes))[: degraded - from_photos]]
             else:
                 chosen = single if task.source == "single" else scenes
-            rows = [[encoder.add(frame[None]) for frame in task.apply(picture, rng)] for picture in chosen]
-            found.append(TaskLatents(task.name, torch.tensor(rows)))
+            pairs = [[frames[None] for frames in task.apply(picture, rng)] for picture in chosen]
+            found.append(encoder.add_task(task, pairs))
         encoder.flush()
     return LatentPool(torch.cat(encoder.done), tuple(found))
 
@@ -112,14 +120,10 @@ def encode_clips(corpus: Corpus, vae: STVAE, tasks: Sequence[Task], seed: int = 
     rng = np.random.default_rng([seed, 3])
     with tqdm(desc="encoding clips", unit="clip") as progress:
         encoder = _Encoder(vae, progress)
-        rows: dict[str, list[list[int]]] = {task.name: [] for task in tasks}
-        for index in range(len(corpus.clips)):
-            for mirrored in (False, True):
-                frames = corpus.clip(index, mirrored)
-                for task in tasks:
-                    rows[task.name].append([encoder.add(part) for part in task.apply(frames, rng)])
+        clips = [corpus.clip(index, mirrored) for index in range(len(corpus.clips)) for mirrored in (False, True)]
+        found = [encoder.add_task(task, [task.apply(frames, rng) for frames in clips]) for task in tasks]
         encoder.flush()
-    return LatentPool(torch.cat(encoder.done), tuple(TaskLatents(n, torch.tensor(r)) for n, r in rows.items()))
+    return LatentPool(torch.cat(encoder.done), tuple(found))
 
 
 def cached_latents(
@@ -133,9 +137,10 @@ def cached_latents(
     degraded: int,
     seed: int = 0,
 ) -> tuple[LatentPool, LatentPool]:
-    """Latents of pictures and of clips, kept in `folder` under the VAE's fingerprint."""
-    what = f"{fingerprint[:12]}-{len(corpus.scenes)}-{photographs}-{degraded}-{seed}"
-    files = [Path(folder) / f"latents-{kind}-{what}.pt" for kind in ("pictures", "clips")]
+    """Latents of pictures and of clips, kept in `folder` under the VAE's fingerprint and the amounts of data."""
+    data = f"{corpus.size}px-{len(corpus.scenes)}-{len(corpus.clips)}-{photographs}-{degraded}-{seed}"
+    names = [f"latents-v{LATENTS_VERSION}-{kind}-{fingerprint[:12]}-{data}.pt" for kind in ("pictures", "clips")]
+    files = [Path(folder) / name for name in names]
     if not files[0].is_file():
         encode_pictures(corpus, vae, picture_tasks, photographs, degraded, seed).save(files[0])
     if not files[1].is_file():

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from lavin_rt.images import to_pixels
 from lavin_rt.mini.corpus import Corpus
 from lavin_rt.mini.tasks import PICTURE_TASKS
 from lavin_rt.vae import LATENT_SCALE, LATENT_SHIFT, STVAE
@@ -51,17 +52,25 @@ class Components:
             channels: of the latent.
             kept: components of a quarter.
         """
-        pixels = torch.from_numpy(pictures).float() / 127.5 - 1
-        patches = pixels.unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).transpose(2, 3).flatten(0, 2)  # [M, 8, 8, 3]
+        patches = _patches(to_pixels(torch.from_numpy(pictures))).flatten(0, 2)  # [M, 8, 8, 3]
         chosen = torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))[:PATCHES]
-        patches = patches[chosen]
-        quarters = patches.unflatten(2, (2, 4)).unflatten(1, (2, 4)).transpose(2, 3).flatten(3)  # [M, 2, 2, 48]
+        quarters = _quarters(patches[chosen])  # [M, 2, 2, 48]
         quarter = leading(quarters.flatten(0, 2), kept)[0]
         reduced = (quarters @ quarter.T).flatten(1)  # [M, 4 K]
         whole, deviations = leading(reduced, channels)
         gains = deviations ** (1 - WHITENING)
         # Unit variance over all channels together.
         return cls(quarter, whole / deviations[:, None], gains / gains.square().mean().sqrt())
+
+
+def _patches(pixels: torch.Tensor) -> torch.Tensor:
+    """`[N, S, S, 3]` to `[N, S/8, S/8, 8, 8, 3]`."""
+    return pixels.unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).transpose(2, 3)
+
+
+def _quarters(patches: torch.Tensor) -> torch.Tensor:
+    """`[..., 8, 8, 3]` to `[..., 2, 2, 48]`, features of 4 x 4 pixels."""
+    return patches.unflatten(-2, (2, 4)).unflatten(-4, (2, 4)).transpose(-4, -3).flatten(-3)
 
 
 def leading(samples: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,9 +82,9 @@ def leading(samples: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
 
 def draw_pictures(corpus: Corpus, seed: int, count: int) -> np.ndarray:
     """Targets of random picture tasks, uint8 `[count, S, S, 3]`."""
-    rng, single = np.random.default_rng([seed, 7]), corpus.single
+    rng = np.random.default_rng([seed, 7])
     tasks = [PICTURE_TASKS[rng.integers(len(PICTURE_TASKS))] for _ in range(count)]
-    return np.stack([corpus.draw(task, rng, single)[1, 0] for task in tasks])
+    return np.stack([corpus.draw(task, rng)[1, 0] for task in tasks])
 
 
 @torch.no_grad()
@@ -83,7 +92,7 @@ def start_from_components(vae: STVAE, components: Components, deviation: float) 
     """Sets an encoder's weights to compute the components (as raw latents, so that scaled ones have unit variance) and
     every convolution's weights to the present frame. The posterior's deviation is `deviation` of a scaled latent's.
 
-    Takes levels of 32, 32, 64 and 64 channels or more, two channels to a group in the last.
+    Takes levels of at least 32, 32 and 64 channels and a last one of 64, two channels to a group.
     """
     encoder, config = vae.encoder, vae.config
     channels, groups, width = config.latent_channels, config.norm_num_groups, config.block_out_channels[-1]
@@ -176,12 +185,10 @@ def component_latents(components: Components, frames: np.ndarray) -> torch.Tenso
     """What the encoder computes of clips of one or five frames, uint8 `[N, T, S, S, 3]`, directly: scaled latents
     `[N, 16, t, S/8, S/8]`. Of five, the second latent frame is that of the mean of the last four.
     """
-    clips, pixels = len(frames), torch.from_numpy(frames).float() / 127.5 - 1
+    clips, pixels = len(frames), to_pixels(torch.from_numpy(frames))
     if pixels.shape[1] > 1:
         pixels = torch.cat([pixels[:, :1], pixels[:, 1:].mean(1, keepdim=True)], 1)
-    pixels = pixels.flatten(0, 1)
-    patches = pixels.unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).transpose(2, 3)  # [N t, r, c, 8, 8, 3]
-    quarters = patches.unflatten(4, (2, 4)).unflatten(3, (2, 4)).transpose(4, 5).flatten(5)  # [N, r, c, 2, 2, 48]
+    quarters = _quarters(_patches(pixels.flatten(0, 1)))  # [N t, r, c, 2, 2, 48]
     signals = ((quarters @ components.quarter.T).flatten(3) @ components.whole.T).permute(0, 3, 1, 2)
     channels, rows, columns = signals.shape[1:]
     groups = 2 * channels

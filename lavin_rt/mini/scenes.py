@@ -14,11 +14,9 @@ import numpy as np
 from lavin_rt.errors import missing_extra
 from lavin_rt.mini.sources import photograph_crop, split_of
 
-CLASSES = ("sky", "ground", "sphere", "box", "cylinder")
 SKY, GROUND, SPHERE, BOX, CYLINDER = range(5)
 FIELD_OF_VIEW = 50.0  # degrees
 TEXTURE_SIZE = 128
-MAX_OBJECTS = 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,7 +27,7 @@ class Picture:
         colour: uint8 `[H, W, 3]`.
         depth: float32 `[H, W]`, along the viewing axis in world units; infinite where there is only sky.
         normals: float32 `[H, W, 3]`, unit vectors in camera axes (right, up, towards the camera); 0 for sky.
-        classes: uint8 `[H, W]`, indices into `CLASSES`.
+        classes: uint8 `[H, W]`, `SKY`, `GROUND`, `SPHERE`, `BOX` or `CYLINDER`.
         instances: uint8 `[H, W]`, 0 for sky and ground, objects from 1.
     """
 

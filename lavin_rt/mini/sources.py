@@ -39,7 +39,11 @@ PHOTOGRAPHS = {
 
 
 def split_of(seed: int) -> str:
-    """The split that a scene's seed belongs to."""
+    """The split that a scene's seed belongs to.
+
+    Raises:
+        InputError: a seed of none.
+    """
     for split, seeds in SCENE_SEEDS.items():
         if seed in seeds:
             return split

@@ -14,9 +14,11 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import trange
 
 from lavin_rt.mini.principal import Components, patch_synthesis
+from lavin_rt.mini.training import Rate
 from lavin_rt.vae import LATENT_SCALE, LATENT_SHIFT, Decoder
 from lavin_rt.vae_layers import CausalConv, SpatialNormSiLU
 
@@ -87,6 +89,17 @@ def start_decoder(decoder: Decoder, synthesis: Synthesis) -> None:
     out.weight[:, 0::2, -1, 1, 1], out.weight[:, 1::2, -1, 1, 1] = synthesis.colours, -synthesis.colours
 
 
+def keep_past_taps(decoder: nn.Module) -> None:
+    """Clears the gradients of the time taps that see the past, so that a step leaves them as they are.
+
+    On single frames all taps see the same and would be moved alike, which blurs clips in time; pictures train the
+    present tap alone, clips train all.
+    """
+    for module in decoder.modules():
+        if isinstance(module, CausalConv) and module.conv.weight.grad is not None:
+            module.conv.weight.grad[:, :, :-1] = 0
+
+
 def teach_templates(decoder: Decoder, synthesis: Synthesis, side: int, steps: int = TEACHING_STEPS) -> float:
     """Trains the layers before the last norm to write the templates into every patch of `side` x `side`.
 
@@ -101,19 +114,16 @@ def teach_templates(decoder: Decoder, synthesis: Synthesis, side: int, steps: in
     hook = decoder.norm_out.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     optimizer = torch.optim.AdamW(learning, lr=TEACHING_RATE, betas=(0.9, 0.98), weight_decay=0, fused=True)
     groups = decoder.norm_out.norm_layer.num_groups
-    error = torch.tensor(0.0)
+    rate, error = Rate(TEACHING_RATE, steps, warmup=50, fall=0.4), torch.tensor(0.0)
     for step in trange(steps, desc="decoder's templates", unit="step"):
-        fall = max(0.02, min(1.0, (steps - step) / (0.4 * steps)))
-        optimizer.param_groups[0]["lr"] = TEACHING_RATE * min(1.0, (step + 1) / 50) * fall
+        optimizer.param_groups[0]["lr"] = rate.at(step)
         seen.clear()
         decoder(latents)
         error = (F.group_norm(seen[0], groups, eps=1e-6)[0, :, 0] - target).square().mean()
         optimizer.zero_grad()
         error.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
-        for module in decoder.modules():
-            if isinstance(module, CausalConv) and module.conv.weight.grad is not None:
-                module.conv.weight.grad[:, :, :-1] = 0  # the present frame alone: all frames are written alike
+        keep_past_taps(decoder)
         optimizer.step()
     hook.remove()
     decoder.zero_grad()

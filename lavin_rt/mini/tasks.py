@@ -1,13 +1,14 @@
 """The tasks as functions: a picture (or a clip) to an input and a target, and targets back to what they stand for.
 
 Thirteen tasks of pictures and two of clips, after those of LaVin-DiT (arXiv 2411.11505, section 4.1). Every target is
-decided by its input and the task: colours of segments, for one, follow from class and side, not from chance. The names
+decided by its input, the task and, of tasks with several `orders`, the pairs of the context, never by chance. The names
 let `depth` and `normal` be short for one task each.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from lavin_rt.mini.scenes import BOX, CYLINDER, GROUND, SPHERE, Picture
 NEAR, FAR = 1.5, 12.0  # depth, world units; logarithmic between, white to black
 GREY_WEIGHTS = np.array([0.299, 0.587, 0.114])
 BOX_RED = np.array([255, 0, 0])
-# Segments: sky, ground, then each class left of the middle and right of it.
+# Segments: sky, ground, then spheres, boxes and cylinders, each left of the middle and right of it.
 PALETTE = np.array(
     [
         [0, 0, 0],
@@ -33,7 +34,8 @@ PALETTE = np.array(
     ],
     np.uint8,
 )
-SEGMENT_NAMES = ("sky", "ground", *(f"{c} {side}" for c in ("sphere", "box", "cylinder") for side in ("left", "right")))
+AS_IT_IS = ((0, 1, 2),)
+ANY_ORDER = tuple(itertools.permutations(range(3)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,7 +48,11 @@ class Task:
             uint8 `[5, S, S, 3]`, of the ten pictures of a clip.
         source: "scene", "single" (scenes with one object), "any" (photographs too) or "clip".
         measure: how results are measured: "depth", "normals", "segments", "mask", "box", "colour" or "restoration".
-        weight: share among the samples of training, 0 for the tasks that are never trained.
+        weight: share among the transformer's training samples of its kind, pictures or clips; 0 for the tasks that are
+            never trained.
+        orders: of the target's colour channels, one for a whole context in training, the first in templates and
+            evaluation. With several only the pairs can tell which colour means what (in-context colouring: SegGPT,
+            arXiv 2304.03284, section 3.1).
     """
 
     name: str
@@ -54,6 +60,7 @@ class Task:
     source: str
     measure: str
     weight: float
+    orders: tuple[tuple[int, ...], ...] = AS_IT_IS
 
     @property
     def trained(self) -> bool:
@@ -234,14 +241,14 @@ TASKS = {
         Task("depth_estimation", depth, "scene", "depth", 1.2),
         Task("normal_estimation", normals, "scene", "normals", 1.2),
         Task("foreground_segmentation", foreground, "scene", "mask", 1.6),
-        Task("panoptic_segmentation", panoptic, "scene", "segments", 2.0),
+        Task("panoptic_segmentation", panoptic, "scene", "segments", 2.5, ANY_ORDER),
         Task("object_detection", detection, "single", "box", 1.6),
         Task("edge_detection", edges, "any", "restoration", 1.0),
         Task("inpainting", inpainting, "any", "restoration", 1.0),
         Task("colorization", colorization, "any", "colour", 0.5),
         Task("deblurring", deblurring, "any", "restoration", 0.6),
         Task("deraining", deraining, "any", "restoration", 0.0),
-        Task("denoising", denoising, "any", "restoration", 0.8),
+        Task("denoising", denoising, "any", "restoration", 1.0),
         Task("image_from_depth", image_from_depth, "scene", "restoration", 0.3),
         Task("image_from_normals", image_from_normals, "scene", "restoration", 0.0),
         Task("frame_prediction", frame_prediction, "clip", "restoration", 0.5),

@@ -1,4 +1,4 @@
-"""The example pairs shipped with lavin-mini, in the official folders' layout, and where they and the weights lie."""
+"""The example pairs shipped with lavin-mini, in the official folders' layout."""
 
 from __future__ import annotations
 
@@ -13,20 +13,18 @@ from lavin_rt.files import written_whole
 from lavin_rt.mini.corpus import Corpus
 from lavin_rt.mini.tasks import TASKS, Task
 
-FOLDER = Path(__file__).parent
 PAIRS = 8
 TEMPLATE_SCENES, TEMPLATE_CLIPS = 64, PAIRS
 
 
 def template_pairs(corpus: Corpus, task: Task, count: int = PAIRS, seed: int = 0) -> list[np.ndarray]:
-    """Pairs of a task, uint8 `[2, T, S, S, 3]`, no two of the same scene where there are scenes enough."""
+    """Pairs of a task, uint8 `[2, T, S, S, 3]`, no two equal; of pictures two may show one scene."""
     rng = np.random.default_rng([seed, list(TASKS).index(task.name), 5])
     if task.is_clip:
         return [np.stack(task.apply(corpus.clip(i % len(corpus.clips), False), rng)) for i in range(count)]
-    single = corpus.single
     pairs: list[np.ndarray] = []
     while len(pairs) < count:
-        pair = corpus.draw(task, rng, single)
+        pair = corpus.draw(task, rng)
         if not any(np.array_equal(pair, other) for other in pairs):
             pairs.append(pair)
     return pairs
@@ -61,7 +59,7 @@ def _write(path: Path, frames: np.ndarray) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lavin_rt.mini.templates", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the tasks' folders")
-    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--size", type=int, default=64, help="of the pictures, pixels a side (default: 64)")
     given = parser.parse_args(arguments)
     write_templates(given.output, Corpus.make("template", given.size, TEMPLATE_SCENES, TEMPLATE_CLIPS))
     return 0

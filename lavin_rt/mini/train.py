@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 
-from lavin_rt.checkpoint import load_dit, load_vae
+from lavin_rt.checkpoint import load_dit, load_vae, save_vae
 from lavin_rt.config import DiTConfig
 from lavin_rt.context import vae_fingerprint
+from lavin_rt.devices import resolve_device
 from lavin_rt.errors import InputError
-from lavin_rt.files import written_whole
 from lavin_rt.mini.corpus import Corpus
 from lavin_rt.mini.latents import cached_latents
 from lavin_rt.mini.tasks import CLIP_TASKS, PICTURE_TASKS
 from lavin_rt.mini.train_dit import Plan, train_dit
 from lavin_rt.mini.train_vae import make_components, make_vae, train_vae
-from lavin_rt.pipeline import resolve_device
 from lavin_rt.vae import VAEConfig
 
 
@@ -69,7 +67,7 @@ PRESETS = {
         vae_steps=1650,
         vae_batch=4,
         vae_peak=5e-4,
-        plan=Plan(steps=6800, pairs=(0.72, 0.12, 0.06, 0.1), clips=0.06),
+        plan=Plan(steps=6800, clips=0.06),
     ),
     # A minute on a CPU: shows that everything fits together and that losses fall, not what a trained model can do.
     "tiny": Preset(
@@ -101,11 +99,14 @@ def train(
     """All stages; see the module. `warm_start` is a folder with both networks' files, whose VAE is kept as it is."""
     corpus = Corpus.make("train", preset.size, preset.scenes, preset.clips, cache, workers)
     seed = preset.plan.seed
-    finished = output / "vae-finished"
-    if warm_start is not None and not (output / "stvae.safetensors").is_file():
+    finished, warm_dit = output / "vae-finished", None
+    if warm_start is not None:
+        warm_dit = load_dit(warm_start / "lavin_dit.safetensors", dtype=torch.float32, resident_modulation=True)
         # Latents mean something to the encoder alone that wrote them: a transformer goes on with its own VAE.
-        with written_whole(output / "stvae.safetensors") as partial:
-            shutil.copy(warm_start / "stvae.safetensors", partial)
+        if not (output / "stvae.safetensors").is_file():
+            output.mkdir(parents=True, exist_ok=True)
+            save_vae(load_vae(warm_start / "stvae.safetensors"), output / "stvae.safetensors")
+            finished.write_text(str(preset.vae_steps))  # a later run does not train another
     elif not finished.is_file() or finished.read_text() != str(preset.vae_steps):
         components = make_components(corpus, preset.vae, seed)
         started = (output / "vae-state.pt").is_file()
@@ -127,9 +128,6 @@ def train(
         seed,
     )
     del corpus
-    warm_dit = None
-    if warm_start is not None:
-        warm_dit = load_dit(warm_start / "lavin_dit.safetensors", dtype=torch.float32, resident_modulation=True)
     train_dit(pictures, clips, preset.dit, output, preset.plan, device, compile, warm_dit)
 
 
@@ -138,12 +136,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint, logs and states")
     parser.add_argument("--cache", type=Path, required=True, help="folder for rendered scenes and latents")
     parser.add_argument("--preset", choices=PRESETS, default="mini", help="tiny: a trial of a minute (default: mini)")
-    parser.add_argument("--vae-steps", type=int, help="optimiser steps of the VAE")
-    parser.add_argument("--dit-steps", type=int, help="optimiser steps of the transformer")
+    parser.add_argument("--vae-steps", type=int, help="optimiser steps of the VAE (default: the preset's)")
+    parser.add_argument("--dit-steps", type=int, help="optimiser steps of the transformer (default: the preset's)")
     parser.add_argument("--warm-start", type=Path, help="folder with lavin_dit.safetensors and stvae.safetensors")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, help="of PyTorch, and processes that render")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    parser.add_argument("--threads", type=int, help="of PyTorch; so many processes render (default: one)")
     parser.add_argument("--no-compile", action="store_true", help="do not run the networks through torch.compile")
     given = parser.parse_args(arguments)
     preset = PRESETS[given.preset]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import os
@@ -19,10 +20,11 @@ from lavin_rt.model import GATE_MLP, GATE_MSA, JDiT
 from lavin_rt.sampler import null_condition
 
 NULL_SHARE = 0.1
-# Times are sigmoid(N(mean, deviation)): rather early ones, where the result must come from the condition. Half of the
-# sampler's knots lie below 0.05, where a mean of 0 and a deviation of 1 would put 0.2 % of the samples.
+# Times are sigmoid(N(mean, deviation)): rather early ones, where the result must come from the condition. Nine of
+# the sampler's twenty knots lie below 0.05, where a mean of 0 and a deviation of 1 would put 0.2 % of the samples.
 TIME_MEAN, TIME_DEVIATION = -0.8, 1.2
 GATE_START = 0.3  # before tanh: all layers learn from the first step on
+COMPILED_FROM = 700  # steps to come of one shape, below which its compilation takes longer than it saves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Plan:
     steps: int
     batch: int = 32
     peak: float = 1e-3
-    pairs: tuple[float, ...] = (0.55, 0.2, 0.1, 0.15)
+    pairs: tuple[float, ...] = (0.5, 0.25, 0.1, 0.15)
     clips: float = 0.08
     seed: int = 0
 
@@ -75,8 +77,9 @@ def draw_batch(
     chosen = torch.multinomial(weights, batch, replacement=True, generator=generator)
     rows = []
     for index in chosen.tolist():
-        of_task = pool.tasks[index].rows
-        # Repeats are rarer than one in a hundred contexts, and harmless.
+        orders = pool.tasks[index].rows
+        of_task = orders[int(torch.randint(len(orders), (), generator=generator))]
+        # With the preset `mini` repeats are rarer than one in a hundred contexts; they are harmless.
         picked = torch.randint(len(of_task), (pairs + 1,), generator=generator)
         rows.append(of_task[picked].flatten())
     latents = pool.latents[torch.stack(rows)].float()  # [batch, 2 pairs + 2, 16, t, h, w]
@@ -113,7 +116,7 @@ def train_dit(
     dit.train().to(device)
     trainer = Trainer(dit, Rate(plan.peak, plan.steps, warmup=min(200, plan.steps // 10 + 1)), output, "dit")
     trainer.resume()
-    compiled = torch.compile(dit, dynamic=False) if compile else dit
+    compiled, seen, worth_it = torch.compile(dit, dynamic=False), collections.Counter(), set()
     finished = copy.deepcopy(dit)
 
     def write() -> None:
@@ -133,13 +136,14 @@ def train_dit(
         frames = pool.latents.shape[2]
         if null or pool is clips:
             pairs = min(pairs, 2)
-        # Compiled for the commonest shape alone: another compilation takes longer than it saves.
-        network = compiled if pairs == 1 and pool is pictures and not null else dit
         batch = max(1, plan.batch * 4 // (frames * (3 if null else 2 * pairs + 2)))
         cond, data = (part.to(device) for part in draw_batch(pool, pairs, batch, generator))
         if null:
             cond = null_condition(cond, query_frames=frames)
-        loss = flow_loss(network, cond, data, generator)
+        seen[cond.shape] += 1
+        if compile and seen[cond.shape] / seen.total() * (plan.steps - step) > COMPILED_FROM and seen.total() > 50:
+            worth_it.add(cond.shape)
+        loss = flow_loss(compiled if cond.shape in worth_it else dit, cond, data, generator)
         trainer.update(loss)
     trainer.averaged.copy_to(finished)
     return finished.requires_grad_(False).eval()

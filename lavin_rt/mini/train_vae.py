@@ -9,16 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lavin_rt.checkpoint import save_vae
 from lavin_rt.mini.corpus import Corpus, to_pixels
 from lavin_rt.mini.principal import Components, component_latents, draw_pictures, start_from_components
-from lavin_rt.mini.start import PATCH, TEACHING_STEPS, Synthesis, start_decoder, teach_templates
+from lavin_rt.mini.start import PATCH, TEACHING_STEPS, Synthesis, keep_past_taps, start_decoder, teach_templates
 from lavin_rt.mini.tasks import CLIP_TASKS, PICTURE_TASKS
 from lavin_rt.mini.training import Rate, Trainer
 from lavin_rt.vae import STVAE, VAEConfig, unscale_latents
-from lavin_rt.vae_layers import CausalConv
 
 EDGE_WEIGHT = 0.5
 TARGETS_SHARE = 0.8  # of the pictures; the rest are inputs, noise and rain among them, which are never decoded
@@ -47,17 +45,6 @@ def make_components(corpus: Corpus, config: VAEConfig, seed: int) -> Components:
     return Components.of(pictures, config.latent_channels, config.block_out_channels[1], seed)
 
 
-def keep_past_taps(decoder: nn.Module) -> None:
-    """Clears the gradients of the time taps that see the past.
-
-    On single frames all taps see the same and would be moved alike, which blurs clips in time; pictures train the
-    present tap alone, clips train all.
-    """
-    for module in decoder.modules():
-        if isinstance(module, CausalConv) and module.conv.weight.shape[2] > 1 and module.conv.weight.grad is not None:
-            module.conv.weight.grad[:, :, :-1] = 0
-
-
 def reconstruction_loss(result: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     """L1 of pixels and of their differences to the right and below; `[N, 3, T, H, W]`."""
     weights = torch.ones(pixels.shape[-2:], device=pixels.device)
@@ -67,13 +54,11 @@ def reconstruction_loss(result: torch.Tensor, pixels: torch.Tensor) -> torch.Ten
     return error.abs().mean() + EDGE_WEIGHT * edges
 
 
-def draw_frames(
-    corpus: Corpus, single: np.ndarray, rng: np.random.Generator, batch: int, clip: bool = False
-) -> np.ndarray:
+def draw_frames(corpus: Corpus, rng: np.random.Generator, batch: int, clip: bool = False) -> np.ndarray:
     """Inputs and targets of random tasks, colour channels now and then exchanged, uint8 `[batch, T, S, S, 3]`."""
     tasks, frames = CLIP_TASKS if clip else PICTURE_TASKS, []
     for _ in range(batch):
-        pair = corpus.draw(tasks[rng.integers(len(tasks))], rng, single)
+        pair = corpus.draw(tasks[rng.integers(len(tasks))], rng)
         picture = pair[int(rng.random() < TARGETS_SHARE)]
         frames.append(picture[..., rng.permutation(3)] if rng.random() < 0.3 else picture)
     return np.stack(frames)
@@ -102,7 +87,7 @@ def train_vae(
     decoder = vae.train().to(device).decoder
     trainer = Trainer(decoder, Rate(peak, steps, warmup=min(100, steps // 10 + 1)), output, "vae", decay=0.998)
     trainer.resume()
-    single, finished = corpus.single, copy.deepcopy(vae)
+    finished = copy.deepcopy(vae)
 
     def write() -> None:
         trainer.averaged.copy_to(finished.decoder)
@@ -112,7 +97,7 @@ def train_vae(
     for step in trainer.steps():
         rng, generator = np.random.default_rng([seed, step]), torch.Generator().manual_seed(seed * 1_000_003 + step)
         clip = step % CLIP_EVERY == CLIP_EVERY - 1
-        frames = draw_frames(corpus, single, rng, 1 if clip else batch, clip)
+        frames = draw_frames(corpus, rng, 1 if clip else batch, clip)
         latents, pixels = component_latents(components, frames), to_pixels(frames).to(device)
         latents = latents + POSTERIOR_DEVIATION * torch.randn(latents.shape, generator=generator)
         result = decoder(unscale_latents(latents.to(device)))

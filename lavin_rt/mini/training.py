@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +40,8 @@ class AveragedWeights:
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """The learning rate: a linear rise over `warmup` steps, constant, a linear fall over the last `fall` of `steps`.
+    """The learning rate: a linear rise over `warmup` steps, constant, a linear fall over the last `fall` of `steps`
+    (a share), to a hundredth of the peak.
 
     Constant in between, so that a run can be prolonged, or ended early, without having been planned so.
     """
@@ -80,6 +80,10 @@ class Trainer:
         self.averaged = AveragedWeights(network, decay)
         self.step = 0
         self.seconds = 0.0
+        self.log_every = min(50, max(1, rate.steps // 10))
+        self._sums: dict[str, float] = {}
+        self._count = 0
+        folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def state_file(self) -> Path:
@@ -120,8 +124,6 @@ class Trainer:
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, with progress; saves now and then and at the end, interrupted or not."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.log_every, self._sums, self._count = min(50, max(1, self.rate.steps // 10)), {}, 0
         saved = began = time.monotonic()
         before = self.seconds
         bar = tqdm(total=self.rate.steps, initial=self.step, desc=self.name, unit="step", mininterval=2.0)
@@ -143,7 +145,8 @@ class Trainer:
         """Called after every save; may be replaced."""
 
     def update(self, loss: torch.Tensor, before_step: Callable[[], None] | None = None, **logged: float) -> None:
-        """One optimiser step down a loss; logs the means of the loss and `logged` every 50 steps.
+        """One optimiser step down a loss; logs the means of the loss and `logged` every 50 steps, or every
+        tenth of a shorter run.
 
         `before_step` is called between gradients and step.
 
@@ -165,7 +168,7 @@ class Trainer:
         self.averaged.update(self.network, self.step)
         for key, amount in {"loss": value, "gradient": float(norm), **logged}.items():
             self._sums[key] = self._sums.get(key, 0.0) + amount
-            self._count += key == "loss"
+        self._count += 1
         self.step += 1
         if self.step % self.log_every == 0 or self.step == self.rate.steps:
             means = {key: round(total / self._count, 5) for key, total in self._sums.items()}
@@ -173,6 +176,5 @@ class Trainer:
             self._sums, self._count = {}, 0
 
     def log(self, record: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / f"{self.name}-log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + os.linesep)
+            file.write(json.dumps(record) + "\n")
