@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from lavin_rt.checkpoint import Checkpoint, ModulationInFile, load_dit, load_vae
-from lavin_rt.checkpoint_header import check_tensors, dit_config
+from lavin_rt.checkpoint_header import check_tensors, dit_config, picture_size
 from lavin_rt.config import DiTConfig
 from lavin_rt.context import vae_fingerprint
 from lavin_rt.devices import DTYPES
@@ -212,6 +212,7 @@ class ArtifactWriter:
             "dtype": self.dtype_name,
             "config": dataclasses.asdict(self.config),
             "latent_scaling": {"shift": LATENT_SHIFT, "scale": LATENT_SCALE},
+            "size": picture_size(self.file),
             "vae_fingerprint": vae_fingerprint(self.vae().state_dict()),
             "target": self.target,
             "versions": self.versions,

@@ -93,11 +93,17 @@ def load_dit(
 
 
 @torch.no_grad()
-def save_dit(dit: JDiT, path: str | os.PathLike) -> None:
+def save_dit(dit: JDiT, path: str | os.PathLike, size: int | None = None) -> None:
     """Writes a model in the official layout, its config in the metadata, in the dtype that it has in memory.
 
     Writes tensor by tensor beside `path`, then renames. Modulation linears that stayed in a checkpoint's file are
     copied from there.
+
+    Args:
+        dit: the model.
+        path: of the file.
+        size: of the pictures that it was trained on, pixels a side, for the metadata; without it a reader takes the
+            released model's.
 
     Raises:
         InputError: the file cannot be written, or the checkpoint that holds the modulation linears is gone or changed.
@@ -123,7 +129,8 @@ def save_dit(dit: JDiT, path: str | os.PathLike) -> None:
                 yield place.of(weight if place.parameter.endswith("weight") else bias)
 
     replaces_source = isinstance(source, ModulationInFile) and path.resolve() == source.file.path.resolve()
-    write_safetensors(path, layout, tensors(), {"format": "pt", "config": config.to_json()})
+    metadata = {"format": "pt", "config": config.to_json()} | ({} if size is None else {"size": str(size)})
+    write_safetensors(path, layout, tensors(), metadata)
     if replaces_source:
         dit.modulation_source = ModulationInFile(SafetensorsFile.open(path), config)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import reprlib
 import warnings
 from collections.abc import Iterable
 from functools import reduce
@@ -18,6 +19,7 @@ from lavin_rt.official_layout import Place
 from lavin_rt.safetensors_io import FLOAT_DTYPES, SafetensorsFile
 
 RELEASED = PRESETS["lavin-dit-3.4b"]
+RELEASED_SIZE = 512
 
 
 def dit_config(file: SafetensorsFile) -> DiTConfig:
@@ -50,6 +52,19 @@ def dit_config(file: SafetensorsFile) -> DiTConfig:
             name = "hidden_size / kv_group" if name == "kv_size" else name
             raise InputError(f"{file.path}: {source} says {name} = {says}, but {where}; correct the config")
     return config
+
+
+def picture_size(file: SafetensorsFile) -> int:
+    """The size of the pictures that a transformer was trained on, pixels a side, from its metadata, or the released
+    one's.
+
+    Raises:
+        InputError: metadata that say no such size.
+    """
+    text = file.metadata.get("size", str(RELEASED_SIZE))
+    if not re.fullmatch(r"[1-9][0-9]{1,4}", text) or int(text) % 16:
+        raise InputError(f"{file.path}: its metadata say size {reprlib.repr(text)}; expected a multiple of 16")
+    return int(text)
 
 
 def _config_from_json(text: str, source: str) -> DiTConfig:

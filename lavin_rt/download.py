@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lavin_rt.archives import unpack
+from lavin_rt.checkpoint_header import picture_size
 from lavin_rt.errors import InputError, missing_extra
 from lavin_rt.files import Progress
 from lavin_rt.manifest import KINDS_OF_CODE, Manifest, is_artifact
 from lavin_rt.manifest import NAME as MANIFEST
+from lavin_rt.safetensors_io import SafetensorsFile
 
 DIT = "lavin_dit.safetensors"
 VAES = ("stvae.safetensors", "stvae.pt")
 WEIGHTS_ARCHIVE, TEMPLATE_ARCHIVE = "weights.tar.gz", "template.tar.gz"
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz")
-RELEASED_SIZE, MINI_SIZE = 512, 64
 BUNDLED = Path(__file__).parent / "mini"
 FILES = (DIT, *VAES, "config.json")
 WANTED = (*FILES, *(f"weights/{name}" for name in FILES), "template/*", WEIGHTS_ARCHIVE, TEMPLATE_ARCHIVE, MANIFEST)
@@ -116,8 +117,14 @@ def template_roots(files: Checkpoint | Artifact) -> list[Path]:
 
 
 def native_size(files: Checkpoint | Artifact) -> int:
-    """The size of pictures that a model was made for, pixels a side."""
-    return MINI_SIZE if isinstance(files, Checkpoint) and files.dit.is_relative_to(BUNDLED) else RELEASED_SIZE
+    """The size of pictures that a model was made for, pixels a side.
+
+    Raises:
+        InputError: a checkpoint or a manifest that cannot be read.
+    """
+    if isinstance(files, Artifact):
+        return Manifest.read(files.folder).size
+    return picture_size(SafetensorsFile.open(files.dit))
 
 
 def find_checkpoint(

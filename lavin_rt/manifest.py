@@ -49,6 +49,7 @@ class Manifest:
         config: the transformer's.
         vae_fingerprint: of the VAE, as `lavin_rt.context.vae_fingerprint`.
         latent_scaling: {"shift", "scale"} between the VAE and the transformer.
+        size: of the pictures that the checkpoint was trained on, pixels a side.
         target: {"device": "any", "cpu" or "cuda", "compute_capability": [major, minor] or None,
             "hardware_compatibility": None or a level}.
         schedules: numbers of knots that the modulation file has.
@@ -66,6 +67,7 @@ class Manifest:
     config: DiTConfig
     vae_fingerprint: str
     latent_scaling: dict[str, float]
+    size: int
     target: dict[str, Any]
     schedules: tuple[int, ...]
     parts: dict[str, dict[str, Any]]
@@ -173,6 +175,7 @@ class Manifest:
             "for": _target_text(self.target),
             "exported from": self.source.get("name"),
             **dataclasses.asdict(self.config),
+            "size": self.size,
             "schedules": list(self.schedules),
             "parts": list(self.parts),
             "sizes (latents)": shown,
@@ -320,6 +323,9 @@ def _parsed(values: dict[str, Any]) -> dict[str, Any]:
     scaling = _typed(values, "latent_scaling", dict)
     if not all(isinstance(scaling.get(name), float | int) for name in ("shift", "scale")):
         raise InputError(f"latent_scaling is {_shown(scaling)}, expected shift and scale")
+    size = _typed(values, "size", int)
+    if size < 16 or size % 16:
+        raise InputError(f"size is {size}, expected a positive multiple of 16")
     target = _typed(values, "target", dict)
     capability = target.get("compute_capability")
     pair = isinstance(capability, list) and len(capability) == 2 and all(type(number) is int for number in capability)
@@ -331,6 +337,7 @@ def _parsed(values: dict[str, Any]) -> dict[str, Any]:
         "config": config,
         "vae_fingerprint": _typed(values, "vae_fingerprint", str),
         "latent_scaling": scaling,
+        "size": size,
         "target": target,
         "schedules": tuple(schedules),
         "parts": parts,

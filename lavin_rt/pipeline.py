@@ -14,9 +14,10 @@ from lavin_rt import images
 from lavin_rt.artifact import ArtifactNetwork, ArtifactVAE, Manifest
 from lavin_rt.artifact import load as load_artifact
 from lavin_rt.checkpoint import load_dit, load_vae
+from lavin_rt.checkpoint_header import RELEASED_SIZE
 from lavin_rt.context import EncodedContext
 from lavin_rt.devices import DTYPES, out_of_memory, resolve_device, resolve_dtype
-from lavin_rt.download import RELEASED_SIZE, Artifact, Checkpoint, find_model, native_size, template_roots
+from lavin_rt.download import Artifact, Checkpoint, find_model, native_size, template_roots
 from lavin_rt.errors import InputError
 from lavin_rt.executor import Executor
 from lavin_rt.files import Progress
@@ -112,7 +113,7 @@ class Pipeline:
                     "an artifact has settled what runs it; leave impl and compile out, or give a checkpoint"
                 )
             network, vae = _load_artifact(files, device, dtype, trust, progress)
-            return cls(network, vae, "auto", False, graphs, tile, chunk, roots, files.source)
+            return cls(network, vae, "auto", False, graphs, tile, chunk, roots, files.source, network.manifest.size)
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
         dit = load_dit(files.dit, device=device, dtype=dtype, strict=strict, progress=progress)
@@ -160,7 +161,7 @@ class Pipeline:
                 templates, an encoded context or its `.safetensors` file, or pairs `[(input, target), ...]` (pictures
                 or clips; all are used, in order).
             pairs: how many pairs to choose from a folder; pairs given and encoded contexts are used whole.
-            size: (height, width) in pixels, multiples of 16; None is the pipeline's.
+            size: (height, width) in pixels, multiples of 16; None is an encoded context's, or the pipeline's.
             seed: of the choice, and of the posterior's sample.
             repeats: choose with repeats, as the published scripts do.
             posterior: `"mean"`, or `"sample"` to draw the VAE's latents.
@@ -168,7 +169,7 @@ class Pipeline:
         Raises:
             InputError: whatever of these cannot be used, or too little memory for one query.
         """
-        size = images.parse_size(self.size if size is None else size)
+        size = None if size is None else images.parse_size(size)
         check_seed(seed)
         if posterior not in POSTERIORS:
             raise InputError(f"posterior is {posterior!r}; expected one of {', '.join(POSTERIORS)}")
@@ -177,6 +178,7 @@ class Pipeline:
         if isinstance(context, EncodedContext):
             context.check(self.vae_fingerprint, size, posterior=posterior)
             return Task(self, context)
+        size = images.parse_size(self.size) if size is None else size
         if isinstance(context, str | os.PathLike):
             folder = contexts.find_task(context, self.template_roots)
             chosen = contexts.choose_pairs(contexts.read_template(folder), pairs, seed, repeats)

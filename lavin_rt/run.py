@@ -12,7 +12,7 @@ from pathlib import Path
 from lavin_rt import context as contexts
 from lavin_rt import images
 from lavin_rt.cli import print_json
-from lavin_rt.download import MINI_SIZE, RELEASED_SIZE, Artifact, Checkpoint, find_model, template_roots
+from lavin_rt.download import Artifact, Checkpoint, find_model, template_roots
 from lavin_rt.errors import InputError
 from lavin_rt.knots import schedule
 from lavin_rt.pipeline import Pipeline
@@ -24,15 +24,13 @@ def run(options: argparse.Namespace) -> None:
     queries = find_queries(options.query, options.clip)
     outputs = output_paths(queries, options.output, options.grid)
     schedule(options.steps)
-    default = RELEASED_SIZE if options.checkpoint else MINI_SIZE
-    size = images.parse_size(default if options.size is None else options.size)
+    size = None if options.size is None else images.parse_size(options.size)
     check_seed(options.seed, len(queries))
     for query, output in zip(queries, outputs, strict=True):
         # Read once to be checked and once to be answered: many large pictures need not be in memory together.
         clip = images.load_clip(query)
         images.check_clip_frames(len(clip), str(query))
-        target = clip.shape[-2:] if options.keep_size else size
-        images.check_output(output, len(clip), tuple(target))
+        images.check_output(output, len(clip), tuple(clip.shape[-2:]) if options.keep_size else size)
         if options.grid:
             images.check_output(grid_path(output), len(clip))
     if options.save_context:

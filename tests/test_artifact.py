@@ -87,6 +87,16 @@ def test_a_pipeline_of_an_artifact(sound):
     assert task.context.vae_fingerprint == described.vae_fingerprint
 
 
+def test_the_size_where_none_is_asked_for(sound):
+    """The artifact's, and an encoded context's own."""
+    pipe = Pipeline.from_pretrained(sound)
+    picture = torch.zeros(32, 48, 3, dtype=torch.uint8)
+    assert pipe.task([(picture, picture)]).size == (64, 64)
+    context = pipe.task([(picture, picture)], size=(32, 48)).context
+    assert pipe.task(context).size == (32, 48)
+    assert "encoded at size 32x48, asked for 64x64" in refusal(pipe.task, context, size=64)
+
+
 def test_the_vae_of_an_artifact(sound):
     _, vae, _ = artifact.load(sound)
     pixels = torch.rand(3, 3, 1, 16, 24, generator=torch.Generator().manual_seed(0))

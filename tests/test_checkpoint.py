@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lavin_rt import safetensors_io
 from lavin_rt.checkpoint import load_dit, load_vae, save_dit, save_vae
-from lavin_rt.checkpoint_header import dit_config
+from lavin_rt.checkpoint_header import dit_config, picture_size
 from lavin_rt.model import JDiT, randomize_
 from lavin_rt.modulation import modulation_table
 from lavin_rt.safetensors_io import SafetensorsFile
@@ -117,7 +117,8 @@ def test_loading_to_a_gpu_gives_the_same_tensors(tmp_path, dtype):
 
 def test_a_model_made_in_memory_is_saved_and_loads_alike(tmp_path):
     dit = randomize_(JDiT(dit_config(SafetensorsFile.open(GOLDEN / "dit_c.safetensors"))), seed=3)
-    save_dit(dit, tmp_path / "made.safetensors")
+    save_dit(dit, tmp_path / "made.safetensors", size=64)
+    assert picture_size(SafetensorsFile.open(tmp_path / "made.safetensors")) == 64
     loaded = load_dit(tmp_path / "made.safetensors", resident_modulation=True)
     for (name, one), (_, other) in zip(dit.named_parameters(), loaded.named_parameters(), strict=True):
         assert torch.equal(one, other), name

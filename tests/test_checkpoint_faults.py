@@ -13,9 +13,11 @@ from conftest import GOLDEN
 from safetensors.torch import save_file
 
 from lavin_rt.checkpoint import Checkpoint, describe, load_dit, load_vae, save_vae
+from lavin_rt.checkpoint_header import picture_size
 from lavin_rt.config import PRESETS
 from lavin_rt.model import JDiT
 from lavin_rt.official_layout import official_layout
+from lavin_rt.safetensors_io import SafetensorsFile
 
 
 def test_missing_tensors_are_named_in_one_error(tmp_path):
@@ -126,6 +128,12 @@ def test_a_config_that_does_not_fit(tmp_path, change, said):
 
     message = refusal(load_dit, write_dit_a(tmp_path, reconfigure))
     assert said in message and "lavin_dit.safetensors" in message
+
+
+@pytest.mark.parametrize("size", ["0", "100", "-16", "64 ", "9" * 40])
+def test_a_size_that_is_none(tmp_path, size):
+    path = write_dit_a(tmp_path, lambda _, metadata: metadata.update(size=size))
+    assert "expected a multiple of 16" in refusal(picture_size, SafetensorsFile.open(path))
 
 
 def test_a_block_short(tmp_path):

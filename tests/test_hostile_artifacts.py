@@ -173,6 +173,7 @@ def test_another_version_format_kind_and_device(folder, monkeypatch):
     assert "not of a lavin-rt artifact" in refusal(artifact.load, with_value(format="other"))
     assert "kind" in refusal(artifact.load, with_value(kind="pickle"))
     assert "dtype" in refusal(artifact.load, with_value(dtype="int8"))
+    assert "size is 100" in refusal(artifact.load, with_value(size=100))
     cuda = {"device": "cuda", "compute_capability": [9, 0], "hardware_compatibility": None}
     assert "choose --device cuda" in refusal(artifact.load, with_value(target=cuda))
     assert "scales latents" in refusal(artifact.load, with_value(latent_scaling={"shift": 0.0, "scale": 1.0}))

@@ -91,6 +91,10 @@ Manifest Manifest::read(const fs::path& folder) {
     manifest.vae_fingerprint = values["vae_fingerprint"].string();
     manifest.latent_shift = values["latent_scaling"]["shift"].number();
     manifest.latent_scale = values["latent_scaling"]["scale"].number();
+    manifest.size = values["size"].integer();
+    if (manifest.size < 16 || manifest.size % 16 != 0) {
+      throw InputError("its size is " + std::to_string(manifest.size) + ", no positive multiple of 16");
+    }
     for (const Json& steps : values["schedules"].array()) manifest.schedules.push_back(steps.integer());
     const auto& files = values["files"].object();
     for (const auto& [name, entry] : files) {

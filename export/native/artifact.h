@@ -27,6 +27,7 @@ struct Manifest {
   at::ScalarType dtype = at::kFloat;
   std::string vae_fingerprint;
   double latent_shift = 0, latent_scale = 1;
+  int64_t size = 512;  // of the pictures that the checkpoint was trained on
   std::vector<int64_t> schedules;
 };
 

@@ -39,7 +39,7 @@ constexpr char kOptions[] = R"(.
 
 how to do it
   --pairs N            pairs chosen from the task's folder (default: 4)
-  --size N|HxW         height x width, multiples of 16 (default: an encoded context's, else 512)
+  --size N|HxW         height x width, multiples of 16 (default: an encoded context's, else the model's)
   --steps N            knots of the schedule, one that the artifact has (default: 20)
   --guidance X         guidance scale; 1.0 is faster (default: 1.5)
   --seed N             of pairs and noise, the same as in Python (default: 0)
@@ -183,7 +183,7 @@ void run(const Options& options) {
 
   start = std::chrono::steady_clock::now();
   std::vector<at::Tensor> frames;
-  auto [height, width] = lavin::parse_size(options.size.empty() ? "512" : options.size);
+  auto [height, width] = lavin::parse_size(options.size.empty() ? std::to_string(runner.manifest().size) : options.size);
   if (encoded) {
     const auto context = lavin::EncodedContext::load(options.task, runner.manifest().vae_fingerprint);
     if (!options.size.empty() && (context.height != height || context.width != width)) {

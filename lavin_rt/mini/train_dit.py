@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from lavin_rt.checkpoint import save_dit
 from lavin_rt.config import DiTConfig
 from lavin_rt.mini.latents import LatentPool
+from lavin_rt.mini.start import PATCH
 from lavin_rt.mini.tasks import TASKS
 from lavin_rt.mini.training import Rate, Trainer
 from lavin_rt.model import GATE_MLP, GATE_MSA, JDiT
@@ -121,7 +122,8 @@ def train_dit(
 
     def write() -> None:
         trainer.averaged.copy_to(finished)
-        save_dit(copy.deepcopy(finished).half(), output / "lavin_dit.safetensors")
+        size = PATCH * pictures.latents.shape[-1]
+        save_dit(copy.deepcopy(finished).half(), output / "lavin_dit.safetensors", size)
 
     trainer.on_save = write
     chances = torch.tensor(plan.pairs)
