@@ -21,7 +21,7 @@ from lavin_rt.mini.tasks import Task
 from lavin_rt.vae import STVAE, scale_latents
 
 ENCODE_BATCH = 32
-LATENTS_VERSION = 2  # bumped when tasks of the same name, or the files, come out otherwise
+LATENTS_VERSION = 3  # bumped when tasks of the same name, or the files, come out otherwise
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ class _Encoder:
         return self.rows[digest]
 
     def add_task(self, task: Task, pairs: Sequence[Sequence[np.ndarray]]) -> TaskLatents:
-        """Takes inputs and targets, uint8 `[T, S, S, 3]`."""
+        """Takes inputs and targets of `task.make`, uint8 `[T, S, S, 3]`."""
         rows = [[[self.add(shown), self.add(target[..., order])] for shown, target in pairs] for order in task.orders]
         return TaskLatents(task.name, torch.tensor(rows))
 
@@ -109,7 +109,7 @@ def encode_pictures(
                 chosen += [scenes[i] for i in rng.permutation(len(scenes))[: degraded - from_photos]]
             else:
                 chosen = single if task.source == "single" else scenes
-            pairs = [[frames[None] for frames in task.apply(picture, rng)] for picture in chosen]
+            pairs = [[frames[None] for frames in task.make(picture, rng)] for picture in chosen]
             found.append(encoder.add_task(task, pairs))
         encoder.flush()
     return LatentPool(torch.cat(encoder.done), tuple(found))
@@ -121,7 +121,7 @@ def encode_clips(corpus: Corpus, vae: STVAE, tasks: Sequence[Task], seed: int = 
     with tqdm(desc="encoding clips", unit="clip") as progress:
         encoder = _Encoder(vae, progress)
         clips = [corpus.clip(index, mirrored) for index in range(len(corpus.clips)) for mirrored in (False, True)]
-        found = [encoder.add_task(task, [task.apply(frames, rng) for frames in clips]) for task in tasks]
+        found = [encoder.add_task(task, [task.make(frames, rng) for frames in clips]) for task in tasks]
         encoder.flush()
     return LatentPool(torch.cat(encoder.done), tuple(found))
 

@@ -1,6 +1,6 @@
 """The tasks as functions: a picture (or a clip) to an input and a target, and targets back to what they stand for.
 
-Thirteen tasks of pictures and two of clips, after those of LaVin-DiT (arXiv 2411.11505, section 4.1). Every target is
+Fourteen tasks of pictures and two of clips, after those of LaVin-DiT (arXiv 2411.11505, section 4.1). Every target is
 decided by its input, the task and, of tasks with several `orders`, the pairs of the context, never by chance. The names
 let `depth` and `normal` be short for one task each.
 """
@@ -35,7 +35,8 @@ PALETTE = np.array(
     np.uint8,
 )
 AS_IT_IS = ((0, 1, 2),)
-ANY_ORDER = tuple(itertools.permutations(range(3)))
+# The first exchanges all three, so that a copy of the input is never right.
+ANY_ORDER = ((1, 2, 0), *(order for order in itertools.permutations(range(3)) if order != (1, 2, 0)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,19 +45,19 @@ class Task:
 
     Attributes:
         name: also of its template folder.
-        apply: `(picture, rng) -> (input, target)`, uint8 `[S, S, 3]`; for clips `(frames, rng) -> (input, target)`,
-            uint8 `[5, S, S, 3]`, of the ten pictures of a clip.
+        make: `(picture, rng) -> (input, target)`, uint8 `[S, S, 3]`; for clips `(frames, rng) -> (input, target)`,
+            uint8 `[5, S, S, 3]`, of the ten pictures of a clip. The target is still as it is by the identity order.
         source: "scene", "single" (scenes with one object), "any" (photographs too) or "clip".
         measure: how results are measured: "depth", "normals", "segments", "mask", "box", "colour" or "restoration".
         weight: share among the transformer's training samples of its kind, pictures or clips; 0 for the tasks that are
             never trained.
-        orders: of the target's colour channels, one for a whole context in training, the first in templates and
-            evaluation. With several only the pairs can tell which colour means what (in-context colouring: SegGPT,
+        orders: of the target's colour channels, one for a whole context: any in training, the first in templates and
+            evaluation. With several, the mapping itself is to be read off the pairs (as SegGPT's in-context coloring,
             arXiv 2304.03284, section 3.1).
     """
 
     name: str
-    apply: Callable[[Any, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+    make: Callable[[Any, np.random.Generator], tuple[np.ndarray, np.ndarray]]
     source: str
     measure: str
     weight: float
@@ -65,6 +66,11 @@ class Task:
     @property
     def trained(self) -> bool:
         return self.weight > 0
+
+    def apply(self, picture: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Input and target as `make`'s, the target by the first of `orders`."""
+        shown, target = self.make(picture, rng)
+        return shown, target[..., self.orders[0]]
 
     @property
     def is_clip(self) -> bool:
@@ -217,6 +223,16 @@ def denoising(picture: Picture, rng: np.random.Generator) -> tuple[np.ndarray, n
     return as_picture(picture.colour / 255 + noise), picture.colour
 
 
+def recoloring(picture: Picture, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The picture itself, whose colours one of the task's `orders` exchanges.
+
+    Inputs have their colours exchanged at random before, so that no target by itself tells the order: skies are of any
+    colour. Only the pairs can.
+    """
+    colour = picture.colour[..., rng.permutation(3)]
+    return colour, colour
+
+
 def image_from_depth(picture: Picture, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     return encode_depth(picture.depth), picture.colour
 
@@ -241,7 +257,7 @@ TASKS = {
         Task("depth_estimation", depth, "scene", "depth", 1.2),
         Task("normal_estimation", normals, "scene", "normals", 1.2),
         Task("foreground_segmentation", foreground, "scene", "mask", 1.6),
-        Task("panoptic_segmentation", panoptic, "scene", "segments", 2.5, ANY_ORDER),
+        Task("panoptic_segmentation", panoptic, "scene", "segments", 2.0),
         Task("object_detection", detection, "single", "box", 1.6),
         Task("edge_detection", edges, "any", "restoration", 1.0),
         Task("inpainting", inpainting, "any", "restoration", 1.0),
@@ -253,6 +269,7 @@ TASKS = {
         Task("image_from_normals", image_from_normals, "scene", "restoration", 0.0),
         Task("frame_prediction", frame_prediction, "clip", "restoration", 0.5),
         Task("video_depth_estimation", video_depth, "clip", "depth", 0.5),
+        Task("recoloring", recoloring, "any", "restoration", 1.5, ANY_ORDER),
     )
 }
 PICTURE_TASKS = tuple(task for task in TASKS.values() if not task.is_clip)
