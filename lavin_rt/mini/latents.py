@@ -21,7 +21,7 @@ from lavin_rt.mini.tasks import Task
 from lavin_rt.vae import STVAE, scale_latents
 
 ENCODE_BATCH = 32
-LATENTS_VERSION = 3  # bumped when tasks of the same name, or the files, come out otherwise
+LATENTS_VERSION = 4  # bumped when tasks of the same name, or the files, come out otherwise
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

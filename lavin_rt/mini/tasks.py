@@ -226,10 +226,12 @@ def denoising(picture: Picture, rng: np.random.Generator) -> tuple[np.ndarray, n
 def recoloring(picture: Picture, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """The picture itself, whose colours one of the task's `orders` exchanges.
 
-    Inputs have their colours exchanged at random before, so that no target by itself tells the order: skies are of any
-    colour. Only the pairs can.
+    Half of the inputs have their colours exchanged at random before, so that a target by itself does not tell the
+    order, as a sky of any colour may be right: only the pairs do. The other half have the scenes' own colours, from
+    which a model learns sooner that there is an order to be found.
     """
-    colour = picture.colour[..., rng.permutation(3)]
+    order = rng.permutation(3) if rng.random() < 0.5 else range(3)
+    colour = picture.colour[..., tuple(order)]
     return colour, colour
 
 
@@ -269,7 +271,7 @@ TASKS = {
         Task("image_from_normals", image_from_normals, "scene", "restoration", 0.0),
         Task("frame_prediction", frame_prediction, "clip", "restoration", 0.5),
         Task("video_depth_estimation", video_depth, "clip", "depth", 0.5),
-        Task("recoloring", recoloring, "any", "restoration", 1.5, ANY_ORDER),
+        Task("recoloring", recoloring, "scene", "restoration", 4.0, ANY_ORDER),
     )
 }
 PICTURE_TASKS = tuple(task for task in TASKS.values() if not task.is_clip)
