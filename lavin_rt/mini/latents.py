@@ -21,13 +21,13 @@ from lavin_rt.mini.tasks import Task
 from lavin_rt.vae import STVAE, scale_latents
 
 ENCODE_BATCH = 32
-LATENTS_VERSION = 4  # bumped when tasks of the same name, or the files, come out otherwise
+LATENTS_VERSION = 5  # bumped when tasks of the same name, or the files, come out otherwise
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TaskLatents:
-    """A task's pairs: rows of `LatentPool.latents`, int64 `[orders, pairs, 2]`, input and target, for every order of
-    the target's channels (`Task.orders`).
+    """A task's pairs: rows of `LatentPool.latents`, int64 `[variants, pairs, 2]`, input and target, for every
+    variant of the target (`Task.variants`).
     """
 
     name: str
@@ -75,7 +75,7 @@ class _Encoder:
 
     def add_task(self, task: Task, pairs: Sequence[Sequence[np.ndarray]]) -> TaskLatents:
         """Takes inputs and targets of `task.make`, uint8 `[T, S, S, 3]`."""
-        rows = [[[self.add(shown), self.add(target[..., order])] for shown, target in pairs] for order in task.orders]
+        rows = [[[self.add(shown), self.add(vary(target))] for shown, target in pairs] for vary in task.variants]
         return TaskLatents(task.name, torch.tensor(rows))
 
     @torch.no_grad()

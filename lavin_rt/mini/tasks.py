@@ -1,14 +1,13 @@
 """The tasks as functions: a picture (or a clip) to an input and a target, and targets back to what they stand for.
 
 Fourteen tasks of pictures and two of clips, after those of LaVin-DiT (arXiv 2411.11505, section 4.1). Every target is
-decided by its input, the task and, of tasks with several `orders`, the pairs of the context, never by chance. The names
-let `depth` and `normal` be short for one task each.
+decided by its input, the task and, of a task with several `variants`, the pairs of the context, never by chance. The
+names let `depth` and `normal` be short for one task each.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,9 +33,15 @@ PALETTE = np.array(
     ],
     np.uint8,
 )
-AS_IT_IS = ((0, 1, 2),)
-# The first exchanges all three, so that a copy of the input is never right.
-ANY_ORDER = ((1, 2, 0), *(order for order in itertools.permutations(range(3)) if order != (1, 2, 0)))
+
+
+def as_it_is(picture: np.ndarray) -> np.ndarray:
+    return picture
+
+
+def inverted(picture: np.ndarray) -> np.ndarray:
+    """The negative of uint8 pictures."""
+    return 255 - picture
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,14 +51,14 @@ class Task:
     Attributes:
         name: also of its template folder.
         make: `(picture, rng) -> (input, target)`, uint8 `[S, S, 3]`; for clips `(frames, rng) -> (input, target)`,
-            uint8 `[5, S, S, 3]`, of the ten pictures of a clip. The target is still as it is by the identity order.
+            uint8 `[5, S, S, 3]`, of the ten pictures of a clip. The target is not yet any of `variants`.
         source: "scene", "single" (scenes with one object), "any" (photographs too) or "clip".
         measure: how results are measured: "depth", "normals", "segments", "mask", "box", "colour" or "restoration".
         weight: share among the transformer's training samples of its kind, pictures or clips; 0 for the tasks that are
             never trained.
-        orders: of the target's colour channels, one for a whole context: any in training, the first in templates and
-            evaluation. With several, the mapping itself is to be read off the pairs (as SegGPT's in-context coloring,
-            arXiv 2304.03284, section 3.1).
+        variants: of the target, one for a whole context: any in training, the first in templates and evaluation. With
+            several, the mapping itself is to be read off the pairs (as SegGPT's in-context coloring, arXiv 2304.03284,
+            section 3.1).
     """
 
     name: str
@@ -61,16 +66,16 @@ class Task:
     source: str
     measure: str
     weight: float
-    orders: tuple[tuple[int, ...], ...] = AS_IT_IS
+    variants: tuple[Callable[[np.ndarray], np.ndarray], ...] = (as_it_is,)
 
     @property
     def trained(self) -> bool:
         return self.weight > 0
 
     def apply(self, picture: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Input and target as `make`'s, the target by the first of `orders`."""
+        """Input and target as `make`'s, the target by the first of `variants`."""
         shown, target = self.make(picture, rng)
-        return shown, target[..., self.orders[0]]
+        return shown, self.variants[0](target)
 
     @property
     def is_clip(self) -> bool:
@@ -223,15 +228,13 @@ def denoising(picture: Picture, rng: np.random.Generator) -> tuple[np.ndarray, n
     return as_picture(picture.colour / 255 + noise), picture.colour
 
 
-def recoloring(picture: Picture, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The picture itself, whose colours one of the task's `orders` exchanges.
+def negative(picture: Picture, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The picture itself, or by the task's first variant its negative.
 
-    Half of the inputs have their colours exchanged at random before, so that a target by itself does not tell the
-    order, as a sky of any colour may be right: only the pairs do. The other half have the scenes' own colours, from
-    which a model learns sooner that there is an order to be found.
+    Four in ten inputs are negatives to begin with, so that a target by itself does not tell much of the variant: only
+    the pairs do.
     """
-    order = rng.permutation(3) if rng.random() < 0.5 else range(3)
-    colour = picture.colour[..., tuple(order)]
+    colour = inverted(picture.colour) if rng.random() < 0.4 else picture.colour
     return colour, colour
 
 
@@ -271,7 +274,7 @@ TASKS = {
         Task("image_from_normals", image_from_normals, "scene", "restoration", 0.0),
         Task("frame_prediction", frame_prediction, "clip", "restoration", 0.5),
         Task("video_depth_estimation", video_depth, "clip", "depth", 0.5),
-        Task("recoloring", recoloring, "scene", "restoration", 4.0, ANY_ORDER),
+        Task("negative", negative, "any", "restoration", 2.0, (inverted, as_it_is)),
     )
 }
 PICTURE_TASKS = tuple(task for task in TASKS.values() if not task.is_clip)

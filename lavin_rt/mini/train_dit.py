@@ -78,8 +78,8 @@ def draw_batch(
     chosen = torch.multinomial(weights, batch, replacement=True, generator=generator)
     rows = []
     for index in chosen.tolist():
-        orders = pool.tasks[index].rows
-        of_task = orders[int(torch.randint(len(orders), (), generator=generator))]
+        variants = pool.tasks[index].rows
+        of_task = variants[int(torch.randint(len(variants), (), generator=generator))]
         # With the preset `mini` repeats are rarer than one in a hundred contexts; they are harmless.
         picked = torch.randint(len(of_task), (pairs + 1,), generator=generator)
         rows.append(of_task[picked].flatten())
