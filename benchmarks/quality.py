@@ -2,7 +2,7 @@
 
 Every task's figures stand beside three yardsticks: copying the query, the mean of the context's targets, and the
 ceiling of the VAE, the target encoded and decoded. Then whether it is the context that decides: the same queries with
-other tasks' pairs, pairs with exchanged targets, and one, two or four pairs.
+other tasks' pairs, pairs with other pairs' targets, and one, two or four pairs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Answered:
     Attributes:
         asked: queries and contexts.
         results: by number of pairs, uint8 `[N, T, S, S, 3]`.
-        shuffled: with exchanged targets, of the most pairs; None where that is one, and of clips.
+        shuffled: with shuffled targets, of the most pairs; None of clips.
         ceilings: targets encoded and decoded.
     """
 
@@ -164,7 +164,7 @@ def context_record(answered: Sequence[Answered]) -> dict[str, Any] | None:
 
 def across_tasks(records: Sequence[dict[str, Any]], found: Sequence[dict[str, Figures]]) -> dict[str, Any]:
     """PSNR of results against targets, the mean over the tasks of pictures that lavin-mini was trained on (over all if
-    there are none), scene by scene: by number of pairs, and with exchanged targets.
+    there are none), scene by scene: by number of pairs, and with shuffled targets.
     """
     both = list(zip(records, found, strict=True))
     chosen = [one for one in both if one[0]["trained"] and not TASKS[one[0]["task"]].is_clip] or both
@@ -185,8 +185,8 @@ def across_tasks(records: Sequence[dict[str, Any]], found: Sequence[dict[str, Fi
 
 
 def samplings(asked: TaskQueries, pairs: Sequence[int]) -> int:
-    """How often each query is answered: once for every number of pairs, and pictures with exchanged targets."""
-    return len(pairs) + (max(pairs) > 1 and not asked.task.is_clip)
+    """How often each query is answered: once for every number of pairs, and pictures with shuffled targets."""
+    return len(pairs) + (not asked.task.is_clip)
 
 
 def answer(

@@ -60,7 +60,7 @@ class Answers:
 
         Args:
             pairs: of each context.
-            shuffled: every input of a context stands beside the next pair's target.
+            shuffled: every input of a context stands beside another pair's target (`TaskQueries.partner`).
             progress: called with the number of queries answered, batch by batch.
 
         Raises:
@@ -75,9 +75,10 @@ class Answers:
         batch = self._batch(task_shape(1, pairs, frames, size, guided), knots)
         for start in range(0, count, batch):
             part = slice(start, min(start + batch, count))
-            context = self._pool[torch.from_numpy(self.asked.picks[part, :pairs])]  # [n, pairs, 2, 16, t, h, w]
+            rows = torch.from_numpy(self.asked.picks[part, :pairs])
+            context = self._pool[rows]  # [n, pairs, 2, 16, t, h, w]
             if shuffled:
-                context = torch.stack([context[:, :, 0], context[:, :, 1].roll(-1, dims=1)], dim=2)
+                context[:, :, 1] = self._pool[self.asked.partner(rows), 1]
             context = context.flatten(1, 2).transpose(1, 2).flatten(2, 3)  # [n, 16, 2 pairs t, h, w]
             queries = self._queries[part]
             latents = executor.sample(

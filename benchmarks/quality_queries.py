@@ -47,6 +47,12 @@ class TaskQueries:
     def __len__(self) -> int:
         return len(self.queries)
 
+    def partner(self, rows: Any) -> Any:
+        """The rows of the pool, half of it further on, whose targets stand beside these rows' inputs in shuffled
+        contexts. Exchanged within a context instead, a model that pools over its pairs would see the same as before.
+        """
+        return (rows + len(self.pool) // 2) % len(self.pool)
+
     def context_means(self, pairs: int) -> np.ndarray:
         """The mean of the targets of each query's context, uint8 `[N, T, S, S, 3]`."""
         return np.stack([np.uint8(self.pool[row, 1].mean(0) + 0.5) for row in self.picks[:, :pairs]])

@@ -76,10 +76,20 @@ def context_text(record: dict[str, Any]) -> list[str]:
         text[-1] = f"{text[-1][:-1]}; most against fewest pairs {_decibels(across['more_pairs'])}."
     if "shuffled_minus_right" in across:
         text.append(
-            f"With the targets of the pairs exchanged it changes by {_decibels(across['shuffled_minus_right'])}, "
-            f"to {across['shuffled'][0]:.2f} dB."
+            f"With every input beside another pair's target it changes by {_decibels(across['shuffled_minus_right'])}, "
+            f"to {across['shuffled'][0]:.2f} dB{_worse_when_shuffled(record)}."
         )
     return text
+
+
+def _worse_when_shuffled(record: dict[str, Any]) -> str:
+    """The tasks whose deciding measure is clearly worse with shuffled targets."""
+    worse = []
+    for task in record["tasks"]:
+        mean, half = task.get("shuffled", {}).get("better_than_right", {}).get(deciding(task), (0.0, 0.0))
+        if mean < -half:
+            worse.append(f"{task['task']} ({deciding(task)} {signed(deciding(task), (mean, half))})")
+    return f"; clearly worse: {', '.join(worse)}" if worse else ""
 
 
 def summary(record: dict[str, Any]) -> list[str]:
@@ -124,15 +134,24 @@ def quality_table(record: dict[str, Any]) -> str:
                 cell(task["copy"]),
                 cell(last["mean"]),
                 *(cell(row["model"]) for row in task["pairs"]),
+                cell(task["shuffled"]["model"]) if "shuffled" in task else "",
                 cell(task["ceiling"]),
                 f"{'**both**' if task['clear'] else beats(task, last)} ({verdict})",
             ]
         )
-    columns = ["task", "measure", "copy of the query", "mean of targets", *map(_pairs, counts), "VAE's ceiling"]
+    columns = [
+        "task",
+        "measure",
+        "copy of the query",
+        "mean of targets",
+        *map(_pairs, counts),
+        "shuffled",
+        "VAE's ceiling",
+    ]
     text = [
         f"{record['checkpoint']}, {record['size']} px, {record['tasks'][0]['scenes']} held-out scenes a task, "
         f"{record['steps']} knots, guidance {record['guidance']}. {caption(record['header'])}",
-        table([*columns, "clearly better than"], rows).rstrip(),
+        table(columns, rows).rstrip(),
         " ".join(context_text(record)),
     ]
     if record["context"] is not None:

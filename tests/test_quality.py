@@ -103,8 +103,9 @@ def test_answers_are_those_of_a_task_of_the_pipeline(drawn, pipe, shuffled):
     with torch.no_grad():
         results = Answers(pipe, asked, SHORT).results(2, shuffled)
     for item in (0, 2, 7):
-        (a, b), (c, d) = ((pair[0, 0], pair[1, 0]) for pair in asked.pool[asked.picks[item]])
-        task = pipe.task([(a, d), (c, b)] if shuffled else [(a, b), (c, d)])
+        rows = asked.picks[item]
+        shown = asked.pool[asked.partner(rows) if shuffled else rows, 1, 0]
+        task = pipe.task(list(zip(asked.pool[rows, 0, 0], shown, strict=True)))
         [result] = task.run([asked.queries[item, 0]], steps=4, seed=item)
         assert (result.frames.permute(0, 2, 3, 1).int() - torch.from_numpy(results[item]).int()).abs().max() <= 1
 
@@ -171,6 +172,10 @@ def test_a_pipeline_against_itself_makes_no_difference(drawn, pipe):
     text = quality_table(record)
     assert report.render(record) == text and "positive is better" in text
     assert all(name in text for name in NAMES[:3]) and text.count("\n\n|") == 3
+    task = record["tasks"][0]
+    name = task["measures"][0]["name"]
+    task["shuffled"]["better_than_right"][name] = [-0.3, 0.2]
+    assert f"clearly worse: {task['task']} ({name} -0.300 ± 0.200)" in quality_table(record)
     assert "Against random in float32" in "\n".join(summary(record))
     assert tasks_sheet(found).width > context_sheet(found).width > 300
 
