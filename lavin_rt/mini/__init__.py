@@ -1,14 +1,14 @@
 """lavin-mini: a small LaVin-DiT that comes with the package, with its tasks, templates, scenes and trainer.
 
 It shows what the architecture does, and lets every change that is not exact be judged by what it does to task figures.
-It was trained on two shared CPU cores, by the log's clocks 42 minutes the VAE and 43 the transformer: it knows scenes
-of spheres, boxes and cylinders at 64 x 64 pixels, not the world.
+It knows scenes of spheres, boxes and cylinders at 64 x 64 pixels, not the world.
 
 * `weights/`: a J-DiT (hidden size 216, depth 5, 3 heads of 72, one key/value head, 7.0 M parameters) and an ST-VAE
   (widths 32, 32, 64, 64, 2.8 M parameters), float16, under the official names.
-* `template/`: eight example pairs of each of the fifteen tasks, in the official layout.
-* `tasks`: thirteen tasks of pictures and two of clips as functions; the transformer is never trained on `deraining` and
-  `image_from_normals`, to see what generalises (the VAE has seen their pictures).
+* `template/`: eight example pairs of each of the sixteen tasks, in the official layout.
+* `tasks`: fourteen tasks of pictures and two of clips as functions; the transformer is never trained on `deraining` and
+  `image_from_normals`, to see what generalises (the VAE has seen their pictures). In `negative` the mapping itself is
+  to be read off the pairs; in the others they tell which task it is.
 * `scenes`, `sources`, `data`, `corpus`: scenes ray-cast by embree, with depth, normals and masks exactly known,
   textured and mixed with photographs that ship inside scikit-image and scikit-learn. Training, templates and
   evaluation have ranges of scene seeds and files of photographs of their own.
@@ -21,8 +21,11 @@ of spheres, boxes and cylinders at 64 x 64 pixels, not the world.
 * `measures`: the paper's figures. `lavin-rt bench quality` draws the held-out queries and sets the yardsticks.
 
 `python -m lavin_rt.mini.train --output DIR --cache DIR` trains from nothing, goes on where it stopped, or goes on from
-given weights (`--warm-start`). The shipped weights came from the same code in phases, not from one such run: the
-components were those of 500 scenes, the transformer's latents were computed by `principal.component_latents` instead of
-the encoder, and up to step 3915 every context had one pair, no clips and other weights of tasks (`training_log.jsonl`).
-The preset `mini` has the later mix from its first step on and has not been run from end to end.
+given weights (`--warm-start`). The shipped weights are of two such runs of the transformer on two shared CPU cores,
+which `training_log.jsonl` shows one after the other: 6800 steps, of which the first 3915 had one pair, no clips and
+other weights of tasks, on latents computed by `principal.component_latents` (with the components of 500 scenes); then
+14000 steps by `--warm-start`, interrupted to change a task: until step 6240 the panoptic colours, then those of whole
+pictures, were exchanged from context to context, which it did not learn to read off the pairs; `negative` came in at
+step 7600. By the log's clocks that took 42 minutes for the VAE, 43 and CLOCK for the transformer. The preset `mini` has
+as many steps with the final tasks from the first one on, and has not been run from end to end.
 """

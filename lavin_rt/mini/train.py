@@ -67,7 +67,7 @@ PRESETS = {
         vae_steps=1650,
         vae_batch=4,
         vae_peak=5e-4,
-        plan=Plan(steps=6800, clips=0.06),
+        plan=Plan(steps=20800, clips=0.06),
     ),
     # A minute on a CPU: shows that everything fits together and that losses fall, not what a trained model can do.
     "tiny": Preset(
