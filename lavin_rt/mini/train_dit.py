@@ -136,8 +136,8 @@ def train_dit(
         pairs = int(torch.multinomial(chances, 1, generator=generator)) + 1
         pool = clips if clips is not None and kind < plan.clips else pictures
         frames = pool.latents.shape[2]
-        if null or pool is clips:
-            pairs = min(pairs, 2)
+        if null:
+            pairs = 1
         batch = max(1, plan.batch * 4 // (frames * (3 if null else 2 * pairs + 2)))
         cond, data = (part.to(device) for part in draw_batch(pool, pairs, batch, generator))
         if null:
