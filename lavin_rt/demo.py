@@ -19,9 +19,9 @@ TASKS = (
     "depth_estimation",
     "normal_estimation",
     "foreground_segmentation",
-    "panoptic_segmentation",
+    "object_detection",
     "edge_detection",
-    "denoising",
+    "negative",
 )
 PAIRS, CELL = 4, 128
 COLUMNS = ("pair: input", "target", "pair: input", "target", "query", "result", "truth")
