@@ -139,15 +139,8 @@ def quality_table(record: dict[str, Any]) -> str:
                 f"{'**both**' if task['clear'] else beats(task, last)} ({verdict})",
             ]
         )
-    columns = [
-        "task",
-        "measure",
-        "copy of the query",
-        "mean of targets",
-        *map(_pairs, counts),
-        "shuffled",
-        "VAE's ceiling",
-    ]
+    yardsticks = "copy of the query", "mean of targets"
+    columns = ["task", "measure", *yardsticks, *map(_pairs, counts), "shuffled", "VAE's ceiling", "clearly better than"]
     text = [
         f"{record['checkpoint']}, {record['size']} px, {record['tasks'][0]['scenes']} held-out scenes a task, "
         f"{record['steps']} knots, guidance {record['guidance']}. {caption(record['header'])}",

@@ -25,7 +25,8 @@ def write_record(path: str | Path, record: dict[str, Any]) -> None:
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table; rows as long as the columns."""
+    assert all(len(row) == len(columns) for row in rows), columns
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
