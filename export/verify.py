@@ -27,9 +27,10 @@ from lavin_rt.checkpoint import Checkpoint, find_checkpoint, load_dit, load_vae
 from lavin_rt.devices import current_device, resolve_device
 from lavin_rt.errors import InputError
 from lavin_rt.knots import schedule
-from lavin_rt.manifest import Manifest, check_ranges, file_sha256, ranges_of, sized
+from lavin_rt.manifest import Manifest, file_sha256
 from lavin_rt.model import JDiT
 from lavin_rt.official_layout import official_layout
+from lavin_rt.part_sizes import check_ranges, ranges_of, sized
 from lavin_rt.vae import STVAE
 
 PASS, RUN = 1e-5, 1e-4  # relative errors allowed in float32

@@ -17,7 +17,8 @@ import torch
 
 from lavin_rt.devices import DTYPES
 from lavin_rt.errors import InputError
-from lavin_rt.manifest import Manifest, bind_sizes
+from lavin_rt.manifest import Manifest
+from lavin_rt.part_sizes import bind_sizes
 from lavin_rt.vae import full_precision
 
 # What the weights file says about tensors whose memory order is not the order of their dimensions.

@@ -15,8 +15,9 @@ import torch
 from lavin_rt.errors import InputError
 from lavin_rt.files import Progress
 from lavin_rt.layout import Shape
-from lavin_rt.manifest import KINDS_OF_CODE, MODULATION, Manifest, check_ranges, is_artifact
+from lavin_rt.manifest import KINDS_OF_CODE, MODULATION, Manifest, is_artifact
 from lavin_rt.networks import LatentCondition, Tensors
+from lavin_rt.part_sizes import check_ranges
 from lavin_rt.safetensors_io import SafetensorsFile
 from lavin_rt.vae import LATENT_SCALE, LATENT_SHIFT, Posterior
 from lavin_rt.vae_tiling import Axis, blended, decode_axes, encode_axes

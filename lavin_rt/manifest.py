@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lavin_rt.config import DiTConfig
 from lavin_rt.devices import DTYPES
 from lavin_rt.errors import InputError
 from lavin_rt.files import Progress
+from lavin_rt.part_sizes import parse_size, ranges_of, shown
 
 FORMAT, VERSION = "lavin-rt artifact", 1
 NAME = "manifest.json"
@@ -35,7 +36,6 @@ BLOCK = 4 * 2**20
 
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _PART = re.compile(r"denoiser|vae_(?:encoder|decoder)(?:_clip[0-9]{1,4})?")
-_SIZE = re.compile(r"(?:([1-9][0-9]{0,3})\*)?([a-z][a-z_]{0,63})")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,10 +88,10 @@ class Manifest:
         path = folder / NAME
         values = _read_json(path)
         if values.get("format") != FORMAT:
-            raise InputError(f"{path} is not of a lavin-rt artifact (its format is {_shown(values.get('format'))})")
+            raise InputError(f"{path} is not of a lavin-rt artifact (its format is {shown(values.get('format'))})")
         if values.get("version") != VERSION:
             raise InputError(
-                f"{path} is of version {_shown(values.get('version'))}, this package reads {VERSION}; export it again"
+                f"{path} is of version {shown(values.get('version'))}, this package reads {VERSION}; export it again"
             )
         try:
             return cls(folder=folder, **_parsed(values))
@@ -209,72 +209,6 @@ def file_sha256(path: str | os.PathLike, add: Callable[[int], None] | None = Non
     return digest.hexdigest()
 
 
-def bind_sizes(part: Mapping[str, Any], shapes: Sequence[Sequence[int]], name: str = "network") -> dict[str, int]:
-    """The named sizes that inputs of these shapes give a part of an artifact.
-
-    Args:
-        part: of `Manifest.parts`.
-        shapes: of the inputs, in the part's order.
-        name: of the part, for messages.
-
-    Raises:
-        InputError: shapes that do not fit the part's inputs, or sizes outside of its ranges; names what it takes.
-    """
-    sizes: dict[str, int] = {}
-    if len(shapes) != len(part["inputs"]):
-        raise InputError(f"{name}: {len(shapes)} inputs given; expected {len(part['inputs'])}")
-    for tensor, shape in zip(part["inputs"], shapes, strict=True):
-        expected = tensor["shape"]
-        fits = len(shape) == len(expected)
-        for item, found in zip(expected, shape, strict=False):
-            if isinstance(item, int):
-                fits &= item == found
-                continue
-            multiple, size = parse_size(item)
-            fits &= found % multiple == 0 and sizes.setdefault(size, found // multiple) == found // multiple
-        if not fits:
-            raise InputError(f"{name}: {tensor['name']} is {list(shape)}; the artifact takes {_listed(expected)}")
-    check_ranges(part, sizes, name)
-    return sizes
-
-
-def ranges_of(part: Mapping[str, Any]) -> list[dict[str, list[int]]]:
-    """The ranges of a part's sizes, of which one has to fit."""
-    return part["ranges"] if isinstance(part["ranges"], list) else [part["ranges"]]
-
-
-def check_ranges(part: Mapping[str, Any], sizes: Mapping[str, int], name: str = "network") -> None:
-    """Raises an `InputError` for sizes that a part was not exported for; sizes that it does not name are free."""
-    alternatives = ranges_of(part)
-    for one in alternatives:
-        if all(least <= sizes.get(size, least) <= most for size, (least, most) in one.items()):
-            return
-    found = ", ".join(f"{size} {value}" for size, value in sizes.items())
-    taken = " or ".join(
-        ", ".join(f"{size} {least} to {most}" for size, (least, most) in one.items()) for one in alternatives
-    )
-    raise InputError(f"{name}: asked for {found} (in latents); the artifact takes {taken}; export it for these sizes")
-
-
-def sized(shape: Sequence[int | str], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """A part's shape in numbers, given the sizes of `bind_sizes`."""
-    numbers = []
-    for item in shape:
-        if not isinstance(item, int):
-            multiple, size = parse_size(item)
-            item = multiple * sizes[size]
-        numbers.append(item)
-    return tuple(numbers)
-
-
-def parse_size(item: str) -> tuple[int, str]:
-    """`"rows"` and `"8*rows"` as (multiple, name)."""
-    match = _SIZE.fullmatch(item) if isinstance(item, str) else None
-    if match is None:
-        raise InputError(f"a shape has {_shown(item)}; expected a number, a name such as batch, or 8*rows")
-    return int(match[1] or 1), match[2]
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         status = os.lstat(path)
@@ -299,16 +233,16 @@ def _parsed(values: dict[str, Any]) -> dict[str, Any]:
     """A manifest's fields, checked."""
     kind, dtype = values.get("kind"), values.get("dtype")
     if kind not in KINDS:
-        raise InputError(f"kind is {_shown(kind)}, expected one of {', '.join(KINDS)}")
+        raise InputError(f"kind is {shown(kind)}, expected one of {', '.join(KINDS)}")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InputError(f"dtype is {_shown(dtype)}, expected one of {', '.join(DTYPES)}")
+        raise InputError(f"dtype is {shown(dtype)}, expected one of {', '.join(DTYPES)}")
     config = DiTConfig.from_dict(_typed(values, "config", dict), "config")
     files = _typed(values, "files", dict)
     for name, entry in files.items():
         check_file_name(name)
         size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
         if type(size) is not int or size < 0 or not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-            raise InputError(f"the entry of {name} is {_shown(entry)}, expected its bytes and sha256")
+            raise InputError(f"the entry of {name} is {shown(entry)}, expected its bytes and sha256")
     if MODULATION not in files:
         raise InputError(f"it lists no {MODULATION}")
     parts = _typed(values, "parts", dict)
@@ -319,10 +253,10 @@ def _parsed(values: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"it has no part {', '.join(missing)}")
     schedules = _typed(values, "schedules", list)
     if not schedules or not all(type(steps) is int and 2 <= steps <= 1000 for steps in schedules):
-        raise InputError(f"schedules are {_shown(schedules)}, expected numbers of knots")
+        raise InputError(f"schedules are {shown(schedules)}, expected numbers of knots")
     scaling = _typed(values, "latent_scaling", dict)
     if not all(isinstance(scaling.get(name), float | int) for name in ("shift", "scale")):
-        raise InputError(f"latent_scaling is {_shown(scaling)}, expected shift and scale")
+        raise InputError(f"latent_scaling is {shown(scaling)}, expected shift and scale")
     size = _typed(values, "size", int)
     if size < 16 or size % 16:
         raise InputError(f"size is {size}, expected a positive multiple of 16")
@@ -330,7 +264,7 @@ def _parsed(values: dict[str, Any]) -> dict[str, Any]:
     capability = target.get("compute_capability")
     pair = isinstance(capability, list) and len(capability) == 2 and all(type(number) is int for number in capability)
     if target.get("device") not in ("any", "cpu", "cuda") or not (capability is None or pair):
-        raise InputError(f"target is {_shown(target)}, expected a device and a compute capability")
+        raise InputError(f"target is {shown(target)}, expected a device and a compute capability")
     return {
         "kind": kind,
         "dtype": DTYPES[dtype],
@@ -352,14 +286,14 @@ def _parsed(values: dict[str, Any]) -> dict[str, Any]:
 def check_file_name(name: object) -> None:
     """Raises an `InputError` unless `name` is a plain file name: no folder, nothing hidden, nothing special."""
     if not isinstance(name, str) or not _FILE.fullmatch(name) or name == NAME:
-        raise InputError(f"it names the file {_shown(name)}; expected plain names of files in its folder")
+        raise InputError(f"it names the file {shown(name)}; expected plain names of files in its folder")
 
 
 def _check_part(name: str, part: Any, files: Mapping[str, Any]) -> None:
     if not _PART.fullmatch(name):
-        raise InputError(f"the part {_shown(name)} is unknown")
+        raise InputError(f"the part {shown(name)} is unknown")
     if not isinstance(part, dict):
-        raise InputError(f"part {name} is {_shown(part)}, expected an object")
+        raise InputError(f"part {name} is {shown(part)}, expected an object")
     for file in [part.get("file"), *_typed(part, "weights", list)]:
         check_file_name(file)
         if file not in files:
@@ -372,9 +306,9 @@ def _check_part(name: str, part: Any, files: Mapping[str, Any]) -> None:
         for tensor in tensors:
             shape = tensor.get("shape") if isinstance(tensor, dict) else None
             if not isinstance(shape, list) or not isinstance(tensor.get("name"), str):
-                raise InputError(f"part {name} has {_shown(tensor)} among its {role}")
+                raise InputError(f"part {name} has {shown(tensor)} among its {role}")
             if tensor.get("dtype") not in list(DTYPES):
-                raise InputError(f"part {name}: dtype of {tensor['name']} is {_shown(tensor.get('dtype'))}")
+                raise InputError(f"part {name}: dtype of {tensor['name']} is {shown(tensor.get('dtype'))}")
             names = {parse_size(item)[1] for item in shape if not (type(item) is int and item > 0)}
             if role == "inputs":
                 sizes |= names
@@ -384,12 +318,12 @@ def _check_part(name: str, part: Any, files: Mapping[str, Any]) -> None:
     for one in ranges if isinstance(ranges, list) and ranges else [ranges]:
         bounds = one.values() if isinstance(one, dict) else [None]
         if not all(isinstance(b, list) and len(b) == 2 and all(type(n) is int and n > 0 for n in b) for b in bounds):
-            raise InputError(f"part {name} has the ranges {_shown(ranges)}")
+            raise InputError(f"part {name} has the ranges {shown(ranges)}")
 
 
 def _typed(values: Mapping[str, Any], name: str, kind: type) -> Any:
     if not isinstance(values.get(name), kind):
-        raise InputError(f"{name} is {_shown(values.get(name))}, expected {kind.__name__}")
+        raise InputError(f"{name} is {shown(values.get(name))}, expected {kind.__name__}")
     return values[name]
 
 
@@ -398,12 +332,3 @@ def _target_text(target: Mapping[str, Any]) -> str:
     text = "any device" if target["device"] == "any" else target["device"]
     text += f", compute capability {capability[0]}.{capability[1]}" if capability else ""
     return text + (f", {level}" if level else "")
-
-
-def _listed(shape: Sequence[int | str]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

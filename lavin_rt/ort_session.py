@@ -12,8 +12,9 @@ import torch
 
 from lavin_rt.devices import DTYPES
 from lavin_rt.errors import InputError, missing_extra
-from lavin_rt.manifest import Manifest, bind_sizes, sized
+from lavin_rt.manifest import Manifest
 from lavin_rt.onnx_file import check_external_files
+from lavin_rt.part_sizes import bind_sizes, sized
 
 ELEMENT_TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}  # of onnx.TensorProto
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")

@@ -17,8 +17,9 @@ from lavin_rt.cli import main
 from lavin_rt.errors import InputError
 from lavin_rt.knots import schedule
 from lavin_rt.layout import Shape
-from lavin_rt.manifest import Manifest, bind_sizes, check_ranges, is_artifact, sized
+from lavin_rt.manifest import Manifest, is_artifact
 from lavin_rt.modulation import modulation_table
+from lavin_rt.part_sizes import bind_sizes, check_ranges, sized
 from lavin_rt.pipeline import Pipeline
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_artifact import read_manifest, write_manifest, write_small_artifact
 
-from lavin_rt import artifact, manifest, ort_session
+from lavin_rt import artifact, manifest, ort_session, part_sizes
 from lavin_rt.errors import InputError
 from lavin_rt.onnx_file import external_files
 
@@ -244,7 +244,7 @@ def test_any_value_in_any_place_of_a_manifest_is_an_input_error_or_fine(sound, t
         read = manifest.Manifest.read(folder)
         read.record()
         read.check_device(torch.device("cpu"))
-        manifest.bind_sizes(read.parts["denoiser"], [[1, 16, 1, 4, 4], [1, 16, 2, 4, 4], [1, 2, 4, 24], [24]])
+        part_sizes.bind_sizes(read.parts["denoiser"], [[1, 16, 1, 4, 4], [1, 16, 2, 4, 4], [1, 2, 4, 24], [24]])
     except InputError as error:
         assert "\n" not in str(error)
 
