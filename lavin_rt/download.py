@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lavin_rt.archives import unpack
-from lavin_rt.checkpoint_header import picture_size
 from lavin_rt.errors import InputError, missing_extra
 from lavin_rt.files import Progress
 from lavin_rt.manifest import KINDS_OF_CODE, Manifest, is_artifact
 from lavin_rt.manifest import NAME as MANIFEST
-from lavin_rt.safetensors_io import SafetensorsFile
 
 DIT = "lavin_dit.safetensors"
 VAES = ("stvae.safetensors", "stvae.pt")
@@ -114,17 +112,6 @@ def find_model(
 def template_roots(files: Checkpoint | Artifact) -> list[Path]:
     """Where tasks are looked for by name: a model's own templates, then those that come with the package."""
     return [root for root in (files.templates, BUNDLED / "template") if root is not None]
-
-
-def native_size(files: Checkpoint | Artifact) -> int:
-    """The size of pictures that a model was made for, pixels a side.
-
-    Raises:
-        InputError: a checkpoint or a manifest that cannot be read.
-    """
-    if isinstance(files, Artifact):
-        return Manifest.read(files.folder).size
-    return picture_size(SafetensorsFile.open(files.dit))
 
 
 def find_checkpoint(

@@ -14,15 +14,16 @@ from lavin_rt import images
 from lavin_rt.artifact import ArtifactNetwork, ArtifactVAE, Manifest
 from lavin_rt.artifact import load as load_artifact
 from lavin_rt.checkpoint import load_dit, load_vae
-from lavin_rt.checkpoint_header import RELEASED_SIZE
+from lavin_rt.checkpoint_header import RELEASED_SIZE, picture_size
 from lavin_rt.context import EncodedContext
 from lavin_rt.devices import DTYPES, out_of_memory, resolve_device, resolve_dtype
-from lavin_rt.download import Artifact, Checkpoint, find_model, native_size, template_roots
+from lavin_rt.download import Artifact, Checkpoint, find_model, template_roots
 from lavin_rt.errors import InputError
 from lavin_rt.executor import Executor
 from lavin_rt.files import Progress
 from lavin_rt.model import JDiT
 from lavin_rt.networks import Network, make_network
+from lavin_rt.safetensors_io import SafetensorsFile
 from lavin_rt.task import Result, Task, check_seed, draw_noise, task_shape
 from lavin_rt.vae import STVAE, scale_latents, unscale_latents
 
@@ -118,7 +119,8 @@ class Pipeline:
         dtype = resolve_dtype(dtype, device)
         dit = load_dit(files.dit, device=device, dtype=dtype, strict=strict, progress=progress)
         vae = load_vae(files.vae, device=device, dtype=dtype, strict=strict)
-        return cls(dit, vae, impl, compile, graphs, tile, chunk, roots, files.source, native_size(files))
+        size = picture_size(SafetensorsFile.open(files.dit))
+        return cls(dit, vae, impl, compile, graphs, tile, chunk, roots, files.source, size)
 
     @property
     def impl(self) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from lavin_rt.errors import InputError
 from lavin_rt.manifest import Manifest
-from lavin_rt.onnx_file import external_files
+from lavin_rt.onnx_file import check_external_files
 from lavin_rt.trt_library import check_version, create, import_tensorrt, make_logger, parser_errors
 
 DTYPES = {
@@ -117,9 +117,7 @@ class Session:
             raise InputError(
                 f"{self.path.name} has no weights, and its manifest no ONNX file with them; export it again"
             )
-        strangers = external_files(folder / graphs[0]) - set(part["weights"])
-        if strangers:
-            raise InputError(f"{graphs[0]} has weights in {', '.join(sorted(strangers))}, not a file of the artifact")
+        check_external_files(folder / graphs[0], part["weights"])
         self.refit(folder / graphs[0])
 
     def refit(self, onnx_file: Path) -> None:

@@ -59,7 +59,7 @@ def test_short_names_of_tasks(short: str, name: str):
     assert find_task(short, [TEMPLATES]).name == name
 
 
-@pytest.mark.parametrize("name", ["depth_estimation", "normal_estimation", "denoising"])
+@pytest.mark.parametrize("name", ["depth_estimation", "normal_estimation", "denoising", "negative"])
 def test_the_model_does_the_task_that_the_context_shows(pipe: Pipeline, name: str):
     """On the template's other pairs, better on average than both yardsticks; what it is worth, the benchmark says."""
     task, pairs = TASKS[name], read_template(TEMPLATES / name)

@@ -1,8 +1,8 @@
 """The tasks as functions: a picture (or a clip) to an input and a target, and targets back to what they stand for.
 
-Fourteen tasks of pictures and two of clips, after those of LaVin-DiT (arXiv 2411.11505, section 4.1). Every target is
-decided by its input, the task and, of a task with several `variants`, the pairs of the context, never by chance. The
-names let `depth` and `normal` be short for one task each.
+Fourteen tasks of pictures and two of clips, all but `negative` after those of LaVin-DiT (arXiv 2411.11505, section
+4.1). Every target is decided by its input, the task and, of a task with several `variants`, the pairs of the context,
+never by chance. The names let `depth` and `normal` be short for one task each.
 """
 
 from __future__ import annotations
