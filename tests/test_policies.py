@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"lavin_kernels": "kernels", "lavin_rt": "lavin_rt", "lavin_export": "export", "lavin_bench": "benchmarks"}
+FOLDERS = {
+    "lavin_kernels": "kernels/lavin_kernels",
+    "lavin_rt": "lavin_rt",
+    "lavin_export": "export/lavin_export",
+    "lavin_bench": "benchmarks/lavin_bench",
+}
 # What each package may import of the others; the command line, the outermost room, imports export and bench lazily.
 ALLOWED = {
     "lavin_kernels": set(),

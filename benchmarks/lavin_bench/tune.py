@@ -95,7 +95,7 @@ def bench_tune(options: argparse.Namespace) -> None:
     """Runs the command."""
     device = resolve_device(options.device)
     if device.type != "cuda":
-        raise InputError("tuning needs a CUDA device, this machine has none; the defaults in kernels/configs serve it")
+        raise InputError("tuning needs a CUDA device, this machine has none; the defaults of lavin_kernels serve it")
     if not any(options.operator in operator for _, operator in KERNELS.values()):
         raise InputError(
             f"no tuned operator has {options.operator!r} in its name; expected one of "

@@ -66,7 +66,7 @@ def prepare(folder: Path, threads: int) -> dict[str, Path]:
 
         export_aoti(find_checkpoint(places["checkpoint"]), places["artifact"], device="cpu", dtype="float32")
     if not places["program"].exists():
-        build, source = places["program"].parent, Path(__file__).resolve().parents[1]
+        build, source = places["program"].parent, Path(__file__).resolve().parents[2]
         prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
         subprocess.run(["cmake", "-S", source, "-B", build, prefix], check=True, stdout=subprocess.DEVNULL)
         subprocess.run(["cmake", "--build", build, f"-j{threads}"], check=True, stdout=subprocess.DEVNULL)
