@@ -28,7 +28,7 @@ check-slow: $(READY)
 # With the torch at hand (PYTHON=...) and nothing installed, as a lent machine may have no network.
 # DIR is the folder for the JSON files; FULL=1 adds the whole matrix of sizes and pairs.
 gpu-check:
-	PYTHONPATH=.:kernels:export:benchmarks $(PYTHON) -m lavin_bench.gpu_check --output $(or $(DIR),gpu-check) $(if $(FULL),--full)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/export:$(CURDIR)/benchmarks $(PYTHON) -m lavin_bench.gpu_check --output $(or $(DIR),gpu-check) $(if $(FULL),--full)
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

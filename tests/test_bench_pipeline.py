@@ -7,13 +7,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import relative_error
 
-from lavin_bench import gpu_check, pipeline, report, startup
+from lavin_bench import pipeline, report, startup
 from lavin_bench.packed_rows import PackedRowsNetwork
 from lavin_bench.pipeline_checks import graphs_equal_eager
 from lavin_bench.pipeline_variants import (
@@ -277,11 +276,6 @@ def test_a_start_that_fails_says_why(tmp_path):
     options = {**startup.STANDARD, **given, "picture": str(tmp_path / "picture.png")}
     with pytest.raises(RuntimeError, match=r"no picture: .*lavin_dit\.safetensors"):
         startup.start(options, tmp_path)
-
-
-def test_the_check_of_a_gpu_has_its_parts():
-    parts = gpu_check.parts(torch.device("cuda"), Path("unused"), full=True)
-    assert list(parts) == ["tests", "ceilings", "kernels", "pipeline", "startup"]
 
 
 @pytest.mark.gpu

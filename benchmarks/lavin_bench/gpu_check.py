@@ -1,113 +1,282 @@
-"""Everything that one GPU visit should bring: `make gpu-check DIR=results` runs this in under nine minutes.
+"""Everything that one GPU visit should bring: `make gpu-check DIR=results`, on a bare machine, in under ten minutes.
 
-The GPU tests, the ceilings, the kernels, the pipeline at the standard run and at 256 px with 4 pairs, and the start of
-a process. Each part writes its own JSON file into the folder, so that a part that fails takes nothing with it.
+What matters most comes first, every part in a process of its own with its own limit, and writes its file after every
+case. A second call goes on where the first stopped. At the end one screen holds the figures against their bounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lavin_bench import kernels, pipeline, startup
+from lavin_bench import gpu_summary, kernels, pipeline, startup, tune
 from lavin_bench.cases import settings
-from lavin_bench.ceilings import ceilings
-from lavin_bench.pipeline_variants import AUTHORS_COMPILED, Setting
+from lavin_bench.pipeline_variants import AUTHORS_COMPILED, AUTHORS_EAGER, CPU_VAE, QUICK_CONFIG, Setting
 from lavin_bench.report import write_record
 from lavin_bench.timing import header
+from lavin_kernels import tuning
 
-# What a part may take: nine minutes in all. At 512 px about a minute goes into compiling the authors' way, so that
-# 256 px has it eager only; a random checkpoint of 7 GB is written and read twice for the start.
-SECONDS = {"tests": 130, "ceilings": 20, "kernels": 110, "pipeline-512": 160, "pipeline-256": 60, "startup": 60}
+MINUTES = 9.5
+GRACE = 8.0  # seconds between the request to end and the kill
+TUNED = "tuned.json"
+FIRST_TESTS = ("joint_attention_gpu", "executor_gpu", "stream_linear", "golden_triton")
+SLOWER = ("packed rows", "exact savings")  # rungs of the waterfall that a short visit leaves out
 
 
-def gpu_tests(folder: Path) -> dict[str, Any]:
-    """Runs `pytest -m gpu` into a log; exit code 124 where the time did not suffice."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={folder / 'gpu-tests.xml'}"]
-    log = folder / "gpu-tests.log"
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """What parts share: the folder of the results, the device, and whether all is as small as it can be."""
+
+    folder: Path
+    device: torch.device
+    dry: bool = False
+    full: bool = False
+
+    def setting(self, size: int) -> Setting:
+        return Setting(32, 1, QUICK_CONFIG, CPU_VAE) if self.dry else Setting(size, 4)
+
+    @contextlib.contextmanager
+    def tuned(self) -> Iterator[None]:
+        """Launches as this visit's tuning found them best."""
+        path = self.folder / TUNED
+        found = json.loads(path.read_text()) if path.exists() else {}
+        with contextlib.ExitStack() as stack:
+            for kernel, by_dtype in found.items():
+                stack.enter_context(tuning.override(kernel, **by_dtype["bfloat16"]))
+            yield
+
+
+Save = Callable[[dict[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Something to do, in at most so many seconds; `run` saves its record as it grows."""
+
+    seconds: float
+    run: Callable[[Visit, Save], None]
+
+
+def _tests(visit: Visit, save: Save, first: bool) -> None:
+    """The GPU tests, in parallel where pytest-xdist is there: compiling takes most of their time."""
+    names = [f"tests/test_{name}.py" for name in FIRST_TESTS]
+    files = (
+        names if first else [str(path) for path in sorted(Path("tests").glob("test_*.py")) if str(path) not in names]
+    )
+    parallel = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    log = visit.folder / ("tests-first.log" if first else "tests.log")
+    report = visit.folder / f"{log.stem}.xml"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu and not slow",
+        "-v",
+        *parallel,
+        f"--junitxml={report}",
+        *files,
+    ]
     with log.open("w") as out:
-        try:
-            # Ends before its part does, so that no test is left behind on the device.
-            limit = SECONDS["tests"] - 20
-            code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, timeout=limit, check=False).returncode
-        except subprocess.TimeoutExpired:
-            code = 124
-    return {"kind": "tests", "exit_code": code, "last_line": log.read_text().strip().splitlines()[-1:]}
+        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
+    lines = log.read_text().strip().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    # pytest's 5 is "no test was selected", as in a dry run every one is skipped.
+    save({"kind": "tests", "exit_code": code, "last_line": lines[-1:], "failures": failed})
 
 
-def parts(device: torch.device, folder: Path, full: bool) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What there is to do, by the name of its file."""
-    dtype = torch.bfloat16
-    return {
-        "tests": lambda: gpu_tests(folder),
-        "ceilings": lambda: {"kind": "ceilings", "header": header(device), **ceilings(device, dtype)},
-        "kernels": lambda: kernels.run(settings(device, full), device, dtype),
-        **pipelines(device, dtype, full),
-        "startup": lambda: startup.run(startup.STANDARD, "released", repeats=3 if full else 1),
-    }
+def _standard(visit: Visit, save: Save) -> None:
+    """The standard run by our ways alone, with the launches of today."""
+    without = [AUTHORS_EAGER, AUTHORS_COMPILED, *SLOWER]
+    _pipeline(visit, save, 512, without, error_steps=4)
 
 
-def pipelines(device: torch.device, dtype: torch.dtype, full: bool) -> dict[str, Callable[[], dict[str, Any]]]:
-    """The whole matrix, or the standard run and 256 px with what fits into the time."""
-    if full:
-        return {"pipeline": lambda: pipeline.run(pipeline.settings(device), device, dtype)}
-    short = {"repeats": 3, "error_steps": 6}
-    return {
-        "pipeline-512": lambda: pipeline.run([Setting(512, 4)], device, dtype, **short, whole=False, checks=()),
-        "pipeline-256": lambda: pipeline.run(
-            [Setting(256, 4)], device, dtype, **short, without=[AUTHORS_COMPILED], checks=["graphs"]
-        ),
-    }
+def _tuned(visit: Visit, save: Save) -> None:
+    """The standard run and 256 px again, with the launches that tuning found."""
+    with visit.tuned():
+        for size in (512, 256):
+            _pipeline(visit, save, size, [AUTHORS_EAGER, AUTHORS_COMPILED, *SLOWER], error_steps=4)
+
+
+def _peers(visit: Visit, save: Save) -> None:
+    """Ours and the authors' way interleaved, with the launches that tuning found."""
+    with visit.tuned():
+        _pipeline(visit, save, 512, SLOWER, error_steps=4)
+
+
+def _pipeline(visit: Visit, save: Save, size: int, without: Any, error_steps: int) -> None:
+    dtype = torch.float32 if visit.dry else torch.bfloat16
+    setting, repeats = visit.setting(size), 1 if visit.dry else 3
+    steps = 6 if visit.dry else 20
+    options = {"steps": steps, "error_steps": error_steps, "without": without, "whole": False, "checks": ()}
+    save(pipeline.run([setting], visit.device, dtype, repeats, **options, save=save))
+
+
+def _tune(visit: Visit, save: Save, operator: str) -> None:
+    if visit.dry:
+        save({"kind": "tuning", "header": header(visit.device), "kernels": {}, "failures": []})
+        return
+    path = visit.folder / TUNED
+    before = json.loads(path.read_text()) if path.exists() else {}
+
+    def keep(record: dict[str, Any]) -> None:
+        write_record(path, tune.merged(before, record))
+        save(record)
+
+    save(tune.tune_all(visit.device, operator, 9, keep))
+
+
+def _kernels(visit: Visit, save: Save) -> None:
+    dtype = torch.float32 if visit.dry else torch.bfloat16
+    with visit.tuned():
+        save(
+            kernels.run(
+                settings(visit.device, visit.full), visit.device, dtype, repeats=2 if visit.dry else 9, save=save
+            )
+        )
+
+
+def _startup(visit: Visit, save: Save) -> None:
+    if visit.dry:
+        save({"kind": "startup", "header": header(visit.device)})
+        return
+    save(startup.run(startup.STANDARD, "released", repeats=1))
+
+
+def _graphs(visit: Visit, save: Save) -> None:
+    """Whether graphs give the bits of eager steps; needs nothing else."""
+    if visit.dry:
+        save({"kind": "graphs", "header": header(visit.device)})
+        return
+    from lavin_bench.pipeline_checks import graphs_equal_eager
+    from lavin_bench.pipeline_variants import RELEASED_VAE, random_model, random_vae
+
+    dit = random_model(visit.setting(256).config, visit.device, torch.bfloat16).to(torch.bfloat16)
+    figures, failures = graphs_equal_eager(dit, random_vae(RELEASED_VAE, visit.device), [visit.setting(256)])
+    save({"kind": "graphs", "header": header(visit.device), **figures, "failures": failures})
+
+
+PARTS = {
+    "tests-first": Part(110, lambda visit, save: _tests(visit, save, first=True)),
+    "standard": Part(100, _standard),
+    "attention": Part(150, lambda visit, save: _tune(visit, save, "joint_attention")),
+    "tuning": Part(170, lambda visit, save: _tune(visit, save, "")),
+    "standard-tuned": Part(120, _tuned),
+    "kernels": Part(150, _kernels),
+    "peers": Part(200, _peers),
+    "graphs": Part(60, _graphs),
+    "startup": Part(90, _startup),
+    "tests": Part(150, lambda visit, save: _tests(visit, save, first=False)),
+}
+
+
+def run_part(name: str, visit: Visit) -> int:
+    """Runs one part in this process; returns 1 where it failed. Its file says `complete` once it ran to its end."""
+    began, path = time.perf_counter(), visit.folder / f"{name}.json"
+    last: dict[str, Any] = {"kind": "failure", "failures": []}
+
+    def save(record: dict[str, Any]) -> None:
+        last.clear()
+        last.update(record, part_seconds=time.perf_counter() - began)
+        write_record(path, last)
+
+    try:
+        with torch.no_grad():
+            PARTS[name].run(visit, save)
+    except BaseException as failure:  # whatever it was, an interrupt too, it is written down and fails the part
+        last.setdefault("failures", []).append(traceback.format_exc())
+        save(dict(last))
+        if not isinstance(failure, Exception):
+            raise
+    last["complete"] = True
+    save(dict(last))
+    failed = bool(last.get("failures")) or last.get("exit_code") not in (None, 0, 5)
+    print(f"{name}: {'FAILED' if failed else 'done'} in {last['part_seconds']:.0f} s", flush=True)
+    return int(failed)
+
+
+def run_in_process(name: str, visit: Visit, seconds: float) -> str:
+    """Runs a part in a process group of its own; "done", "failed", or "stopped" where the time did not suffice.
+
+    An illegal address ends a process's use of the device, and a kernel may hang: at its limit the group is asked to
+    end, as by Ctrl-C, and then killed with all it started.
+    """
+    command = [sys.executable, "-m", "lavin_bench.gpu_check", "--output", str(visit.folder), "--part", name]
+    command += ["--dry-run"] * visit.dry + ["--full"] * visit.full
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        code = None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+    # Also what a part that ended left behind: a process on the device would take its memory and time from the next.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if code is None:
+        print(f"{name}: STOPPED after {seconds:.0f} s; its file has what was done", flush=True)
+        return "stopped"
+    return "failed" if code else "done"
+
+
+def completed(path: Path) -> bool:
+    """Whether a part's file is there and ran to its end without a failure."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(record.get("complete")) and not record.get("failures")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="lavin_bench.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the JSON files")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for everything (default: {MINUTES})")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts alone, in this order"
+    )
     parser.add_argument("--full", action="store_true", help="all sizes and pairs; takes longer")
-    parser.add_argument("--part", help="run this part alone, in this process")
+    parser.add_argument("--dry-run", action="store_true", help="the whole script on a CPU, as small as can be")
+    parser.add_argument("--part", choices=PARTS, help="run this part alone, in this process")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not options.dry_run and not torch.cuda.is_available():
         print("lavin-rt: error: no CUDA device on this machine; gpu-check measures a GPU", file=sys.stderr)
         return 2
     options.output.mkdir(parents=True, exist_ok=True)
-    todo = parts(torch.device("cuda"), options.output, options.full)
+    device = torch.device("cpu" if options.dry_run else "cuda")
+    visit = Visit(options.output, device, options.dry_run, options.full)
     if options.part:
-        return run_part(options.part, todo[options.part], options.output)
-    failed = []
-    for name in todo:
-        # Each in a process of its own: an illegal address ends a process's use of the device, and a kernel may hang.
-        command = [sys.executable, "-m", "lavin_bench.gpu_check", "--output", str(options.output), "--part", name]
-        limit = None if options.full else SECONDS[name]
-        try:
-            done = subprocess.run([*command, *(["--full"] if options.full else [])], timeout=limit)
-            failed += [name] if done.returncode else []
-        except subprocess.TimeoutExpired:
-            print(f"{name}: FAILED, not done after {limit} s", flush=True)
-            failed.append(name)
-    return 1 if failed else 0
-
-
-@torch.no_grad()
-def run_part(name: str, part: Callable[[], dict[str, Any]], folder: Path) -> int:
-    """Runs one part and writes its file; returns 1 where it failed."""
-    began = time.perf_counter()
-    try:
-        record = part()
-    except Exception:  # whatever it was, it is written down and fails the whole
-        record = {"kind": "failure", "failures": [traceback.format_exc()]}
-    failed = bool(record.get("failures") or record.get("exit_code"))
-    record["part_seconds"] = time.perf_counter() - began
-    write_record(folder / f"{name}.json", record)
-    print(f"{name}: {'FAILED' if failed else 'done'} in {record['part_seconds']:.0f} s", flush=True)
-    return int(failed)
+        return run_part(options.part, visit)
+    ends = time.monotonic() + 60 * options.minutes
+    outcomes = {}
+    for name in options.only:
+        if completed(visit.folder / f"{name}.json"):
+            outcomes[name] = "done before"
+            continue
+        left = ends - time.monotonic() - GRACE
+        if left < 10:
+            outcomes[name] = "no time left; call again"
+            continue
+        outcomes[name] = run_in_process(name, visit, min(left, PARTS[name].seconds))
+    print("\n".join(gpu_summary.lines(visit.folder, outcomes)))
+    return 0 if all(outcome.startswith("done") for outcome in outcomes.values()) else 1
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ as much as eager PyTorch in the same dtype, plus one unit in the last place, get
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -83,10 +83,12 @@ def run(
     operators: str = "",
     repeats: int = 15,
     show: bool = True,
+    save: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Checks and times all cases whose operator contains `operators`; returns the record that `report` reads.
 
-    A case with a wrong result, or one that does not run, is not timed: it is listed in the record's `failures`.
+    A case with a wrong result, or one that does not run, is not timed: it is listed in the record's `failures`. `save`
+    gets the record after every case.
 
     Raises:
         InputError: no operator's name contains `operators`.
@@ -112,9 +114,10 @@ def run(
             try:
                 errors = check(case, dtype)
                 timings = timed(case, repeats, device)
-            except (RuntimeError, MemoryError) as error:
-                record["failures"].append(f"{case.name}: {' '.join(str(error).split())[:300]}")
-                print(f"FAILED {record['failures'][-1]}")
+            except Exception as error:  # Triton's errors have no common base
+                record["failures"].append(f"{case.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                print(f"FAILED {record['failures'][-1]}", flush=True)
+                save(record)
                 continue
             rows = [row(case, name, errors[name], timing, top) for name, timing in timings.items()]
             skipped = [
@@ -123,17 +126,16 @@ def run(
             ]
             record["rows"] += rows
             record["skipped"] += skipped
+            save(record)
             if show:
                 _show(case, rows, skipped)
     return record
 
 
 def timed(case: Case, repeats: int, device: torch.device) -> dict[str, Timing]:
-    """Times of a case's variants; on CUDA those without FLOPs as graphs, since a launch from Python takes longer than a
-    small kernel.
-    """
+    """Times of a case's variants; on CUDA as graphs, since a launch from Python takes longer than a small kernel."""
     calls = {name: variant.call for name, variant in case.variants.items()}
-    return measure(calls, repeats, warmup=3, device=device, graph=device.type == "cuda" and not case.flops)
+    return measure(calls, repeats, warmup=3, device=device, graph=device.type == "cuda")
 
 
 def _show(case: Case, rows: list[dict[str, Any]], skipped: list[dict[str, str]]) -> None:

@@ -13,7 +13,7 @@ import gc
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ def run(
     without: Sequence[str] = (),
     whole: bool = True,
     checks: Sequence[str] = tuple(CHECKS),
+    save: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Measures every setting; all have one model's shape. Returns the record that `report` reads.
 
@@ -84,6 +85,7 @@ def run(
         without: variants to leave out.
         whole: measure whole calls, too.
         checks: of `CHECKS`, on CUDA.
+        save: gets the record after everything that was added to it.
     """
     top = ceilings(device, dtype)
     config, vae_config = chosen[0].config, chosen[0].vae
@@ -114,6 +116,7 @@ def run(
             _release(device)
             if show:
                 print(f"{name}: {record[name]}", flush=True)
+            save(record)
     for setting, truth in zip(chosen, truths, strict=True):
         if show:
             print(setting.name, flush=True)
@@ -131,6 +134,7 @@ def run(
         figures["speedups"] = speedups(figures)
         record["settings"].append(figures)
         record["failures"] += meter.failures
+        save(record)
         if show:
             for gain in figures["speedups"]:
                 print(f"  {gain['what']}: {gain['fast']} is {gain['times']:.2f}x as fast as {gain['base']}")
@@ -175,7 +179,7 @@ class Meter:
                     rows[name]["peak_bytes"] = weights + self._working_bytes(name, before, variant)
                 if self.error_steps != self.steps:
                     latents = call(self.error_steps)
-            except (RuntimeError, MemoryError, InputError, subprocess.SubprocessError) as error:
+            except Exception as error:  # of torch, Triton, a compiler or a child; none of them ends the others
                 rows.pop(name, None)  # no compiler, too little memory, ...
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
                 self.skipped.append({"what": what, "variant": name, "reason": reason})

@@ -17,15 +17,18 @@ import torch
 
 from lavin_rt.errors import InputError
 
+CALLS_IN_GRAPH = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one variant; `samples` in the order they were taken."""
+    """Seconds of one variant; `samples` in the order they were taken, `graph` whether graphs were replayed."""
 
     median: float
     low: float
     high: float
     samples: tuple[float, ...]
+    graph: bool = False
 
     @classmethod
     def of(cls, samples: list[float]) -> Timing:
@@ -47,14 +50,14 @@ def measure(
 
     On CUDA a sample is the time between two events around the call, taken after a buffer of twice the L2's size was
     written: the call finds a cold L2, and the host has the time of that write to get ahead. A call that keeps the host
-    busy for longer than the device needs `graph`.
+    busy for longer than the device needs `graph`; a graph holds several calls, as its start takes some microseconds.
 
     Args:
         variants: calls without arguments, by name. Their results are dropped.
         repeats: samples per variant, at least 1.
         warmup: calls before the first sample, per variant; with `graph` they run before the capture.
         device: where the calls run.
-        graph: capture each call in a CUDA graph and time its replay. Only on CUDA, and only calls that may be captured.
+        graph: capture each call in a CUDA graph and time its replay, on CUDA. What cannot be captured is called.
         progress: called with (samples taken, samples in all) after each.
 
     Raises:
@@ -68,9 +71,15 @@ def measure(
     for call in variants.values():
         for _ in range(warmup):
             call()
-    calls = {name: captured(call, device) if graph else call for name, call in variants.items()}
+    replays = {name: captured(call, device) for name, call in variants.items()} if graph else {}
     sample = cuda_sampler(device) if device.type == "cuda" else wall_clock
-    return in_turn({name: lambda call=call: sample(call) for name, call in calls.items()}, repeats, progress)
+
+    def sampler(name: str, call: Callable[[], object]) -> Callable[[], float]:
+        replay = replays.get(name)
+        return (lambda: sample(replay) / CALLS_IN_GRAPH) if replay else lambda: sample(call)
+
+    timings = in_turn({name: sampler(name, call) for name, call in variants.items()}, repeats, progress)
+    return {name: dataclasses.replace(timing, graph=bool(replays.get(name))) for name, timing in timings.items()}
 
 
 def in_turn(
@@ -114,8 +123,8 @@ def cuda_sampler(device: torch.device) -> Callable[[Callable[[], object]], float
     return sample
 
 
-def captured(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The replay of a CUDA graph of one call."""
+def captured(call: Callable[[], object], device: torch.device) -> Callable[[], object] | None:
+    """The replay of a CUDA graph of `CALLS_IN_GRAPH` calls; None where the call cannot be captured."""
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -123,8 +132,14 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], o
             call()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
+        try:
+            # A capture that fails may leave its stream behind as the current one.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+                for _ in range(CALLS_IN_GRAPH):
+                    call()
+        except Exception:  # torch, Triton and the libraries each have errors of their own
+            torch.cuda.synchronize()
+            return None
     return graph.replay
 
 
@@ -142,6 +157,7 @@ def header(device: torch.device | str = "cpu") -> dict[str, Any]:
     device = torch.device(device)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        **({"gpu": gpu_state(device)} if device.type == "cuda" else {}),
         "torch": torch.__version__,
         "triton": installed_version("triton"),
         "cuda": torch.version.cuda,
@@ -152,6 +168,17 @@ def header(device: torch.device | str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def gpu_state(device: torch.device) -> dict[str, str]:
+    """Driver, clocks, power and temperature as `nvidia-smi` says them; empty where it does not answer."""
+    keys = "driver_version clocks.sm clocks.mem power.draw power.limit temperature.gpu memory.total".split()
+    command = ["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader", "-i", str(device.index or 0)]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(keys, answer.strip().split(", "), strict=False))
 
 
 def header_line(values: Mapping[str, Any]) -> str:

@@ -1,0 +1,116 @@
+"""The check of a GPU as a program: parts that fail, hang or are killed lose nothing, and a second call goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lavin_bench import gpu_check, gpu_summary
+
+SLEEPER = """
+import json, subprocess, sys, time
+from pathlib import Path
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+Path(sys.argv[1]).write_text(json.dumps({"kind": "tests", "child": child.pid}))
+time.sleep(60)
+"""
+
+
+def visit(folder) -> gpu_check.Visit:
+    return gpu_check.Visit(folder, torch.device("cpu"), dry=True)
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_a_part_beyond_its_limit_is_ended_with_all_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "GRACE", 0.5)
+    popen = gpu_check.subprocess.Popen
+    path = tmp_path / "tests.json"
+    monkeypatch.setattr(
+        gpu_check.subprocess,
+        "Popen",
+        lambda command, **options: popen([sys.executable, "-c", SLEEPER, str(path)], **options),
+    )
+    assert gpu_check.run_in_process("tests", visit(tmp_path), 2.0) == "stopped"
+    child = json.loads(path.read_text())["child"]
+    deadline = time.monotonic() + 5
+    while alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(child)
+
+
+def test_a_part_writes_what_it_has_before_it_fails(tmp_path, monkeypatch):
+    def run(visit, save):
+        save({"kind": "kernels", "rows": [1], "failures": []})
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setitem(gpu_check.PARTS, "kernels", gpu_check.Part(1, run))
+    assert gpu_check.run_part("kernels", visit(tmp_path)) == 1
+    record = json.loads((tmp_path / "kernels.json").read_text())
+    assert record["rows"] == [1] and "illegal memory access" in record["failures"][0]
+    assert not gpu_check.completed(tmp_path / "kernels.json")
+
+
+def test_an_interrupted_part_keeps_its_record(tmp_path, monkeypatch):
+    def run(visit, save):
+        save({"kind": "tuning", "kernels": {"swiglu": 1}, "failures": []})
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(gpu_check.PARTS, "tuning", gpu_check.Part(1, run))
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.run_part("tuning", visit(tmp_path))
+    assert json.loads((tmp_path / "tuning.json").read_text())["kernels"] == {"swiglu": 1}
+    assert not gpu_check.completed(tmp_path / "tuning.json")
+
+
+def test_a_second_call_goes_on_where_the_first_stopped(tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(gpu_check, "run_in_process", lambda name, visit, seconds: ran.append(name) or "done")
+    (tmp_path / "standard.json").write_text(json.dumps({"kind": "pipeline", "settings": [], "complete": True}))
+    (tmp_path / "tuning.json").write_text(json.dumps({"kind": "tuning", "kernels": {}, "failures": ["stopped"]}))
+    command = ["gpu_check", "--dry-run", "--output", str(tmp_path), "--only", "standard", "tuning", "graphs"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert gpu_check.main() == 0
+    assert ran == ["tuning", "graphs"] and "done before" in capsys.readouterr().out
+
+
+def test_without_a_device_it_says_so(tmp_path, monkeypatch, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--output", str(tmp_path / "never")])
+    assert gpu_check.main() == 2
+    assert "no CUDA device" in capsys.readouterr().err and not (tmp_path / "never").exists()
+
+
+def test_the_summary_has_a_line_for_every_part_and_names_failures(tmp_path):
+    (tmp_path / "kernels.json").write_text(
+        json.dumps({"kind": "kernels", "rows": [], "failures": ["a\nValueError: b"]})
+    )
+    text = "\n".join(gpu_summary.lines(tmp_path, {"kernels": "failed", "startup": "no time left; call again"}))
+    assert "FAILURE ValueError: b" in text and "startup" in text
+
+
+@pytest.mark.slow
+def test_the_whole_script_runs_dry(tmp_path, monkeypatch):
+    """All parts in their processes on a CPU, one of them with a limit that it cannot keep."""
+    parts = {**gpu_check.PARTS, "kernels": dataclasses.replace(gpu_check.PARTS["kernels"], seconds=3.0)}
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
+    monkeypatch.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    names = [name for name in parts if name not in ("peers", "tests", "standard-tuned")]
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--dry-run", "--output", str(tmp_path), "--only", *names])
+    assert gpu_check.main() == 1
+    found = {name: gpu_check.completed(tmp_path / f"{name}.json") for name in names}
+    assert not found.pop("kernels") and all(found.values()), found
