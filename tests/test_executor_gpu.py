@@ -71,8 +71,8 @@ def test_nan_names_its_step_without_a_callback(dit):
 
 def test_memory_does_not_grow_with_runs(dit):
     executor = Executor(make_network(dit))
-    for run in range(5):
-        answer(executor, shape=(SMALL, LARGE)[run % 2])
+    for run in range(5):  # both schedules' tables are kept
+        answer(executor, shape=(SMALL, LARGE)[run % 2], steps=(4, 6)[run % 2])
     after_few = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     for run in range(195):
         answer(executor, shape=(SMALL, LARGE)[run % 2], context=run, steps=(4, 6)[run % 2])
@@ -98,7 +98,7 @@ def test_out_of_memory_is_one_clear_error(dit):
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * 2**20) / total)
     try:
-        with pytest.raises(InputError, match="needs about"):
+        with pytest.raises(InputError, match="needs (more than )?about"):
             answer(executor, shape=large)
         assert torch.equal(answer(executor), expected)
     finally:
