@@ -11,7 +11,7 @@ import dataclasses
 import threading
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -20,8 +20,10 @@ import torch
 
 from lavin_rt.devices import current_device, gigabytes, memory_at_hand, out_of_memory, release_cached
 from lavin_rt.errors import InputError, NonFiniteError
-from lavin_rt.layout import Shape
+from lavin_rt.guided_step import Schedule, guided_step
+from lavin_rt.layout import Form, Shape
 from lavin_rt.networks import Network, Step, Tensors
+from lavin_rt.speeds import Speed
 
 T = TypeVar("T")
 Callback = Callable[[int, int, torch.Tensor], None]
@@ -32,42 +34,7 @@ Callback = Callable[[int, int, torch.Tensor], None]
 EVALUATIONS = 39
 SHAPES = 8
 SCHEDULES = 4
-
-
-@dataclasses.dataclass(eq=False)
-class _Schedule:
-    """The schedule's buffers, which all shapes share, as runs are served in turn.
-
-    Attributes:
-        tables: room for what the evaluations differ in, each `[capacity, ...]`.
-        widths: `[capacity]` float32, `t[i + 1] - t[i]`.
-        guidance: `[]` float32.
-        evaluation: `[1]` int64, the device's own counter.
-        finite: `[capacity]` bool, whether the latents were finite after each evaluation.
-        loaded: the knots in the buffers.
-    """
-
-    tables: Tensors
-    widths: torch.Tensor
-    guidance: torch.Tensor
-    evaluation: torch.Tensor
-    finite: torch.Tensor
-    loaded: tuple[float, ...] = ()
-
-    @classmethod
-    def make(cls, tables: Tensors, capacity: int, device: torch.device) -> _Schedule:
-        return cls(
-            tuple(table.new_zeros(capacity, *table.shape[1:]) for table in tables),
-            torch.zeros(capacity, device=device),
-            torch.zeros((), device=device),
-            torch.zeros(1, dtype=torch.int64, device=device),
-            torch.ones(capacity, dtype=torch.bool, device=device),
-        )
-
-    def rewind(self) -> None:
-        """Back to the first evaluation."""
-        self.evaluation.zero_()
-        self.finite.fill_(True)
+EXACT = Speed()
 
 
 @dataclasses.dataclass(eq=False)
@@ -75,16 +42,19 @@ class _Plan:
     """Everything of one shape.
 
     Attributes:
+        step: in one of the forms, whose buffers are those of all.
         latents: `[queries, 16, target frames, h, w]` float32, the sampler's state.
+        difference: of both branches' velocities, held between evaluations, likewise.
         condition: the step's buffers.
-        advance: one guided Euler step on these buffers, eager or a graph's replay.
-        captured: whether it is a graph.
+        advances: by form, one guided Euler step on these buffers, eager or a graph's replay.
+        captured: whether they are graphs.
     """
 
     step: Step
     latents: torch.Tensor
+    difference: torch.Tensor
     condition: Tensors
-    advance: Callable[[], object]
+    advances: dict[Form, Callable[[], object]]
     captured: bool
 
 
@@ -112,7 +82,7 @@ class Executor:
         self.captures = self.replays = 0
         self._shapes = shapes
         self._plans: OrderedDict[Shape, _Plan] = OrderedDict()
-        self._schedule: _Schedule | None = None
+        self._schedule: Schedule | None = None
         self._tables: OrderedDict[tuple[float, ...], Tensors] = OrderedDict()
         self._pool: object | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -163,7 +133,7 @@ class Executor:
         with self.turn():
             return self.network.embed(latents)
 
-    def prepare(self, shape: Shape, knots: torch.Tensor) -> None:
+    def prepare(self, shape: Shape, knots: torch.Tensor, speed: Speed = EXACT) -> None:
         """Makes a shape ready: buffers, compilation, capture, and the schedule's table.
 
         Raises:
@@ -171,7 +141,7 @@ class Executor:
         """
         with self._run_of(shape):
             self._load_schedule(knots)
-            self._plan(shape)
+            self._plan(shape, speed.forms(shape, len(knots) - 1))
 
     def sample(
         self,
@@ -182,6 +152,7 @@ class Executor:
         knots: torch.Tensor,
         guidance: float,
         callback: Callback | None = None,
+        speed: Speed = EXACT,
     ) -> torch.Tensor:
         """Integrates the flow from noise (t = 0) to data (t = 1) along the knots, with explicit Euler steps.
 
@@ -194,6 +165,7 @@ class Executor:
             guidance: scale of `null + guidance * (cond - null)`.
             callback: `(evaluations done, evaluations in all, latents)` after every step; the latents are the state
                 itself, to be copied by whoever keeps them. An exception raised in it ends the run.
+            speed: whose grid the knots are; `shape.kept` says whether it keeps the context's keys and values.
 
         Returns:
             latents `[queries, 16, target frames, h, w]` float32, on the network's device.
@@ -204,20 +176,21 @@ class Executor:
         """
         with self._run_of(shape):
             self._load_schedule(knots)
-            plan = self._plan(shape)
+            forms = speed.forms(shape, len(knots) - 1)
+            plan = self._plan(shape, forms)
             plan.step.fill(plan.condition, context, query)
             plan.latents.copy_(noise)
             self._schedule.guidance.fill_(guidance)
             self._schedule.rewind()
-            self._run(plan, len(knots) - 1, callback)
+            self._run(plan, forms, callback)
             return plan.latents.clone()
 
-    def _run(self, plan: _Plan, evaluations: int, callback: Callback | None) -> None:
-        finite = self._schedule.finite
+    def _run(self, plan: _Plan, forms: Sequence[Form], callback: Callback | None) -> None:
+        finite, evaluations = self._schedule.finite, len(forms)
         # Without a callback a GPU is asked once, at the end, so that no step waits for the host.
         every_step = callback is not None or finite.device.type == "cpu"
-        for done in range(1, evaluations + 1):
-            plan.advance()
+        for done, form in enumerate(forms, 1):
+            plan.advances[form]()
             self.replays += plan.captured
             if every_step:
                 if not finite[done - 1]:
@@ -242,43 +215,46 @@ class Executor:
         evaluations = len(knots) - 1
         if schedule is None or len(schedule.widths) < evaluations:
             self.release()
-            schedule = self._schedule = _Schedule.make(tables, max(evaluations, EVALUATIONS), self.network.device)
+            schedule = self._schedule = Schedule.make(tables, max(evaluations, EVALUATIONS), self.network.device)
         schedule.loaded = ()
         for buffer, table in zip(schedule.tables, tables, strict=True):
             buffer[:evaluations] = table
         schedule.widths[:evaluations] = knots.diff()
         schedule.loaded = key
 
-    def _plan(self, shape: Shape) -> _Plan:
+    def _plan(self, shape: Shape, forms: Sequence[Form]) -> _Plan:
         plan = self._plans.get(shape)
-        if plan is None:
+        if plan is None or not plan.advances.keys() >= set(forms):
             self._ensure_memory(shape)
-            plan = self.with_room(partial(self._make_plan, shape))
+            plan = self.with_room(partial(self._make_plan, shape, list(dict.fromkeys(forms))))
             self._plans[shape] = plan
             while len(self._plans) > self._shapes:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(shape)
         return plan
 
-    def _make_plan(self, shape: Shape) -> _Plan:
-        network, step = self.network, self.network.step(shape)
-        latents = torch.zeros(
-            shape.queries,
-            network.config.in_channels,
-            shape.target_frames,
-            shape.height,
-            shape.width,
-            device=network.device,
-        )
-        condition = step.buffers()
-        # Nothing of the executor in it: a plan let go frees its memory at once, not at the next garbage collection.
-        advance = partial(_advance, self._schedule, step, latents, condition, shape.guided)
-        if self.graphs:
-            return _Plan(step, latents, condition, self._capture(advance), captured=True)
-        if network.compiles or network.device.type == "cuda":
-            self._schedule.rewind()
-            advance()
-        return _Plan(step, latents, condition, advance, captured=False)
+    def _make_plan(self, shape: Shape, forms: Sequence[Form]) -> _Plan:
+        """A shape's plan with these forms, those that it has already included."""
+        network, plan = self.network, self._plans.get(shape)
+        if plan is None:
+            grid = (shape.target_frames, shape.height, shape.width)
+            latents = torch.zeros(shape.queries, network.config.in_channels, *grid, device=network.device)
+            step = network.step(shape, forms[0])
+            plan = _Plan(step, latents, torch.zeros_like(latents), step.buffers(), {}, self.graphs)
+        for form in forms:
+            if form in plan.advances:
+                continue
+            step = plan.step if not plan.advances else network.step(shape, form)
+            # Nothing of the executor in it: a plan let go frees its memory at once, not at the next garbage collection.
+            state = (plan.latents, plan.condition, plan.difference)
+            advance = partial(guided_step, self._schedule, step, *state, form, shape.guided)
+            if self.graphs:
+                advance = self._capture(advance)
+            elif network.compiles or network.device.type == "cuda":
+                self._schedule.rewind()
+                advance()
+            plan.advances[form] = advance
+        return plan
 
     def _capture(self, advance: Callable[[], object]) -> Callable[[], object]:
         """A step as a CUDA graph, after two runs in which kernels are compiled and libraries take their memory."""
@@ -371,19 +347,6 @@ class Executor:
             if self.network.workspace(smaller) <= memory:
                 return f"one query at size {8 * height}x{8 * width} would fit"
         return "free some, or run on another device"
-
-
-def _advance(schedule: _Schedule, step: Step, latents: torch.Tensor, condition: Tensors, guided: bool) -> None:
-    """One guided Euler step, `z += (t[i+1] - t[i]) * velocity(z, t[i])`, i from the device's own counter."""
-    rows = [table.index_select(0, schedule.evaluation)[0] for table in schedule.tables]
-    velocity = step(latents, condition, *rows).float()
-    if guided:
-        # Guidance, section 3.3 of the paper: null + scale * (cond - null).
-        cond, null = velocity.chunk(2)
-        velocity = null + schedule.guidance * (cond - null)
-    latents.addcmul_(velocity, schedule.widths.index_select(0, schedule.evaluation))
-    schedule.finite.index_copy_(0, schedule.evaluation, torch.isfinite(latents).all().unsqueeze(0))
-    schedule.evaluation.add_(1)
 
 
 def describe(shape: Shape) -> str:

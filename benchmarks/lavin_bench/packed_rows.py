@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from lavin_kernels import reference as ops
-from lavin_rt.layout import Layout, Shape
+from lavin_rt.layout import Form, Layout, Shape
 from lavin_rt.model import (
     GATE_MLP,
     GATE_MSA,
@@ -31,7 +31,7 @@ class PackedRowsNetwork:
     """A network for the executor; the modulation linears stay in the device's memory."""
 
     impl = "packed rows"
-    capturable = compiles = False
+    capturable = compiles = reuses = False
 
     def __init__(self, dit: JDiT):
         self.dit = dit
@@ -46,9 +46,9 @@ class PackedRowsNetwork:
         """Latents with their frames as rows, `[n, T, 16, h, w]`."""
         return latents.to(self.device).transpose(1, 2)
 
-    def step(self, shape: Shape) -> PackedRowsStep:
+    def step(self, shape: Shape, form: Form | None = None) -> PackedRowsStep:
         layout = Layout.make(self.config, shape, self.device)
-        return PackedRowsStep(shape, torch.float32, self.device, None, self, layout)
+        return PackedRowsStep(shape, torch.float32, self.device, None, Form.exact(shape), self, layout)
 
     def check(self, shape: Shape) -> None:
         """Takes every shape."""

@@ -100,6 +100,7 @@ def lavin_qk_norm_rope(
         cond_ptr,
         x_ptr,
         branch_rows_ptr,
+        branch_rows_ptr,
         positions_ptr,
         cos_ptr,
         sin_ptr,

@@ -58,7 +58,7 @@ def _descriptors(part: torch.Tensor, head_size: int, rows: int, pieces: tuple[in
 
 
 def _shape(
-    heads: int, kv_heads: int, head_size: int, x_only: bool, with_lse: bool, branches: int
+    heads: int, kv_heads: int, head_size: int, x_only: bool, with_lse: bool, branches: int, columns: int = 4
 ) -> dict[str, int | bool]:
     """The compile-time arguments that both kernels have."""
     width, rest = head_pieces(head_size)
@@ -71,6 +71,7 @@ def _shape(
         "X_ONLY": x_only,
         "WITH_LSE": with_lse,
         "MAX_BRANCHES": GRAPH_BRANCHES if isinstance(branches, torch.SymInt) else triton.next_power_of_2(branches),
+        "COLUMNS": columns,
     }
 
 
@@ -80,6 +81,7 @@ def _launch(
     v: torch.Tensor,
     table: torch.Tensor,
     shortest: int,
+    kept: int,
     head_size: int,
     scale: float,
     with_lse: bool,
@@ -97,12 +99,12 @@ def _launch(
     variant = options["variant"]
     if variant == "tma" and traced:
         variant = "pointer"
-    x_only = rows != k.shape[0]
+    x_only = rows + kept != k.shape[0]
     block_m, block_n = _blocks(options, variant, x_only)
     pieces = head_pieces(head_size)
     parts = [_copyable(part) for part in (q, k, v)]
     branches = table.shape[0]
-    shape = _shape(heads, k.shape[1], head_size, x_only, with_lse, branches)
+    shape = _shape(heads, k.shape[1], head_size, x_only, with_lse, branches, table.shape[1])
     # At most one tile of a branch is not full, so these are enough whatever the lengths in the table are.
     grid = ((rows // block_m + branches) * heads,)
     scale *= math.log2(math.e)
@@ -148,14 +150,22 @@ def _blocks(config: Mapping[str, int | str], variant: str, x_only: bool) -> tupl
     return 128 if variant == "gluon" and x_only else config["block_m"], config["block_n"]
 
 
-def _shortest(cond_lens: Sequence[int], x_lens: Sequence[int]) -> int:
-    """Rows of the shortest branch that has any."""
-    return min((cond + x for cond, x in zip(cond_lens, x_lens, strict=True) if cond + x), default=0)
+def _kept(cond_lens: Sequence[int], kept_lens: Sequence[int] | None) -> Sequence[int]:
+    """Kept rows of every branch."""
+    return kept_lens or [0] * len(cond_lens)
 
 
-def _branches(table: torch.Tensor, cond_lens: Sequence[int], x_lens: Sequence[int]) -> Branches:
-    """The branches again, without the row map that attention does not need."""
-    return Branches(tuple(cond_lens), tuple(x_lens), table, table.new_empty(0))
+def _shortest(cond_lens: Sequence[int], x_lens: Sequence[int], kept_lens: Sequence[int]) -> int:
+    """Keys of the branch that has the fewest, of those that have any."""
+    lens = (sum(rows) for rows in zip(cond_lens, x_lens, kept_lens, strict=True))
+    return min((rows for rows in lens if rows), default=0)
+
+
+def _branches(
+    table: torch.Tensor, cond_lens: Sequence[int], x_lens: Sequence[int], kept_lens: Sequence[int] | None
+) -> Branches:
+    """The branches again, without the row maps that attention does not need."""
+    return Branches(tuple(cond_lens), tuple(x_lens), table, table.new_empty(0), tuple(kept_lens or ()))
 
 
 @triton_op("lavin::joint_attention", mutates_args=())
@@ -168,10 +178,13 @@ def _joint_attention(
     x_lens: Sequence[int],
     head_size: int,
     scale: float,
+    kept_lens: Sequence[int] | None = None,
 ) -> torch.Tensor:
     if runs_kernel(q.device):
-        return _launch(q, k, v, table, _shortest(cond_lens, x_lens), head_size, scale, with_lse=False)[0]
-    return reference.joint_attention(q, k, v, _branches(table, cond_lens, x_lens), head_size, scale)
+        kept = _kept(cond_lens, kept_lens)
+        shortest = _shortest(cond_lens, x_lens, kept)
+        return _launch(q, k, v, table, shortest, sum(kept), head_size, scale, with_lse=False)[0]
+    return reference.joint_attention(q, k, v, _branches(table, cond_lens, x_lens, kept_lens), head_size, scale)
 
 
 @triton_op("lavin::joint_attention_with_lse", mutates_args=())
@@ -184,10 +197,13 @@ def _joint_attention_with_lse(
     x_lens: Sequence[int],
     head_size: int,
     scale: float,
+    kept_lens: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if runs_kernel(q.device):
-        return _launch(q, k, v, table, _shortest(cond_lens, x_lens), head_size, scale, with_lse=True)
-    return reference.joint_attention_with_lse(q, k, v, _branches(table, cond_lens, x_lens), head_size, scale)
+        kept = _kept(cond_lens, kept_lens)
+        shortest = _shortest(cond_lens, x_lens, kept)
+        return _launch(q, k, v, table, shortest, sum(kept), head_size, scale, with_lse=True)
+    return reference.joint_attention_with_lse(q, k, v, _branches(table, cond_lens, x_lens, kept_lens), head_size, scale)
 
 
 def joint_attention(
@@ -206,9 +222,9 @@ def joint_attention(
     Args:
         q: `[rows, heads, >= head_size]` branch-contiguous, or the x rows alone; bfloat16, float16 or float32 (float64
             on a CPU). Rows and heads may be strided, the last dimension may not.
-        k, v: `[rows, kv_heads, >= head_size]` branch-contiguous, in the dtype of q; query head i reads key/value head
-            `i // (heads / kv_heads)`.
-        branches: the row ranges, run-time values: other lengths do not compile another kernel.
+        k, v: `[branches.keys, kv_heads, >= head_size]` branch-contiguous, the kept rows of a branch before its own, in
+            the dtype of q; query head i reads key/value head `i // (heads / kv_heads)`.
+        branches: the row ranges, run-time values: other lengths do not compile another kernel, kept rows do once.
         head_size: size of one head, a multiple of 8 up to 128; what is stored beyond it is ignored.
         scale: softmax scale, above 0; `head_size ** -0.5` by default.
 
@@ -256,8 +272,8 @@ def _checked(
     validate.tensor("v", v, (None, None, None), device=q.device)
     for name, part in (("k", k), ("v", v)):
         validate.alike(name, part, "q", q)
-        if part.shape[0] != branches.rows:
-            raise ValueError(f"{name} has {part.shape[0]} rows; expected {branches.rows}, which the branches cover")
+        if part.shape[0] != branches.keys:
+            raise ValueError(f"{name} has {part.shape[0]} rows; expected {branches.keys}, which the branches cover")
     x_rows = branches.rows - branches.split
     if q.shape[0] not in (branches.rows, x_rows):
         raise ValueError(f"q has {q.shape[0]} rows; expected {branches.rows}, or the {x_rows} of the x stream alone")
@@ -269,8 +285,9 @@ def _checked(
         if part.shape[2] < head_size:
             raise ValueError(f"{name} stores {part.shape[2]} elements a head; expected at least head_size, {head_size}")
     lens = (list(branches.cond_lens), list(branches.x_lens))
-    validate.tensor("branches.table", branches.table, (len(lens[0]), 4), (torch.int32,), q.device)
-    return q, k, v, branches.table, *lens, head_size, scale
+    kept = list(branches.kept_lens) or None
+    validate.tensor("branches.table", branches.table, (len(lens[0]), 5 if kept else 4), (torch.int32,), q.device)
+    return q, k, v, branches.table, *lens, head_size, scale, kept
 
 
 def executed_flops(branches: Sequence[tuple[int, int]], heads: int, head_size: int, block_m: int, block_n: int) -> int:

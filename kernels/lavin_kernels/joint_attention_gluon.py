@@ -41,20 +41,24 @@ def _tile_of_program(
     X_ONLY: gl.constexpr,
     MAX_BRANCHES: gl.constexpr,
     BLOCK_M: gl.constexpr,
+    COLUMNS: gl.constexpr,
 ):
     """As in the Triton kernel."""
     PAIRS: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
     branch = gl.arange(0, MAX_BRANCHES, gl.SliceLayout(1, PAIRS))
     other = gl.arange(0, MAX_BRANCHES, gl.SliceLayout(0, PAIRS))
-    cond = gl.load(table + 4 * branch, mask=branch < branches, other=0)
-    keys = cond + gl.load(table + 4 * branch + 1, mask=branch < branches, other=0)
-    other_cond = gl.load(table + 4 * other, mask=other < branches, other=0)
-    other_keys = other_cond + gl.load(table + 4 * other + 1, mask=other < branches, other=0)
+    cond = gl.load(table + COLUMNS * branch, mask=branch < branches, other=0)
+    keys = cond + gl.load(table + COLUMNS * branch + 1, mask=branch < branches, other=0)
+    other_cond = gl.load(table + COLUMNS * other, mask=other < branches, other=0)
+    other_keys = other_cond + gl.load(table + COLUMNS * other + 1, mask=other < branches, other=0)
     queries = keys
     other_queries = other_keys
     if X_ONLY:
         queries = keys - cond
         other_queries = other_keys - other_cond
+    if COLUMNS == 5:  # kept rows are keys alone
+        keys = keys + gl.load(table + COLUMNS * branch + 4, mask=branch < branches, other=0)
+        other_keys = other_keys + gl.load(table + COLUMNS * other + 4, mask=other < branches, other=0)
     tied = (other_keys[None, :] == keys[:, None]) & (other[None, :] < branch[:, None])
     earlier = (other_keys[None, :] > keys[:, None]) | tied
     programs = gl.cdiv(queries, BLOCK_M) * HEADS
@@ -175,6 +179,7 @@ def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile,
     WITH_LSE: gl.constexpr = FORM[5]
     BLOCK_N: gl.constexpr = FORM[6]
     STAGES: gl.constexpr = FORM[7]
+    COLUMNS: gl.constexpr = FORM[9]
     out_ptr, lse_ptr, table_ptr = outputs
     branch, head, tile_row, queries = place
     tile_row = tile_row + group * ROWS
@@ -216,7 +221,7 @@ def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile,
         )
         mbarrier.arrive(v_free.index(stage))
 
-    _store(out_ptr, table_ptr, branch, head, tile_row, queries, acc, total, 0, HEADS, HEAD_SIZE, X_ONLY, ACC)
+    _store(out_ptr, table_ptr, branch, head, tile_row, queries, acc, total, 0, HEADS, HEAD_SIZE, X_ONLY, COLUMNS, ACC)
     if REST:
         _store(
             out_ptr,
@@ -231,24 +236,25 @@ def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile,
             HEADS,
             HEAD_SIZE,
             X_ONLY,
+            COLUMNS,
             ACC_REST,
         )
     if WITH_LSE:
-        rows, stored = _out_rows(table_ptr, branch, tile_row, queries, X_ONLY, gl.SliceLayout(1, SCORES))
+        rows, stored = _out_rows(table_ptr, branch, tile_row, queries, X_ONLY, COLUMNS, gl.SliceLayout(1, SCORES))
         natural = (largest * scale + gl.log2(total)) * 0.6931471805599453  # ln 2
         gl.store(lse_ptr + rows * HEADS + head, natural, mask=stored)
 
 
 @gluon.jit
-def _out_rows(table_ptr, branch, tile_row, queries, X_ONLY: gl.constexpr, LAYOUT: gl.constexpr):
+def _out_rows(table_ptr, branch, tile_row, queries, X_ONLY: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
     rows = tile_row + gl.arange(0, ROWS, LAYOUT)
     stored = rows < queries
-    x_start = gl.load(table_ptr + 4 * branch + 3)
+    x_start = gl.load(table_ptr + COLUMNS * branch + 3)
     if X_ONLY:
         out_rows = x_start - gl.load(table_ptr + 3) + rows
     else:
-        cond = gl.load(table_ptr + 4 * branch)
-        cond_start = gl.load(table_ptr + 4 * branch + 2)
+        cond = gl.load(table_ptr + COLUMNS * branch)
+        cond_start = gl.load(table_ptr + COLUMNS * branch + 2)
         out_rows = gl.where(rows < cond, cond_start + rows, x_start - cond + rows)
     return out_rows.to(gl.int64), stored
 
@@ -256,9 +262,10 @@ def _out_rows(table_ptr, branch, tile_row, queries, X_ONLY: gl.constexpr, LAYOUT
 @gluon.jit
 def _store(
     out_ptr, table_ptr, branch, head, tile_row, queries, acc, total,
-    FIRST: gl.constexpr, HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, X_ONLY: gl.constexpr, LAYOUT: gl.constexpr,
+    FIRST: gl.constexpr, HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, X_ONLY: gl.constexpr, COLUMNS: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    rows, stored = _out_rows(table_ptr, branch, tile_row, queries, X_ONLY, gl.SliceLayout(1, LAYOUT))
+    rows, stored = _out_rows(table_ptr, branch, tile_row, queries, X_ONLY, COLUMNS, gl.SliceLayout(1, LAYOUT))
     inverse = gl.convert_layout(1.0 / total, gl.SliceLayout(1, LAYOUT))
     columns = FIRST + gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
     pointers = out_ptr + head * HEAD_SIZE + rows[:, None] * (HEADS * HEAD_SIZE) + columns[None, :]
@@ -294,11 +301,12 @@ def joint_attention_gluon_kernel(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
+    COLUMNS: gl.constexpr = 4,  # of the table, 5 with kept rows
 ):
     head, kv_head, tile_row, queries, first_query, keys, first_key, branch = _tile_of_program(
-        table_ptr, branches, HEADS, GROUP, X_ONLY, MAX_BRANCHES, GROUPS * ROWS
+        table_ptr, branches, HEADS, GROUP, X_ONLY, MAX_BRANCHES, GROUPS * ROWS, COLUMNS
     )
-    FORM: gl.constexpr = (HEADS, HEAD_SIZE, WIDTH, REST, X_ONLY, WITH_LSE, BLOCK_N, STAGES, GROUPS)
+    FORM: gl.constexpr = (HEADS, HEAD_SIZE, WIDTH, REST, X_ONLY, WITH_LSE, BLOCK_N, STAGES, GROUPS, COLUMNS)
     tiles = gl.maximum(gl.cdiv(keys, BLOCK_N), 1)
     first_tile = keys - (tiles - 1) * BLOCK_N
     q, q_rest = _buffers(q_source, q_rest_source, GROUPS, REST)

@@ -18,6 +18,7 @@ def _tile_of_program(
     X_ONLY: tl.constexpr,
     MAX_BRANCHES: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """What this program computes; no rows at all for the few programs beyond the last tile.
 
@@ -26,10 +27,12 @@ def _tile_of_program(
     """
     branch = tl.arange(0, MAX_BRANCHES)
     listed = branch < branches
-    cond = tl.load(table + 4 * branch, mask=listed, other=0)
-    x = tl.load(table + 4 * branch + 1, mask=listed, other=0)
+    cond = tl.load(table + COLUMNS * branch, mask=listed, other=0)
+    x = tl.load(table + COLUMNS * branch + 1, mask=listed, other=0)
     keys = cond + x
     queries = x if X_ONLY else keys
+    if COLUMNS == 5:  # kept rows are keys alone
+        keys += tl.load(table + COLUMNS * branch + 4, mask=listed, other=0)
     tiles = tl.cdiv(queries, BLOCK_M)
     tied = (keys[None, :] == keys[:, None]) & (branch[None, :] < branch[:, None])
     earlier = (keys[None, :] > keys[:, None]) | tied
@@ -163,7 +166,7 @@ def joint_attention_kernel(
     v_rest_source,
     out_ptr,  # [q rows, heads * head_size]
     lse_ptr,  # [q rows, heads]
-    table_ptr,  # [branches, 4]
+    table_ptr,  # [branches, COLUMNS]
     branches,
     q_row_stride,
     q_head_stride,
@@ -180,6 +183,7 @@ def joint_attention_kernel(
     X_ONLY: tl.constexpr,
     WITH_LSE: tl.constexpr,
     MAX_BRANCHES: tl.constexpr,
+    COLUMNS: tl.constexpr,  # 4, or 5 with kept rows
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
@@ -187,7 +191,7 @@ def joint_attention_kernel(
     UPCAST: tl.constexpr,  # operands of products to float32, for Triton's interpreter, which multiplies no bfloat16
 ):
     head, kv_head, tile_row, queries, first_query, keys, first_key, branch = _tile_of_program(
-        table_ptr, branches, HEADS, GROUP, X_ONLY, MAX_BRANCHES, BLOCK_M
+        table_ptr, branches, HEADS, GROUP, X_ONLY, MAX_BRANCHES, BLOCK_M, COLUMNS
     )
     q_row = first_query + tile_row
     q_end = first_query + queries
@@ -243,12 +247,12 @@ def joint_attention_kernel(
     # Read only now: held over the loop, these three would cost the registers of a second program on the multiprocessor.
     rows = tile_row + tl.arange(0, BLOCK_M)
     stored = rows < queries
-    x_start = tl.load(table_ptr + 4 * branch + 3)
+    x_start = tl.load(table_ptr + COLUMNS * branch + 3)
     if X_ONLY:
         out_rows = (x_start - tl.load(table_ptr + 3) + rows).to(tl.int64)
     else:
-        cond = tl.load(table_ptr + 4 * branch)
-        cond_start = tl.load(table_ptr + 4 * branch + 2)
+        cond = tl.load(table_ptr + COLUMNS * branch)
+        cond_start = tl.load(table_ptr + COLUMNS * branch + 2)
         out_rows = tl.where(rows < cond, cond_start + rows, x_start - cond + rows).to(tl.int64)
     total = tl.where(stored, total, 1.0)  # a program without rows has met no key
     inverse = (1.0 / total)[:, None]
