@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import traceback
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,8 @@ from typing import TypeVar
 
 import torch
 
-from lavin_rt.devices import current_device, gigabytes, memory_at_hand, out_of_memory, release_cached
+from lavin_rt.capture import CaptureError, Graphs
+from lavin_rt.devices import current_device, gigabytes, let_go, memory_at_hand, out_of_memory, release_cached
 from lavin_rt.errors import InputError, NonFiniteError
 from lavin_rt.layout import Shape
 from lavin_rt.networks import Network, Step, Tensors
@@ -114,8 +115,8 @@ class Executor:
         self._plans: OrderedDict[Shape, _Plan] = OrderedDict()
         self._schedule: _Schedule | None = None
         self._tables: OrderedDict[tuple[float, ...], Tensors] = OrderedDict()
-        self._pool: object | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._captured = Graphs()
+        self._warned = False
         self._last: torch.cuda.Event | None = None
         self._lock = threading.RLock()
         self._busy = False
@@ -136,27 +137,25 @@ class Executor:
                     if self.network.device.type == "cuda":
                         self._last = torch.cuda.current_stream().record_event()
 
-    @contextmanager
-    def _run_of(self, shape: Shape) -> Iterator[None]:
-        """A turn for one shape. What fails in it leaves the device idle; out of memory is said in a user's words."""
-        refused = False
+    def _run_of(self, shape: Shape, work: Callable[[], T]) -> T:
+        """Work in a turn for one shape. What fails in it leaves the device idle; out of memory is said in a user's
+        words.
+        """
         with self.turn(), self.network.running():
             self._busy = True
             try:
-                yield
+                return work()
             except BaseException as error:
                 if self.network.device.type == "cuda":
                     torch.cuda.synchronize()
                 if not out_of_memory(error):
                     raise
-                # The frames that failed hold the very buffers that the message is to count as free.
-                traceback.clear_frames(error.__traceback__)
-                refused = True
+                # The frames of the work hold the very buffers that the message is to count as free.
+                let_go(error)
             finally:
                 self._busy = False
-            if refused:
-                self.release()
-                raise self._too_large(shape)
+            self.release()
+            raise self._too_large(shape)
 
     def embed(self, latents: torch.Tensor) -> torch.Tensor:
         """Clean latents `[n, 16, T, h, w]` as `sample` takes them, to be kept for any number of runs."""
@@ -169,9 +168,12 @@ class Executor:
         Raises:
             InputError: too little memory, naming what would fit, or a shape or schedule that the network does not take.
         """
-        with self._run_of(shape):
+
+        def work() -> None:
             self._load_schedule(knots)
             self._plan(shape)
+
+        self._run_of(shape, work)
 
     def sample(
         self,
@@ -202,7 +204,8 @@ class Executor:
             InputError: as `prepare`.
             NonFiniteError: naming the first step after which a latent is NaN or infinite.
         """
-        with self._run_of(shape):
+
+        def work() -> torch.Tensor:
             self._load_schedule(knots)
             plan = self._plan(shape)
             plan.step.fill(plan.condition, context, query)
@@ -211,6 +214,8 @@ class Executor:
             self._schedule.rewind()
             self._run(plan, len(knots) - 1, callback)
             return plan.latents.clone()
+
+        return self._run_of(shape, work)
 
     def _run(self, plan: _Plan, evaluations: int, callback: Callback | None) -> None:
         finite = self._schedule.finite
@@ -273,34 +278,32 @@ class Executor:
         condition = step.buffers()
         # Nothing of the executor in it: a plan let go frees its memory at once, not at the next garbage collection.
         advance = partial(_advance, self._schedule, step, latents, condition, shape.guided)
+        self._schedule.rewind()
         if self.graphs:
-            return _Plan(step, latents, condition, self._capture(advance), captured=True)
+            replay = self._capture(advance)
+            return _Plan(step, latents, condition, replay or advance, captured=replay is not None)
         if network.compiles or network.device.type == "cuda":
-            self._schedule.rewind()
             advance()
         return _Plan(step, latents, condition, advance, captured=False)
 
-    def _capture(self, advance: Callable[[], object]) -> Callable[[], object]:
-        """A step as a CUDA graph, after two runs in which kernels are compiled and libraries take their memory."""
-        # What the VAE left in the allocator's cache would count beside the graph's own memory for good; torch does the
-        # same after the warm-up.
+    def _capture(self, advance: Callable[[], object]) -> Callable[[], object] | None:
+        """A step as a CUDA graph, after two runs in which kernels are compiled and libraries take their memory; None
+        where it cannot be captured.
+        """
+        # What the VAE left in the allocator's cache would count beside the graph's own memory; torch does the same
+        # after the warm-up.
         release_cached(self.network.device)
-        # One stream for all captures, as libraries keep a workspace for every stream that they have seen; one pool for
-        # all graphs, as no two replays run at the same time and what outlives one lies outside.
-        self._stream = self._stream or torch.cuda.Stream()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        self._schedule.rewind()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for _ in range(2):
-                advance()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        for _ in range(2):
             advance()
+        try:
+            replay = self._captured.capture(advance)
+        except CaptureError as error:
+            if not self._warned:
+                warnings.warn(f"{error}; sampling runs without it, to the same bits but slower", stacklevel=2)
+            self._warned = True
+            return None
         self.captures += 1
-        return graph.replay
+        return replay
 
     def with_room(self, work: Callable[[], T]) -> T:
         """Does work in this thread's turn; where memory is short, once more without any shape's buffers and graphs."""
@@ -310,14 +313,14 @@ class Executor:
             if not out_of_memory(error):
                 raise
             # What failed is let go only behind this block, and its frames hold the tensors that they made.
-            traceback.clear_frames(error.__traceback__)
+            let_go(error)
         self.release()
         return work()
 
     def release(self) -> None:
         """Lets go of every shape's buffers and graphs, which the next runs make again."""
         self._plans.clear()
-        self._pool = None  # a pool ends with its last graph
+        self._captured.release()
         release_cached(self.network.device)
 
     def check_memory(self, shape: Shape) -> None:

@@ -250,6 +250,29 @@ def test_the_schedule_of_before_is_not_tabulated_again(dit, monkeypatch):
     assert made == [6, 8, 10, 12, 14]
 
 
+def test_memory_is_counted_without_what_failed(dit, monkeypatch):
+    """Where sampling runs out of memory, the message counts the failed run's buffers, and the graph's, as free."""
+    executor = Recording(make_network(dit, "torch"))
+    expected = answer(executor)
+    [plan] = executor._plans.values()
+
+    def refused() -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    plan.advance = refused
+    buffers = [weakref.ref(tensor) for tensor in (plan.latents, *plan.condition)]
+    del plan, refused
+    alive = []
+    counted = lavin_rt.executor.memory_at_hand
+    monkeypatch.setattr(
+        lavin_rt.executor, "memory_at_hand", lambda d: alive.append(sum(b() is not None for b in buffers)) or counted(d)
+    )
+    with pytest.raises(InputError, match="would fit"):
+        answer(executor)
+    assert alive and not any(alive)
+    assert torch.equal(answer(executor), expected)
+
+
 def test_prepare_leaves_nothing_to_do(dit):
     executor = Recording(make_network(dit, "torch"))
     executor.prepare(SMALL, schedule(6))
