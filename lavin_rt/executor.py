@@ -127,7 +127,8 @@ class Executor:
         with self._lock:
             if self._busy:
                 raise InputError("a callback may not use its pipeline while it samples; copy the latents for later")
-            with current_device(self.network.device), torch.no_grad():
+            # What is made here outlives the caller's inference mode, outside of which it could not be written.
+            with current_device(self.network.device), torch.inference_mode(False), torch.no_grad():
                 # Threads may have streams of their own, which do not wait for one another.
                 if self._last is not None:
                     torch.cuda.current_stream().wait_event(self._last)

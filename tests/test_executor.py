@@ -192,6 +192,22 @@ def test_nan_in_the_weights_names_the_step(dit):
     assert answer(executor).isfinite().all()
 
 
+def test_one_executor_serves_inside_and_outside_inference_mode(dit):
+    """Buffers, tables and embedded frames made in inference mode would refuse to be written outside of it."""
+    expected = answer(Executor(make_network(dit, "torch")))
+    for impl, modes in (
+        ("torch", (True, False, True, False)),
+        ("torch", (False, True, False)),
+        ("plain", (True, False)),
+    ):
+        executor = Executor(make_network(dit, impl))
+        for mode in modes:
+            with torch.inference_mode(mode):
+                result = answer(executor)
+            assert not result.is_inference() and not executor.embed(random_latents(1, 16, 1, 4, 6)).is_inference()
+            assert impl == "plain" or torch.equal(result, expected)
+
+
 def test_threads_are_served_in_turn(dit):
     executor = Executor(make_network(dit, "torch"))
     expected = [answer(executor, **request) for request in REQUESTS]
