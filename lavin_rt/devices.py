@@ -60,11 +60,17 @@ def current_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def memory_at_hand(device: torch.device) -> int:
-    """Bytes that can be taken on a device: on CUDA what the driver has free and PyTorch's allocator has unused; else
-    what the system calls available.
+    """Bytes that can be taken on a device: on CUDA what the driver has free and PyTorch's allocator has unused, private
+    pools aside, which serve the replays of their graphs alone; else what the system calls available.
     """
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+        segments = torch.cuda.memory_snapshot()
+        unused = sum(
+            segment["total_size"] - segment["active_size"]
+            for segment in segments
+            if segment["device"] == device.index and tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)
+        )
         return torch.cuda.mem_get_info(device)[0] + unused
     try:
         with open("/proc/meminfo") as file:

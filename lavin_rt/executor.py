@@ -351,14 +351,13 @@ class Executor:
         """The most queries, at most those of the shape, that the network takes and the memory at hand allows to run
         together; 0 if none.
         """
-        memory = memory_at_hand(self.network.device)
         for queries in range(shape.queries, 0, -1):
             candidate = dataclasses.replace(shape, queries=queries)
             try:
                 self.network.check(candidate)
             except InputError:
                 continue
-            if candidate in self._plans or self.network.workspace(candidate) <= memory:
+            if candidate in self._plans or self.network.workspace(candidate) <= memory_at_hand(self.network.device):
                 return queries
         return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lavin_rt.devices import out_of_memory
+from lavin_rt.devices import memory_at_hand, out_of_memory
 from lavin_rt.errors import InputError
 
 ACCELERATOR_ERROR = getattr(torch, "AcceleratorError", RuntimeError)
@@ -57,3 +57,16 @@ def test_a_refusal_of_memory_is_told(error):
 @pytest.mark.parametrize("error", OTHERS, ids=str)
 def test_other_errors_are_not(error):
     assert not out_of_memory(error)
+
+
+def test_memory_of_a_graphs_pool_is_not_at_hand(monkeypatch):
+    """Only the replays of its graphs may use it, whatever of it no tensor holds."""
+
+    def segment(total: int, active: int, pool: tuple[int, int] = (0, 0), device: int = 0) -> dict:
+        return {"device": device, "total_size": total, "active_size": active, "segment_pool_id": pool}
+
+    segments = [segment(100, 60), segment(50, 50), segment(700, 0, (0, 1)), segment(900, 10, device=1)]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert memory_at_hand(torch.device("cuda")) == memory_at_hand(torch.device("cuda:0")) == 1040
