@@ -128,7 +128,10 @@ class PackedStep:
             residual, normed = ops.gated_residual_ada_rms_norm(
                 residual, update, split, modulation[index, :, GATE_MSA], modulation[index, :, SCALE_MLP], NORM_EPS
             )
-            update = ops.swiglu(ops.stream_linear(normed, split, block.mlp.gate_up))
+            # The MLP is where most memory is taken: none of it by what attention left.
+            update = ops.stream_linear(normed, split, block.mlp.gate_up)
+            del normed
+            update = ops.swiglu(update)
             update = ops.stream_linear(update, split, block.mlp.down)
             next_scale = head_scale.expand(2, -1) if last else modulation[index + 1, :, SCALE_MSA]
             residual, normed = ops.gated_residual_ada_rms_norm(
