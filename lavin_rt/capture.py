@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import dataclasses
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from functools import partial
 
 import torch
 
@@ -74,3 +78,78 @@ class Graphs:
             generator = torch.cuda.default_generators[index]
             generator.graphsafe_set_state(generator.clone_state().graphsafe_get_state())
         self._stream = None  # one whose capture was invalidated is not tried again
+
+
+@dataclasses.dataclass(eq=False)
+class _Kept:
+    """A captured function's buffers and replay; without a replay, a function that has run once."""
+
+    stamp: list[tuple[object, int]]
+    source: torch.Tensor | None = None
+    result: torch.Tensor | None = None
+    replay: Callable[[], object] | None = None
+
+
+class Replays:
+    """Functions of one tensor, each captured once for every shape: run at the first call, captured at the second.
+
+    Args:
+        graphs: what captures.
+        device: of the functions' results.
+        kept: how many are kept; the one unused for longest goes first.
+    """
+
+    def __init__(self, graphs: Graphs, device: torch.device, kept: int):
+        self._graphs, self._device, self._most = graphs, device, kept
+        self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
+
+    def __call__(
+        self,
+        name: Hashable,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        x: torch.Tensor,
+        stamp: list[tuple[object, int]],
+    ) -> torch.Tensor:
+        """`function(x)`, a tensor of its own.
+
+        Args:
+            name: of the function; another function has another name.
+            function: without a host's doing but launches, and of one shape for every shape of `x`.
+            x: on any device.
+            stamp: (tensor, version) of what the function reads besides `x`: where one of them is another tensor or has
+                changed, the function is captured anew.
+        """
+        key = (name, x.shape, x.dtype)
+        kept = self._kept.pop(key, None)
+        if kept is None or not _same(kept.stamp, stamp):
+            result = function(x)
+            self._kept[key] = _Kept(stamp)
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+            return result
+        if kept.source is None:
+            kept.source = torch.empty_like(x, device=self._device)
+            kept.source.copy_(x)
+            kept.result = torch.empty_like(function(kept.source))
+            try:
+                kept.replay = self._graphs.capture(partial(_into, kept.result, function, kept.source))
+            except CaptureError as error:
+                warnings.warn(f"{name}: {error}; it runs without it", stacklevel=2)
+        self._kept[key] = kept
+        if kept.replay is None:
+            return function(x)
+        kept.source.copy_(x)
+        kept.replay()
+        return kept.result.clone()
+
+    def release(self) -> None:
+        """Lets all go."""
+        self._kept.clear()
+
+
+def _into(result: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], source: torch.Tensor) -> None:
+    result.copy_(function(source))
+
+
+def _same(one: list[tuple[object, int]], other: list[tuple[object, int]]) -> bool:
+    return len(one) == len(other) and all(a[0] is b[0] and a[1] == b[1] for a, b in zip(one, other, strict=True))

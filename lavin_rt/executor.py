@@ -11,16 +11,17 @@ import dataclasses
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
 import torch
 
-from lavin_rt.capture import CaptureError, Graphs
+from lavin_rt.capture import CaptureError, Graphs, Replays
 from lavin_rt.devices import current_device, gigabytes, let_go, memory_at_hand, out_of_memory, release_cached
 from lavin_rt.errors import InputError, NonFiniteError
+from lavin_rt.fitting import describe, what_fits
 from lavin_rt.layout import Shape
 from lavin_rt.networks import Network, Step, Tensors
 
@@ -116,6 +117,7 @@ class Executor:
         self._schedule: _Schedule | None = None
         self._tables: OrderedDict[tuple[float, ...], Tensors] = OrderedDict()
         self._captured = Graphs()
+        self._replays = Replays(self._captured, network.device, shapes)
         self._warned = False
         self._last: torch.cuda.Event | None = None
         self._lock = threading.RLock()
@@ -162,6 +164,14 @@ class Executor:
         """Clean latents `[n, 16, T, h, w]` as `sample` takes them, to be kept for any number of runs."""
         with self.turn():
             return self.network.embed(latents)
+
+    def replayed(
+        self, name: Hashable, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, stamp: list
+    ) -> torch.Tensor:
+        """Another network's `function(x)` in this thread's turn, as `capture.Replays` has it, in the memory of the
+        steps' graphs; as it is where nothing is captured.
+        """
+        return self._replays(name, function, x, stamp) if self.graphs else function(x)
 
     def prepare(self, shape: Shape, knots: torch.Tensor) -> None:
         """Makes a shape ready: buffers, compilation, capture, and the schedule's table.
@@ -321,6 +331,7 @@ class Executor:
     def release(self) -> None:
         """Lets go of every shape's buffers and graphs, which the next runs make again."""
         self._plans.clear()
+        self._replays.release()
         self._captured.release()
         release_cached(self.network.device)
 
@@ -344,7 +355,7 @@ class Executor:
         more = "more than " if need <= free else ""  # the estimate was too low
         return InputError(
             f"{describe(shape)} needs {more}about {gigabytes(need)} GB of memory on {self.network.device}, "
-            f"{gigabytes(free)} GB are free; {self.what_fits(shape)}"
+            f"{gigabytes(free)} GB are free; {what_fits(self.network, shape, free)}"
         )
 
     def most_queries(self, shape: Shape) -> int:
@@ -361,20 +372,6 @@ class Executor:
                 return queries
         return 0
 
-    def what_fits(self, shape: Shape) -> str:
-        """Names what the memory at hand allows instead of a shape, always something smaller."""
-        memory = min(memory_at_hand(self.network.device), self.network.workspace(shape) - 1)
-        for queries in range(shape.queries - 1, 0, -1):
-            if self.network.workspace(dataclasses.replace(shape, queries=queries)) <= memory:
-                return f"batch size {queries} would fit"
-        short = min(shape.height, shape.width)
-        for side in range(short - 2, 0, -2):
-            height, width = (max(2, edge * side // short // 2 * 2) for edge in (shape.height, shape.width))
-            smaller = dataclasses.replace(shape, queries=1, height=height, width=width)
-            if self.network.workspace(smaller) <= memory:
-                return f"one query at size {8 * height}x{8 * width} would fit"
-        return "free some, or run on another device"
-
 
 def _advance(schedule: _Schedule, step: Step, latents: torch.Tensor, condition: Tensors, guided: bool) -> None:
     """One guided Euler step, `z += (t[i+1] - t[i]) * velocity(z, t[i])`, i from the device's own counter."""
@@ -387,10 +384,3 @@ def _advance(schedule: _Schedule, step: Step, latents: torch.Tensor, condition: 
     latents.addcmul_(velocity, schedule.widths.index_select(0, schedule.evaluation))
     schedule.finite.index_copy_(0, schedule.evaluation, torch.isfinite(latents).all().unsqueeze(0))
     schedule.evaluation.add_(1)
-
-
-def describe(shape: Shape) -> str:
-    """A shape in a user's words."""
-    pairs = (shape.cond_frames - shape.query_frames) // (2 * shape.query_frames)
-    queries = "1 query" if shape.queries == 1 else f"{shape.queries} queries at once"
-    return f"{queries} at {8 * shape.height}x{8 * shape.width} with {pairs} pair{'s' * (pairs != 1)}"

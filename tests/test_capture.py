@@ -9,6 +9,7 @@ import pytest
 import torch
 from cuda_stand_in import Cuda
 from test_executor import REQUESTS, SMALL, answer
+from test_vae import SMALL as SMALL_VAE
 
 import lavin_rt.capture
 from lavin_rt.capture import CaptureError, Graphs
@@ -18,6 +19,8 @@ from lavin_rt.executor import Executor
 from lavin_rt.layout import Shape
 from lavin_rt.model import JDiT, randomize_
 from lavin_rt.networks import make_network
+from lavin_rt.pipeline import Pipeline
+from lavin_rt.vae import STVAE
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +114,55 @@ def test_out_of_memory_in_a_capture_makes_room_and_tries_again(dit, cuda):
     cuda.fail = [torch.OutOfMemoryError("CUDA out of memory")]
     assert torch.equal(answer(executor, shape=SMALL), answer(eager, shape=SMALL))
     assert executor.captures == 2 and len(executor._plans) == 1
+
+
+@pytest.fixture
+def pipe(dit) -> Pipeline:
+    vae = STVAE(SMALL_VAE).requires_grad_(False)
+    for parameter in vae.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    return Pipeline(dit, vae, impl="torch")
+
+
+def test_the_autoencoder_is_replayed_from_its_third_call_on(pipe, cuda):
+    """To the same bits, and in the pool of the steps' graphs; changed or new weights are captured anew."""
+    clips, latents = torch.rand(4, 1, 3, 1, 16, 16), torch.randn(4, 1, 16, 1, 2, 2)
+
+    def results() -> list[torch.Tensor]:
+        answers = [pipe.decode(one) for one in latents] + [pipe.encode([clip])[0] for clip in clips]
+        return [*answers, *pipe.encode(list(clips))]
+
+    expected = results()
+    assert torch.equal(torch.cat(expected[4:8]), torch.cat(expected[8:]))
+    pipe.executor.graphs = True
+    assert all(map(torch.equal, results(), expected)) and cuda.captures == 2
+    assert all(map(torch.equal, results(), expected)) and cuda.captures == 2
+    assert {graph.pool for graph in cuda.graphs} == {(0, 1)}
+    pipe.vae.decoder.conv_out.conv.bias += 0.3
+    pipe.vae.encoder.conv_in.conv.weight = torch.nn.Parameter(pipe.vae.encoder.conv_in.conv.weight * 2, False)
+    changed = results()
+    pipe.executor.graphs = False
+    assert all(map(torch.equal, results(), changed)) and not torch.equal(changed[0], expected[0])
+    assert cuda.captures == 4 and len(cuda.graphs) == 2
+    pipe.executor.release()
+    assert not cuda.graphs and not cuda.faults
+
+
+def test_an_autoencoder_that_cannot_be_captured_runs_as_it_is(pipe, cuda):
+    latents = torch.randn(1, 16, 1, 2, 2)
+    expected = pipe.decode(latents)
+    pipe.executor.graphs = True
+    cuda.fail = [RuntimeError("operation not permitted when stream is capturing")]
+    with pytest.warns(UserWarning, match="decode.*without it"):
+        assert all(torch.equal(pipe.decode(latents), expected) for _ in range(4))
+    assert cuda.captures == 0
+
+
+def test_small_pictures_are_encoded_together_where_that_fills_a_device(pipe, monkeypatch):
+    passes, clips = [], list(torch.rand(5, 1, 3, 1, 16, 16))
+    expected = torch.cat(pipe.encode(clips))
+    encode = pipe.vae.encode
+    monkeypatch.setattr(pipe.vae, "encode", lambda pixels, **how: passes.append(len(pixels)) or encode(pixels, **how))
+    monkeypatch.setattr(Pipeline, "_frames_together", lambda self, clip: 2)
+    torch.testing.assert_close(torch.cat(pipe.encode(clips)), expected)
+    assert passes == [2, 2, 1]
