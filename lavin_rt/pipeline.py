@@ -144,6 +144,9 @@ class Pipeline:
     @property
     def vae_fingerprint(self) -> str:
         """Hash of the VAE's tensors, which an encoded context carries."""
+        return self._hash_vae()
+
+    def _hash_vae(self) -> str:
         if self._fingerprint is None:
             self._fingerprint = self.vae.fingerprint
         return self._fingerprint
@@ -194,7 +197,8 @@ class Pipeline:
         # Not the generator of the noise, which may well have the same seed.
         generator = torch.Generator().manual_seed(seed ^ 0x5DEECE66D) if posterior == "sample" else None
         latents = torch.cat(self.encode(clips, generator), dim=2)
-        encoded = EncodedContext(latents, self.vae_fingerprint, size, posterior, clips.pairs, clips.frames_per_clip)
+        # Hashing the VAE takes longer than encoding: it waits until the context is saved or compared.
+        encoded = EncodedContext(latents, self._hash_vae, size, posterior, clips.pairs, clips.frames_per_clip)
         return Task(self, encoded, clips)
 
     def encode(self, clips: Sequence[torch.Tensor], generator: torch.Generator | None = None) -> list[torch.Tensor]:
