@@ -335,6 +335,15 @@ class Executor:
         self._captured.release()
         release_cached(self.network.device)
 
+    @property
+    def settles_shapes(self) -> bool:
+        """Whether a shape's first run costs more than others: it is captured or compiled."""
+        return self.graphs or self.network.compiles
+
+    def holds(self, shape: Shape) -> bool:
+        """Whether a shape is ready to run."""
+        return shape in self._plans
+
     def check_memory(self, shape: Shape) -> None:
         """Raises an `InputError` naming what would fit, if a shape needs more memory than there is.
 
