@@ -110,11 +110,11 @@ class PackedNetwork:
     def workspace(self, shape: Shape) -> int:
         """Bytes of a step's condition and activations, and of the keys and values that the shape keeps.
 
-        The most lives in the reference SwiGLU: residual, normed and attention's rows, gate and up, and two rows of
-        `mlp_size`. That is `3 D + 4 mlp_size` a row, and with `mlp_size` at most 8/3 D no more than what is taken.
+        The most lives in the reference SwiGLU, `D + 4 mlp_size` a row: the residual, gate and up, and two rows of
+        `mlp_size`.
         """
         rows = shape.rows
-        width = 5 * self.config.hidden_size + 3 * self.config.mlp_size
+        width = self.config.hidden_size + 4 * self.config.mlp_size
         step = rows * width * self.dtype.itemsize * 17 // 16
         return step + (self.kept_bytes(rows) if shape.kept else 0)
 

@@ -31,8 +31,8 @@ SHAPES_COMPILED = 64
 
 
 def resolve_impl(impl: str, device: torch.device, config: DiTConfig) -> str:
-    """The implementation that `impl` names on this device; `"auto"` is Triton on CUDA where the head size is a
-    multiple of 8 up to 128 and Triton is installed, else torch.
+    """The implementation that `impl` names on this device; `"auto"` is Triton on CUDA of compute capability 8.0 or
+    newer where the head size is a multiple of 8 up to 128 and Triton is installed, else torch.
 
     Raises:
         InputError: an unknown name, Triton kernels for a head size that they do not cover, or where they cannot run.
@@ -41,7 +41,9 @@ def resolve_impl(impl: str, device: torch.device, config: DiTConfig) -> str:
         raise InputError(f"impl is {impl!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
     fits = config.head_size % 8 == 0 and config.head_size <= 128
     if impl == "auto":
-        return "triton" if device.type == "cuda" and fits and _kernels_run_on(device) else "torch"
+        # Older devices lack what the kernels are made for: bfloat16, asynchronous copies.
+        modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return "triton" if modern and fits and _kernels_run_on(device) else "torch"
     if impl == "triton" and not fits:
         raise InputError(
             f"impl is 'triton', whose kernels take head sizes that are a multiple of 8 up to 128; this model's is "
@@ -140,7 +142,10 @@ class PackedStep:
             residual, normed = ops.gated_residual_ada_rms_norm(
                 residual, update, split, modulation[index, :, GATE_MSA], modulation[index, :, SCALE_MLP], NORM_EPS
             )
-            update = ops.swiglu(ops.stream_linear(normed, split, block.mlp.gate_up))
+            # The MLP is where most memory is taken: none of it by what attention left.
+            update = ops.stream_linear(normed, split, block.mlp.gate_up)
+            del normed
+            update = ops.swiglu(update)
             update = ops.stream_linear(update, split, block.mlp.down)
             next_scale = head_scale.expand(2, -1) if last else modulation[index + 1, :, SCALE_MSA]
             residual, normed = ops.gated_residual_ada_rms_norm(
