@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_joint_attention import assert_in_budget, inputs
 
+from lavin_bench import tune
 from lavin_kernels import joint_attention, reference, tuning
 from lavin_kernels.launch import interpreted
 
@@ -116,21 +117,33 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append((grid, kwargs))
 
 
+LONG = ((900, 200), (100, 60))
+
+
 @pytest.mark.skipif(interpreted(), reason="the interpreter takes tensors of a CPU to the Triton kernel")
 @pytest.mark.parametrize(
-    ("cond_lens", "x_lens", "x_only", "groups"),
-    [((900, 200), (100, 60), False, 3), ((900, 200), (100, 60), True, 2), ((900, 100), (100, 20), False, None)],
-    ids=["blocks", "last block", "a branch shorter than a tile"],
+    ("lens", "x_only", "capability", "dtype", "groups"),
+    [
+        (LONG, False, 90, torch.bfloat16, 3),
+        (LONG, True, 90, torch.float16, 2),
+        (((900, 100), (100, 20)), False, 90, torch.bfloat16, None),
+        (LONG, False, 90, torch.float32, None),
+        (LONG, False, 80, torch.bfloat16, None),
+        (LONG, False, 100, torch.bfloat16, None),
+        (LONG, False, 120, torch.bfloat16, None),
+    ],
+    ids=["blocks", "last block", "a branch shorter than a tile", "float32", "sm_80", "sm_100", "sm_120"],
 )
-def test_when_it_is_launched(cond_lens, x_lens, x_only, groups, monkeypatch):
+def test_when_it_is_launched(lens, x_only, capability, dtype, groups, monkeypatch):
     module = importlib.import_module("lavin_kernels.joint_attention")
     hopper = importlib.import_module("lavin_kernels.joint_attention_gluon")
     gluon, triton = Recorder(), Recorder()
     monkeypatch.setattr(hopper, "joint_attention_gluon_kernel", gluon)
     monkeypatch.setattr(module, "joint_attention_kernel", triton)
     monkeypatch.setattr(module, "runs_kernel", lambda device: True)
+    monkeypatch.setattr(tuning, "capability", lambda device: capability)
     config = next(candidate for candidate in module.CANDIDATES if candidate["variant"] == "gluon")
-    q, k, v, branches = inputs(cond_lens, x_lens, dtype=torch.bfloat16, x_only=x_only)
+    q, k, v, branches = inputs(*lens, dtype=dtype, x_only=x_only)
     with tuning.override("joint_attention", **config):
         joint_attention(q, k, v, branches, 72)
     (recorded,) = gluon.launches + triton.launches
@@ -138,4 +151,17 @@ def test_when_it_is_launched(cond_lens, x_lens, x_only, groups, monkeypatch):
         assert gluon.launches and recorded[1]["GROUPS"] == groups
         assert recorded[0] == ((q.shape[0] // (64 * groups) + 2) * 2,)
     else:
-        assert recorded[1]["TMA"] is True
+        plain = module.PLAIN if capability == 90 else tuning.default_config("joint_attention", capability, dtype)
+        if dtype == torch.float32:
+            plain = tuning.default_config("joint_attention", 90, dtype)
+        assert recorded[1]["TMA"] is (plain["variant"] == "tma") and recorded[1]["BLOCK_M"] == plain["block_m"]
+
+
+def test_only_what_a_target_compiles_is_a_candidate(monkeypatch):
+    """The compiler ends the process over the Gluon form's instructions on another target."""
+    module = importlib.import_module("lavin_kernels.joint_attention")
+    for capability in (80, 89, 100, 120):
+        assert {c["variant"] for c in tune.candidates("joint_attention", capability)} == {"pointer", "tma"}
+    assert tune.candidates("joint_attention", 90) == module.CANDIDATES
+    monkeypatch.setattr(module, "_GLUON", False)  # an older Triton
+    assert {c["variant"] for c in tune.candidates("joint_attention", 90)} == {"pointer", "tma"}

@@ -39,10 +39,12 @@ KERNELS = {
 }
 
 
-def candidates(kernel: str) -> list[dict[str, int | str]]:
-    """The launch configurations that a kernel's module lists as worth timing."""
-    listed = importlib.import_module(f"lavin_kernels.{KERNELS[kernel][0]}").CANDIDATES
-    return list(listed[kernel] if isinstance(listed, Mapping) else listed)
+def candidates(kernel: str, capability: int) -> list[dict[str, int | str]]:
+    """The launch configurations that a kernel's module lists as worth timing, and that the capability can run."""
+    module = importlib.import_module(f"lavin_kernels.{KERNELS[kernel][0]}")
+    listed = module.CANDIDATES[kernel] if isinstance(module.CANDIDATES, Mapping) else module.CANDIDATES
+    fits = getattr(module, "fits", None)
+    return [candidate for candidate in listed if fits is None or fits(candidate, capability)]
 
 
 def overridden(kernel: str, candidate: Mapping[str, int | str], call: Callable[[], Any]) -> Callable[[], Any]:
@@ -65,7 +67,7 @@ def tune(kernel: str, case: Case, device: torch.device, dtype: torch.dtype, repe
     dropped: dict[str, str] = {}
     truth = case.truth()
     allowed = 2 * check(dataclasses.replace(case, variants={"eager": case.variants["eager"]}), dtype)["eager"]
-    for candidate in [today, *(c for c in candidates(kernel) if c != today)]:
+    for candidate in [today, *(c for c in candidates(kernel, tuning.capability(device)) if c != today)]:
         name = _named(candidate)
         run = overridden(kernel, candidate, ours.call)
         try:

@@ -26,8 +26,28 @@ CANDIDATES = [
     for num_stages in (2, 3, 4)
 ]
 
+# What runs where a configuration asks for the Gluon form and it cannot: on compute capability 9.0.
+PLAIN = {"variant": "tma", "block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3}
+
+# Gluon as it is called here is that of Triton 3.6 and newer.
+_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+
 # Room for branches in a traced graph where their number is not fixed.
 GRAPH_BRANCHES = 16
+
+
+def fits(config: Mapping[str, int | str], capability: int) -> bool:
+    """Whether a launch configuration can be compiled for a compute capability by the Triton that is installed.
+
+    For other targets the compiler does not refuse the Gluon form's instructions: it ends the process.
+    """
+    return config["variant"] != "gluon" or (capability == 90 and _GLUON)
+
+
+def _without_gluon(device: torch.device, dtype: torch.dtype) -> Mapping[str, int | str]:
+    """The launch configuration of a device for what the Gluon form does not take."""
+    config = tuning.default_config("joint_attention", tuning.capability(device), dtype)
+    return PLAIN if config["variant"] == "gluon" else config
 
 
 def head_pieces(head_size: int) -> tuple[int, int]:
@@ -92,8 +112,13 @@ def _launch(
     # A descriptor is made from an address, which a tensor has only outside of a trace.
     traced = type(q) is not torch.Tensor
     options = tuning.config("joint_attention", q.device, q.dtype)
-    if options["variant"] == "gluon" and (traced or shortest < options["block_n"]):
-        options = tuning.default_config("joint_attention", 90, q.dtype)
+    if options["variant"] == "gluon" and (
+        traced
+        or q.dtype == torch.float32
+        or shortest < options["block_n"]
+        or not fits(options, tuning.capability(q.device))
+    ):
+        options = _without_gluon(q.device, q.dtype)
     variant = options["variant"]
     if variant == "tma" and traced:
         variant = "pointer"
