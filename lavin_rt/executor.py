@@ -355,5 +355,3 @@ class Executor:
             if candidate in self._plans or self.network.workspace(candidate) <= memory_at_hand(self.network.device):
                 return queries
         return 0
-
-

@@ -14,20 +14,58 @@ from lavin_kernels.joint_attention_kernel import joint_attention_kernel
 from lavin_kernels.launch import interpreted, runs_kernel
 from lavin_kernels.static_cases import StaticCase
 
-# Worth timing on a device; "gluon" on compute capability 9.0 alone, with 64 query rows to a warpgroup.
+# Worth timing on a device; "gluon" on compute capability 9.0 alone, with 64 query rows to a warpgroup and what
+# `joint_attention_gluon_loops` says of its loops.
 CANDIDATES = [
     {"variant": variant, "block_m": block_m, "block_n": block_n, "num_warps": num_warps, "num_stages": num_stages}
     for variant, tiles in {
         "pointer": ((128, 64, 8), (128, 64, 4), (128, 128, 8), (64, 64, 4)),
         "tma": ((128, 64, 8), (128, 64, 4), (128, 128, 8), (64, 64, 4), (64, 128, 4)),
-        "gluon": ((192, 128, 4), (192, 64, 4), (128, 128, 4)),
     }.items()
     for block_m, block_n, num_warps in tiles
     for num_stages in (2, 3, 4)
+] + [
+    {"variant": "gluon", "block_m": block_m, "block_n": block_n, "num_warps": 4, "num_stages": num_stages, **loop}
+    for block_m, block_n, num_stages, *loops in (
+        (
+            128,
+            128,
+            2,
+            {"loop": "overlap"},
+            {"loop": "overlap", "pingpong": 1},
+            {"loop": "overlap", "q_in_registers": 1},
+        ),
+        (128, 128, 3, {"loop": "overlap"}),
+        (192, 64, 3, {"loop": "overlap"}, {"loop": "overlap", "q_in_registers": 1}),
+        (192, 64, 3, {"loop": "overlap", "pingpong": 1, "q_in_registers": 1}),
+        (192, 128, 2, {"loop": "plain"}),
+        (192, 128, 3, {"loop": "plain"}),
+    )
+    for loop in loops
 ]
+
+# What runs where a configuration asks for the Gluon form and it cannot: on compute capability 9.0.
+PLAIN = {"variant": "tma", "block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3}
+
+# Gluon as it is called here is that of Triton 3.6 and newer.
+_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 # Room for branches in a traced graph where their number is not fixed.
 GRAPH_BRANCHES = 16
+
+
+def fits(config: Mapping[str, int | str], capability: int) -> bool:
+    """Whether a launch configuration can be compiled for a compute capability by the Triton that is installed.
+
+    For other targets the compiler does not refuse the Gluon form's instructions: it ends the process.
+    """
+    return config["variant"] != "gluon" or (capability == 90 and _GLUON)
+
+
+def _without_gluon(device: torch.device, dtype: torch.dtype) -> Mapping[str, int | str]:
+    """The launch configuration of a device for what the Gluon form does not take."""
+    config = tuning.default_config("joint_attention", tuning.capability(device), dtype)
+    return PLAIN if config["variant"] == "gluon" else config
 
 
 def head_pieces(head_size: int) -> tuple[int, int]:
@@ -94,8 +132,13 @@ def _launch(
     # A descriptor is made from an address, which a tensor has only outside of a trace.
     traced = type(q) is not torch.Tensor
     options = tuning.config("joint_attention", q.device, q.dtype)
-    if options["variant"] == "gluon" and (traced or shortest < options["block_n"]):
-        options = tuning.default_config("joint_attention", 90, q.dtype)
+    if options["variant"] == "gluon" and (
+        traced
+        or q.dtype == torch.float32
+        or shortest < options["block_n"]
+        or not fits(options, tuning.capability(q.device))
+    ):
+        options = _without_gluon(q.device, q.dtype)
     variant = options["variant"]
     if variant == "tma" and traced:
         variant = "pointer"
@@ -112,7 +155,7 @@ def _launch(
         from lavin_kernels import joint_attention_gluon as hopper
 
         sources = hopper.descriptors(parts, head_size, pieces, block_n)
-        form = hopper.form(block_m, block_n, options["num_stages"])
+        form = hopper.form(options, block_m, block_n)
         hopper.joint_attention_gluon_kernel[grid](
             *sources, out, lse, table, branches, scale, **shape, **form, num_warps=4
         )
@@ -322,7 +365,7 @@ def _static_case(config: Mapping[str, int | str], dtype: torch.dtype, x_only: bo
     if variant == "gluon":
         from lavin_kernels import joint_attention_gluon as hopper
 
-        kernel, form = hopper.joint_attention_gluon_kernel, hopper.form(block_m, block_n, config["num_stages"])
+        kernel, form = hopper.joint_attention_gluon_kernel, hopper.form(config, block_m, block_n)
     else:
         kernel = joint_attention_kernel
         form = {"BLOCK_M": block_m, "BLOCK_N": block_n, "TMA": variant == "tma", "UPCAST": False}
