@@ -1,12 +1,11 @@
 """Variable-length, non-causal attention with grouped heads over the joint sequence of every branch, in one launch."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
 from torch.library import triton_op
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lavin_kernels import reference, tuning, validate
 from lavin_kernels.branches import Branches
@@ -17,12 +16,8 @@ from lavin_kernels.static_cases import StaticCase
 # Worth timing on a device; "gluon" on compute capability 9.0 alone, with 64 query rows to a warpgroup and what
 # `joint_attention_gluon_loops` says of its loops.
 CANDIDATES = [
-    {"variant": variant, "block_m": block_m, "block_n": block_n, "num_warps": num_warps, "num_stages": num_stages}
-    for variant, tiles in {
-        "pointer": ((128, 64, 8), (128, 64, 4), (128, 128, 8), (64, 64, 4)),
-        "tma": ((128, 64, 8), (128, 64, 4), (128, 128, 8), (64, 64, 4), (64, 128, 4)),
-    }.items()
-    for block_m, block_n, num_warps in tiles
+    {"variant": "pointer", "block_m": block_m, "block_n": block_n, "num_warps": num_warps, "num_stages": num_stages}
+    for block_m, block_n, num_warps in ((128, 64, 8), (128, 64, 4), (128, 128, 8), (64, 64, 4))
     for num_stages in (2, 3, 4)
 ] + [
     {"variant": "gluon", "block_m": block_m, "block_n": block_n, "num_warps": 4, "num_stages": num_stages, **loop}
@@ -44,8 +39,8 @@ CANDIDATES = [
     for loop in loops
 ]
 
-# What runs where a configuration asks for the Gluon form and it cannot: on compute capability 9.0.
-PLAIN = {"variant": "tma", "block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3}
+# What runs on compute capability 9.0 where the Gluon form cannot: in traced graphs, and where a branch is too short.
+PLAIN = {"variant": "pointer", "block_m": 128, "block_n": 64, "num_warps": 4, "num_stages": 3}
 
 # Gluon as it is called here is that of Triton 3.6 and newer.
 _GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
@@ -88,13 +83,6 @@ def _copyable(part: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(part, (0, -part.shape[-1] % 8)).clone(memory_format=torch.contiguous_format)
 
 
-def _descriptors(part: torch.Tensor, head_size: int, rows: int, pieces: tuple[int, int]) -> Iterator[TensorDescriptor]:
-    """A descriptor `[heads, rows, head_size]` for each piece of the head; what it reads beyond the head is zero."""
-    shape, strides = [part.shape[1], part.shape[0], head_size], [part.stride(1), part.stride(0), 1]
-    for piece in pieces:
-        yield TensorDescriptor(part, shape, strides, [1, rows, piece or pieces[0]])
-
-
 def _shape(
     heads: int, kv_heads: int, head_size: int, x_only: bool, with_lse: bool, branches: int, columns: int = 4
 ) -> dict[str, int | bool]:
@@ -129,7 +117,7 @@ def _launch(
     lse = q.new_empty((rows, heads) if with_lse else (0,), dtype=torch.float32)
     if rows == 0:
         return out, lse
-    # A descriptor is made from an address, which a tensor has only outside of a trace.
+    # The Gluon form's descriptors are made from addresses, which a tensor has only outside of a trace.
     traced = type(q) is not torch.Tensor
     options = tuning.config("joint_attention", q.device, q.dtype)
     if options["variant"] == "gluon" and (
@@ -140,8 +128,6 @@ def _launch(
     ):
         options = _without_gluon(q.device, q.dtype)
     variant = options["variant"]
-    if variant == "tma" and traced:
-        variant = "pointer"
     x_only = rows + kept != k.shape[0]
     block_m, block_n = _blocks(options, variant, x_only)
     pieces = head_pieces(head_size)
@@ -160,17 +146,10 @@ def _launch(
             *sources, out, lse, table, branches, scale, **shape, **form, num_warps=4
         )
         return out, lse
-    if variant == "tma":
-        blocks = (block_m, block_n, block_n)
-        sources = [
-            d for part, rows in zip(parts, blocks, strict=True) for d in _descriptors(part, head_size, rows, pieces)
-        ]
-    else:
-        sources = [part for part in parts for _ in pieces]
     kernel = torch.library.wrap_triton(joint_attention_kernel) if traced else joint_attention_kernel
     launch = ("num_warps", "num_stages") if traced else ("num_warps", "num_stages", "maxnreg")
     kernel[grid](
-        *sources,
+        *parts,
         out,
         lse,
         table,
@@ -180,8 +159,6 @@ def _launch(
         **shape,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        TMA=variant == "tma",
-        WARP_SPECIALIZE=bool(options.get("warp_specialize", False)),
         UPCAST=interpreted() and q.dtype == torch.bfloat16,
         **{key: options[key] for key in launch if key in options},
     )
@@ -342,15 +319,15 @@ def executed_flops(branches: Sequence[tuple[int, int]], heads: int, head_size: i
 def static_cases(capability: int) -> list[StaticCase]:
     """The launches of the standard run (512 px, 4 pairs, two branches): 32 query, 8 key/value heads of 72 stored in 80.
 
-    Blocks and last block (x rows as queries) at the capability's default, in the pointer form of it that compiled
-    graphs launch where that default has bulk tensor copies, and on compute capability 9.0 by the Gluon kernel.
+    Blocks and last block (x rows as queries) at the capability's default, and on compute capability 9.0 in the form
+    that compiled graphs launch instead of the Gluon kernel.
     """
     cases = []
     for dtype in (torch.bfloat16, torch.float32):
         config = tuning.default_config("joint_attention", capability, dtype)
-        configs = {variant: {**config, "variant": variant} for variant in (config["variant"], "pointer")}
-        if capability == 90 and dtype == torch.bfloat16:
-            configs["gluon"] = next(candidate for candidate in CANDIDATES if candidate["variant"] == "gluon")
+        configs = {config["variant"]: config}
+        if config["variant"] == "gluon":
+            configs["pointer"] = PLAIN
         cases += [_static_case(config, dtype, x_only) for config in configs.values() for x_only in (False, True)]
     return cases
 
@@ -368,16 +345,15 @@ def _static_case(config: Mapping[str, int | str], dtype: torch.dtype, x_only: bo
         kernel, form = hopper.joint_attention_gluon_kernel, hopper.form(config, block_m, block_n)
     else:
         kernel = joint_attention_kernel
-        form = {"BLOCK_M": block_m, "BLOCK_N": block_n, "TMA": variant == "tma", "UPCAST": False}
-        form["WARP_SPECIALIZE"] = bool(config.get("warp_specialize", False))
+        form = {"BLOCK_M": block_m, "BLOCK_N": block_n, "UPCAST": False}
     element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     signature = {}
     for name in kernel.arg_names:
-        if name.endswith("_source") and variant != "pointer":
-            rows = block_n if name[0] in "kv" else 64 if variant == "gluon" else block_m
+        if name.endswith("_source") and variant == "gluon":
+            rows = block_n if name[0] in "kv" else 64
             width = shape["REST"] if "rest" in name else shape["WIDTH"]
-            layout = f",{hopper.tile_layout(dtype, rows, width)!r}" if variant == "gluon" else ""
-            signature[name] = f"tensordesc<{element}[1, {rows}, {width}]{layout}>"
+            layout = hopper.tile_layout(dtype, rows, width)
+            signature[name] = f"tensordesc<{element}[1, {rows}, {width}],{layout!r}>"
         elif name.endswith("_source") or name == "out_ptr":
             signature[name] = "*" + element
         elif name.isupper():
