@@ -31,7 +31,7 @@ class PackedRowsNetwork:
     """A network for the executor; the modulation linears stay in the device's memory."""
 
     impl = "packed rows"
-    capturable = compiles = reuses = False
+    capturable = compiles = False
 
     def __init__(self, dit: JDiT):
         self.dit = dit
