@@ -21,9 +21,9 @@ import torch
 from lavin_rt.devices import current_device, gigabytes, memory_at_hand, out_of_memory, release_cached
 from lavin_rt.errors import InputError, NonFiniteError
 from lavin_rt.guided_step import Schedule, guided_step
-from lavin_rt.layout import Form, Shape
-from lavin_rt.networks import Network, Step, Tensors
-from lavin_rt.speeds import Speed
+from lavin_rt.layout import STORED, Form, Shape
+from lavin_rt.networks import Network, Step, Tensors, fill_keys
+from lavin_rt.speeds import TASK, Speed
 
 T = TypeVar("T")
 Callback = Callable[[int, int, torch.Tensor], None]
@@ -153,6 +153,7 @@ class Executor:
         guidance: float,
         callback: Callback | None = None,
         speed: Speed = EXACT,
+        keys: Tensors | None = None,
     ) -> torch.Tensor:
         """Integrates the flow from noise (t = 0) to data (t = 1) along the knots, with explicit Euler steps.
 
@@ -166,6 +167,7 @@ class Executor:
             callback: `(evaluations done, evaluations in all, latents)` after every step; the latents are the state
                 itself, to be copied by whoever keeps them. An exception raised in it ends the run.
             speed: whose grid the knots are; `shape.kept` says whether it keeps the context's keys and values.
+            keys: of `context_keys`, where the speed takes them from the task.
 
         Returns:
             latents `[queries, 16, target frames, h, w]` float32, on the network's device.
@@ -178,12 +180,42 @@ class Executor:
             self._load_schedule(knots)
             forms = speed.forms(shape, len(knots) - 1)
             plan = self._plan(shape, forms)
+            if speed.refresh == TASK:
+                fill_keys(plan.step, plan.condition, keys)
             plan.step.fill(plan.condition, context, query)
             plan.latents.copy_(noise)
             self._schedule.guidance.fill_(guidance)
             self._schedule.rewind()
             self._run(plan, forms, callback)
             return plan.latents.clone()
+
+    def context_keys(self, shape: Shape, context: torch.Tensor) -> Tensors:
+        """Keys and values of a context's frames, to be kept for any number of runs.
+
+        They are those of an evaluation at time 0 whose query and target are zero.
+
+        Args:
+            shape: unguided, `shape.kept` True; its queries are those of the context.
+            context: embedded context frames `[queries, ...]` of `embed`.
+
+        Returns:
+            of every block in turn keys and values, `[queries, context rows, kv_heads, stored head size]`.
+
+        Raises:
+            InputError: as `prepare`.
+        """
+        with self._run_of(shape):
+            self._load_schedule(torch.tensor([0.0, 1.0]))
+            [form] = forms = [Form(STORED)]
+            plan = self._plan(shape, forms)
+            grid = (shape.query_frames, shape.height, shape.width)
+            zeros = torch.zeros(shape.queries, self.network.config.in_channels, *grid)
+            plan.step.fill(plan.condition, context, self.network.embed(zeros))
+            plan.latents.zero_()
+            self._schedule.guidance.fill_(1.0)
+            self._schedule.rewind()
+            plan.advances[form]()
+            return tuple(part.clone() for part in plan.step.context(plan.condition))
 
     def _run(self, plan: _Plan, forms: Sequence[Form], callback: Callback | None) -> None:
         finite, evaluations = self._schedule.finite, len(forms)
