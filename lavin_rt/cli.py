@@ -231,6 +231,19 @@ def _add_bench_quality(kinds) -> None:
         metavar="CHECKPOINT",
         help="also run a checkpoint (default: the same) in float32 and print the differences to it",
     )
+    quality.add_argument(
+        "--speed",
+        nargs="+",
+        metavar="NAME",
+        help="instead hold these speeds (near, fast, fastest) against exact: measures, distance to the exact answer, "
+        "FLOPs and seconds of every task",
+    )
+    quality.add_argument(
+        "--task",
+        metavar="DIR|NAME",
+        help="with --speed: a folder of your own pairs instead of lavin-mini's tasks; each pair in turn is the query, "
+        "others its context",
+    )
     quality.add_argument("--tasks", nargs="+", metavar="TASK", help="by their full names (default: all)")
     quality.add_argument("--scenes", type=int, help="held-out queries a task (default: 64)")
     quality.add_argument("--pairs", type=int, nargs="+", help="of a context (default: 1 2 4)")
