@@ -149,7 +149,7 @@ class ArtifactNetwork:
         if speed.name != "exact":
             raise InputError(f"{self.manifest.folder} has no speed {speed.name}; it has exact: leave speed out")
 
-    def step(self, shape: Shape, form: Form | None = None) -> LatentCondition:
+    def step(self, shape: Shape, form: Form | None = None, once: bool = False) -> LatentCondition:
         """The network at one shape; an `InputError` as of `check`."""
         self.check(shape)
         form = Form.exact(shape) if form is None else form

@@ -205,17 +205,19 @@ class Executor:
             InputError: as `prepare`.
         """
         with self._run_of(shape):
-            self._load_schedule(torch.tensor([0.0, 1.0]))
-            [form] = forms = [Form(STORED)]
-            plan = self._plan(shape, forms)
-            grid = (shape.query_frames, shape.height, shape.width)
-            zeros = torch.zeros(shape.queries, self.network.config.in_channels, *grid)
-            plan.step.fill(plan.condition, context, self.network.embed(zeros))
-            plan.latents.zero_()
-            self._schedule.guidance.fill_(1.0)
-            self._schedule.rewind()
-            plan.advances[form]()
-            return tuple(part.clone() for part in plan.step.context(plan.condition))
+            return self.with_room(partial(self._context_keys, shape, context))
+
+    def _context_keys(self, shape: Shape, context: torch.Tensor) -> Tensors:
+        # Buffers of its own, which end with it: what a task keeps is made once.
+        self._ensure_memory(shape)
+        network = self.network
+        step = network.step(shape, Form(STORED), once=True)
+        condition = step.buffers()
+        grid = (shape.queries, network.config.in_channels, shape.query_frames, shape.height, shape.width)
+        step.fill(condition, context, network.embed(torch.zeros(grid)))
+        latents = torch.zeros(*grid[:2], shape.target_frames, *grid[3:], device=network.device)
+        step(latents, condition, *(table[0] for table in self._table(torch.tensor([0.0, 1.0]))))
+        return tuple(part.clone() for part in step.context(condition))
 
     def _run(self, plan: _Plan, forms: Sequence[Form], callback: Callback | None) -> None:
         finite, evaluations = self._schedule.finite, len(forms)
@@ -238,12 +240,7 @@ class Executor:
         schedule = self._schedule
         if schedule is not None and schedule.loaded == key:
             return
-        tables = self._tables.pop(key, None)
-        if tables is None:
-            tables = self.network.table(knots)
-        self._tables[key] = tables
-        while len(self._tables) > SCHEDULES:
-            self._tables.popitem(last=False)
+        tables = self._table(knots)
         evaluations = len(knots) - 1
         if schedule is None or len(schedule.widths) < evaluations:
             self.release()
@@ -253,6 +250,17 @@ class Executor:
             buffer[:evaluations] = table
         schedule.widths[:evaluations] = knots.diff()
         schedule.loaded = key
+
+    def _table(self, knots: torch.Tensor) -> Tensors:
+        """The network's table of a schedule, one of the last few kept."""
+        key = tuple(knots.tolist())
+        tables = self._tables.pop(key, None)
+        if tables is None:
+            tables = self.network.table(knots)
+        self._tables[key] = tables
+        while len(self._tables) > SCHEDULES:
+            self._tables.popitem(last=False)
+        return tables
 
     def _plan(self, shape: Shape, forms: Sequence[Form]) -> _Plan:
         plan = self._plans.get(shape)

@@ -74,8 +74,8 @@ class Network(Protocol):
     def check_speed(self, speed: Speed) -> None:
         """Raises an `InputError` for a speed that the network does not have."""
 
-    def step(self, shape: Shape, form: Form | None = None) -> Step:
-        """The network at one shape, in a form; the exact one by default."""
+    def step(self, shape: Shape, form: Form | None = None, once: bool = False) -> Step:
+        """The network at one shape, in a form; the exact one by default. What runs only once is not compiled."""
 
     def workspace(self, shape: Shape) -> int:
         """Bytes that a step of this shape takes besides the weights, estimated from above."""
@@ -132,9 +132,9 @@ class PackedNetwork:
     def check_speed(self, speed: Speed) -> None:
         """Has every speed."""
 
-    def step(self, shape: Shape, form: Form | None = None) -> Step:
+    def step(self, shape: Shape, form: Form | None = None, once: bool = False) -> Step:
         layout = Layout.make(self.config, shape, self.device, form)
-        return _PackedOnBuffers(PackedStep(self.dit, layout, self.impl), self)
+        return _PackedOnBuffers(PackedStep(self.dit, layout, self.impl), self, self.compiles and not once)
 
     def workspace(self, shape: Shape) -> int:
         """Bytes of a step's condition and activations, and of the keys and values that the shape keeps.
@@ -157,9 +157,9 @@ class PackedNetwork:
 
 
 class _PackedOnBuffers:
-    def __init__(self, step: PackedStep, network: PackedNetwork):
+    def __init__(self, step: PackedStep, network: PackedNetwork, compile: bool):
         self.step, self.network = step, network
-        self.run = step.compiled() if network.compiles else step
+        self.run = step.compiled() if compile else step
 
     def buffers(self) -> Tensors:
         config, shape = self.network.config, self.step.layout.shape
@@ -222,7 +222,7 @@ class PlainNetwork:
     def check_speed(self, speed: Speed) -> None:
         """Has every speed."""
 
-    def step(self, shape: Shape, form: Form | None = None) -> Step:
+    def step(self, shape: Shape, form: Form | None = None, once: bool = False) -> Step:
         form = Form.exact(shape) if form is None else form
         if shape.kept:
             return _PlainKept(shape, torch.float32, self.device, self._velocity, form, self)
