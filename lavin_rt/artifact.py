@@ -19,6 +19,7 @@ from lavin_rt.manifest import KINDS_OF_CODE, MODULATION, Manifest, is_artifact
 from lavin_rt.networks import LatentCondition, Tensors
 from lavin_rt.part_sizes import check_ranges
 from lavin_rt.safetensors_io import SafetensorsFile
+from lavin_rt.speeds import Speed
 from lavin_rt.vae import LATENT_SCALE, LATENT_SHIFT, Posterior
 from lavin_rt.vae_tiling import Axis, blended, decode_axes, encode_axes
 
@@ -90,7 +91,7 @@ def _opener(manifest: Manifest, device: torch.device, provider: str) -> Callable
 class ArtifactNetwork:
     """An artifact's denoiser as an executor runs it (`lavin_rt.networks.Network`): one call a branch kind."""
 
-    compiles = reuses = False
+    compiles = False
 
     def __init__(self, manifest: Manifest, device: torch.device, session: Session):
         self.manifest, self.device, self.session = manifest, device, session
@@ -133,10 +134,6 @@ class ArtifactNetwork:
 
     def check(self, shape: Shape) -> None:
         """Raises an `InputError` for a shape that the artifact was not exported for."""
-        if shape.kept:
-            raise InputError(
-                f"{self.manifest.folder} keeps no keys and values of a context; choose a speed without refresh"
-            )
         for frames in {shape.cond_frames, *([1 + shape.query_frames] if shape.guided else [])}:
             sizes = {
                 "batch": shape.queries,
@@ -147,7 +144,12 @@ class ArtifactNetwork:
             }
             check_ranges(self.manifest.parts["denoiser"], sizes, str(self.manifest.folder))
 
-    def step(self, shape: Shape, form: Form | None = None) -> LatentCondition:
+    def check_speed(self, speed: Speed) -> None:
+        """Raises an `InputError` for a speed that the artifact was not exported for, with those it has."""
+        if speed.name != "exact":
+            raise InputError(f"{self.manifest.folder} has no speed {speed.name}; it has exact: leave speed out")
+
+    def step(self, shape: Shape, form: Form | None = None, once: bool = False) -> LatentCondition:
         """The network at one shape; an `InputError` as of `check`."""
         self.check(shape)
         form = Form.exact(shape) if form is None else form

@@ -21,6 +21,12 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
+_SPEED_HELP = (
+    "exact, near, fast or fastest (default: exact): fewer evaluations of the network, of whose context and guidance "
+    "less is computed; changes answers, by how much is unmeasured beside weights other than lavin-mini's"
+)
+
+
 class _Version(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         from importlib.metadata import version
@@ -90,7 +96,8 @@ def _add_run(commands) -> None:
     how.add_argument("--pairs", type=int, default=4, help="pairs chosen from the task's folder (default: 4)")
     how.add_argument("--repeats", action="store_true", help="choose pairs with repeats, as the published scripts do")
     how.add_argument("--size", help="N or HEIGHTxWIDTH, multiples of 16 (default: what the model was trained at)")
-    how.add_argument("--steps", type=int, default=20, help="knots of the schedule, even, 4 to 136 (default: 20)")
+    how.add_argument("--speed", default="exact", metavar="NAME", help=_SPEED_HELP)
+    how.add_argument("--steps", type=int, help="knots of the schedule at speed exact, even, 4 to 136 (default: 20)")
     how.add_argument("--guidance", type=float, default=1.5, help="guidance scale; 1.0 is faster (default: 1.5)")
     how.add_argument("--seed", type=int, default=0, help="of pairs and noise; query i uses SEED + i (default: 0)")
     how.add_argument("--posterior", default="mean", help="mean or sample (default: mean)")
@@ -223,6 +230,19 @@ def _add_bench_quality(kinds) -> None:
         const="",
         metavar="CHECKPOINT",
         help="also run a checkpoint (default: the same) in float32 and print the differences to it",
+    )
+    quality.add_argument(
+        "--speed",
+        nargs="+",
+        metavar="NAME",
+        help="instead hold these speeds (near, fast, fastest) against exact: measures, distance to the exact answer, "
+        "FLOPs and seconds of every task",
+    )
+    quality.add_argument(
+        "--task",
+        metavar="DIR|NAME",
+        help="with --speed: a folder of your own pairs instead of lavin-mini's tasks; each pair in turn is the query, "
+        "others its context",
     )
     quality.add_argument("--tasks", nargs="+", metavar="TASK", help="by their full names (default: all)")
     quality.add_argument("--scenes", type=int, help="held-out queries a task (default: 64)")

@@ -23,9 +23,9 @@ from lavin_rt.devices import current_device, gigabytes, let_go, memory_at_hand, 
 from lavin_rt.errors import InputError, NonFiniteError
 from lavin_rt.fitting import describe, what_fits
 from lavin_rt.guided_step import Schedule, guided_step
-from lavin_rt.layout import Form, Shape
-from lavin_rt.networks import Network, Step, Tensors
-from lavin_rt.speeds import Speed
+from lavin_rt.layout import STORED, Form, Shape
+from lavin_rt.networks import Network, Step, Tensors, fill_keys
+from lavin_rt.speeds import TASK, Speed
 
 T = TypeVar("T")
 Callback = Callable[[int, int, torch.Tensor], None]
@@ -166,6 +166,7 @@ class Executor:
         guidance: float,
         callback: Callback | None = None,
         speed: Speed = EXACT,
+        keys: Tensors | None = None,
     ) -> torch.Tensor:
         """Integrates the flow from noise (t = 0) to data (t = 1) along the knots, with explicit Euler steps.
 
@@ -179,6 +180,7 @@ class Executor:
             callback: `(evaluations done, evaluations in all, latents)` after every step; the latents are the state
                 itself, to be copied by whoever keeps them. An exception raised in it ends the run.
             speed: whose grid the knots are; `shape.kept` says whether it keeps the context's keys and values.
+            keys: of `context_keys`, where the speed takes them from the task.
 
         Returns:
             latents `[queries, 16, target frames, h, w]` float32, on the network's device.
@@ -192,6 +194,8 @@ class Executor:
             self._load_schedule(knots)
             forms = speed.forms(shape, len(knots) - 1)
             plan = self._plan(shape, forms)
+            if speed.refresh == TASK:
+                fill_keys(plan.step, plan.condition, keys)
             plan.step.fill(plan.condition, context, query)
             plan.latents.copy_(noise)
             self._schedule.guidance.fill_(guidance)
@@ -200,6 +204,35 @@ class Executor:
             return plan.latents.clone()
 
         return self._run_of(shape, work)
+
+    def context_keys(self, shape: Shape, context: torch.Tensor) -> Tensors:
+        """Keys and values of a context's frames, to be kept for any number of runs.
+
+        They are those of an evaluation at time 0 whose query and target are zero.
+
+        Args:
+            shape: unguided, `shape.kept` True; its queries are those of the context.
+            context: embedded context frames `[queries, ...]` of `embed`.
+
+        Returns:
+            of every block in turn keys and values, `[queries, context rows, kv_heads, stored head size]`.
+
+        Raises:
+            InputError: as `prepare`.
+        """
+        return self._run_of(shape, lambda: self.with_room(partial(self._context_keys, shape, context)))
+
+    def _context_keys(self, shape: Shape, context: torch.Tensor) -> Tensors:
+        # Buffers of its own, which end with it: what a task keeps is made once.
+        self._ensure_memory(shape)
+        network = self.network
+        step = network.step(shape, Form(STORED), once=True)
+        condition = step.buffers()
+        grid = (shape.queries, network.config.in_channels, shape.query_frames, shape.height, shape.width)
+        step.fill(condition, context, network.embed(torch.zeros(grid)))
+        latents = torch.zeros(*grid[:2], shape.target_frames, *grid[3:], device=network.device)
+        step(latents, condition, *(table[0] for table in self._table(torch.tensor([0.0, 1.0]))))
+        return tuple(part.clone() for part in step.context(condition))
 
     def _run(self, plan: _Plan, forms: Sequence[Form], callback: Callback | None) -> None:
         finite, evaluations = self._schedule.finite, len(forms)
@@ -222,12 +255,7 @@ class Executor:
         schedule = self._schedule
         if schedule is not None and schedule.loaded == key:
             return
-        tables = self._tables.pop(key, None)
-        if tables is None:
-            tables = self.network.table(knots)
-        self._tables[key] = tables
-        while len(self._tables) > SCHEDULES:
-            self._tables.popitem(last=False)
+        tables = self._table(knots)
         evaluations = len(knots) - 1
         if schedule is None or len(schedule.widths) < evaluations:
             self.release()
@@ -237,6 +265,17 @@ class Executor:
             buffer[:evaluations] = table
         schedule.widths[:evaluations] = knots.diff()
         schedule.loaded = key
+
+    def _table(self, knots: torch.Tensor) -> Tensors:
+        """The network's table of a schedule, one of the last few kept."""
+        key = tuple(knots.tolist())
+        tables = self._tables.pop(key, None)
+        if tables is None:
+            tables = self.network.table(knots)
+        self._tables[key] = tables
+        while len(self._tables) > SCHEDULES:
+            self._tables.popitem(last=False)
+        return tables
 
     def _plan(self, shape: Shape, forms: Sequence[Form]) -> _Plan:
         plan = self._plans.get(shape)

@@ -10,10 +10,12 @@ from typing import Protocol
 import torch
 
 from lavin_rt.config import DiTConfig
+from lavin_rt.errors import InputError
 from lavin_rt.layout import REUSED, Form, Layout, Shape
 from lavin_rt.model import JDiT, KeptBlock, patchify
 from lavin_rt.modulation import modulation_table
 from lavin_rt.packed import PackedStep, padded_head_size, resolve_impl
+from lavin_rt.speeds import Speed
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -33,6 +35,11 @@ class Step(Protocol):
             query: `[queries, query rows, ...]`.
         """
 
+    def context(self, condition: Tensors) -> Tensors:
+        """Of a shape that keeps any, the keys and values of the pairs in the buffers, of every block in turn, each
+        `[queries, context rows, kv_heads, stored head size]`.
+        """
+
     def __call__(self, latents: torch.Tensor, condition: Tensors, *rows: torch.Tensor) -> torch.Tensor:
         """Velocities `[branches of the form, 16, target frames, h, w]`, the conditional branches first, of latents
         `[queries, 16, target frames, h, w]` float32 and one evaluation's rows of `Network.table`.
@@ -46,7 +53,6 @@ class Network(Protocol):
         impl: what runs, for records.
         capturable: whether a step may be captured into a CUDA graph.
         compiles: whether the first call of a step compiles it.
-        reuses: whether it takes shapes that keep keys and values of the context.
     """
 
     config: DiTConfig
@@ -55,7 +61,6 @@ class Network(Protocol):
     impl: str
     capturable: bool
     compiles: bool
-    reuses: bool
 
     def table(self, knots: torch.Tensor) -> Tensors:
         """What the evaluations of a schedule `[n]` differ in, each `[n - 1, ...]`."""
@@ -66,14 +71,35 @@ class Network(Protocol):
     def check(self, shape: Shape) -> None:
         """Raises an `InputError` for a shape that the network does not take."""
 
-    def step(self, shape: Shape, form: Form | None = None) -> Step:
-        """The network at one shape, in a form; the exact one by default."""
+    def check_speed(self, speed: Speed) -> None:
+        """Raises an `InputError` for a speed that the network does not have."""
+
+    def step(self, shape: Shape, form: Form | None = None, once: bool = False) -> Step:
+        """The network at one shape, in a form; the exact one by default. What runs only once is not compiled."""
 
     def workspace(self, shape: Shape) -> int:
         """Bytes that a step of this shape takes besides the weights, estimated from above."""
 
     def running(self) -> AbstractContextManager[object]:
         """Holds what has to be there while steps run."""
+
+
+def fill_keys(step: Step, condition: Tensors, keys: Tensors | None) -> None:
+    """Copies kept keys and values of a context, `[1 or queries, ...]` of every block, into a step's buffers.
+
+    Raises:
+        InputError: none, or those of other weights or another size.
+    """
+    targets = step.context(condition)
+    wanted = [(*target.shape[1:], target.dtype) for target in targets]
+    if keys is None or [(*part.shape[1:], part.dtype) for part in keys] != wanted:
+        found = "none are given" if keys is None else f"{len(keys)} of {list(keys[0].shape)} {keys[0].dtype} are given"
+        raise InputError(
+            f"the speed takes the pairs' keys and values from the task, {found}; expected {len(targets)} of "
+            f"{list(targets[0].shape)} {targets[0].dtype}: make them anew for these weights and this size"
+        )
+    for target, part in zip(targets, keys, strict=True):
+        target.copy_(part)
 
 
 def make_network(dit: JDiT, impl: str = "auto", compile: bool = False) -> Network:
@@ -85,7 +111,7 @@ def make_network(dit: JDiT, impl: str = "auto", compile: bool = False) -> Networ
 class PackedNetwork:
     """One packed pass a step over a model's parameters, modulation from a table."""
 
-    capturable = reuses = True
+    capturable = True
 
     def __init__(self, dit: JDiT, impl: str, compile: bool = False):
         self.dit, self.impl, self.compiles = dit, impl, compile
@@ -103,9 +129,12 @@ class PackedNetwork:
     def check(self, shape: Shape) -> None:
         """Takes every shape."""
 
-    def step(self, shape: Shape, form: Form | None = None) -> Step:
+    def check_speed(self, speed: Speed) -> None:
+        """Has every speed."""
+
+    def step(self, shape: Shape, form: Form | None = None, once: bool = False) -> Step:
         layout = Layout.make(self.config, shape, self.device, form)
-        return _PackedOnBuffers(PackedStep(self.dit, layout, self.impl), self)
+        return _PackedOnBuffers(PackedStep(self.dit, layout, self.impl), self, self.compiles and not once)
 
     def workspace(self, shape: Shape) -> int:
         """Bytes of a step's condition and activations, and of the keys and values that the shape keeps.
@@ -128,9 +157,9 @@ class PackedNetwork:
 
 
 class _PackedOnBuffers:
-    def __init__(self, step: PackedStep, network: PackedNetwork):
+    def __init__(self, step: PackedStep, network: PackedNetwork, compile: bool):
         self.step, self.network = step, network
-        self.run = step.compiled() if network.compiles else step
+        self.run = step.compiled() if compile else step
 
     def buffers(self) -> Tensors:
         config, shape = self.network.config, self.step.layout.shape
@@ -152,6 +181,13 @@ class _PackedOnBuffers:
         if shape.guided:
             self._null(rows)[:, shape.frame_tokens :] = query
 
+    def context(self, condition: Tensors) -> Tensors:
+        shape = self.step.layout.shape
+        of_pairs = (shape.cond_frames - shape.query_frames) * shape.frame_tokens
+        of_branch = (shape.cond_frames + shape.target_frames) * shape.frame_tokens
+        branches = (part[: shape.queries * of_branch].unflatten(0, (shape.queries, -1)) for part in condition[1:])
+        return tuple(branch[:, :of_pairs] for branch in branches)
+
     def _null(self, rows: torch.Tensor) -> torch.Tensor:
         """The null conditions `[queries, (1 + query frames) * tokens, D]`: a zero frame, then the query."""
         shape = self.step.layout.shape
@@ -166,7 +202,6 @@ class PlainNetwork:
 
     impl = "plain"
     capturable = False  # reads modulation weights from the checkpoint's file while it runs
-    reuses = True
 
     def __init__(self, dit: JDiT, compile: bool = False):
         self.dit, self.compiles = dit, compile
@@ -184,7 +219,10 @@ class PlainNetwork:
     def check(self, shape: Shape) -> None:
         """Takes every shape."""
 
-    def step(self, shape: Shape, form: Form | None = None) -> Step:
+    def check_speed(self, speed: Speed) -> None:
+        """Has every speed."""
+
+    def step(self, shape: Shape, form: Form | None = None, once: bool = False) -> Step:
         form = Form.exact(shape) if form is None else form
         if shape.kept:
             return _PlainKept(shape, torch.float32, self.device, self._velocity, form, self)
@@ -271,6 +309,10 @@ class _PlainKept(LatentCondition):
             for _ in range(2)
         ]
         return (*super().buffers(), *kept)
+
+    def context(self, condition: Tensors) -> Tensors:
+        keys, values = condition[1 + self.shape.guided : 3 + self.shape.guided]
+        return tuple(part for pair in zip(keys, values, strict=True) for part in pair)
 
     def __call__(self, latents: torch.Tensor, condition: Tensors, *rows: torch.Tensor) -> torch.Tensor:
         conditions, kept = condition[: 1 + self.shape.guided], condition[1 + self.shape.guided :]

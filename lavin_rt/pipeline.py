@@ -24,6 +24,7 @@ from lavin_rt.files import Progress
 from lavin_rt.model import JDiT
 from lavin_rt.networks import Network, make_network
 from lavin_rt.safetensors_io import SafetensorsFile
+from lavin_rt.speeds import Speed, speed_of
 from lavin_rt.task import Result, Task, check_seed, draw_noise, task_shape
 from lavin_rt.vae import STVAE, scale_latents, unscale_latents
 
@@ -150,6 +151,16 @@ class Pipeline:
         if self._fingerprint is None:
             self._fingerprint = self.vae.fingerprint
         return self._fingerprint
+
+    def speed(self, speed: str | Speed) -> Speed:
+        """The speed that a name means, if the network has it.
+
+        Raises:
+            InputError: no such name, or one that an artifact was not exported for.
+        """
+        chosen = speed_of(speed)
+        self.network.check_speed(chosen)
+        return chosen
 
     def task(
         self,

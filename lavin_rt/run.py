@@ -14,8 +14,8 @@ from lavin_rt import images
 from lavin_rt.cli import print_json
 from lavin_rt.download import Artifact, Checkpoint, find_model, template_roots
 from lavin_rt.errors import InputError
-from lavin_rt.knots import schedule
 from lavin_rt.pipeline import Pipeline
+from lavin_rt.speeds import speed_of
 from lavin_rt.task import Result, Task, check_seed
 
 
@@ -23,7 +23,8 @@ def run(options: argparse.Namespace) -> None:
     """Runs the command; raises `InputError` for what cannot be used, before work is lost to it."""
     queries = find_queries(options.query, options.clip)
     outputs = output_paths(queries, options.output, options.grid)
-    schedule(options.steps)
+    speed = speed_of(options.speed)
+    knots = speed.knots(options.steps)
     size = None if options.size is None else images.parse_size(options.size)
     check_seed(options.seed, len(queries))
     for query, output in zip(queries, outputs, strict=True):
@@ -72,11 +73,11 @@ def run(options: argparse.Namespace) -> None:
     if options.save_context:
         task.context.save(options.save_context)
     encoded = time.perf_counter()
-    together = task.batch_size(len(queries), options.batch_size, options.guidance)
+    together = task.batch_size(len(queries), options.batch_size, options.guidance, speed)
     # On a bar of its own, as compilation and capture may take longer than the sampling.
     with progress.bar("preparing", " batches") as preparing:
         preparing(0, 1)
-        task.prepare(together, options.steps, options.guidance)
+        task.prepare(together, options.steps, options.guidance, speed)
         preparing(1, 1)
     prepared = time.perf_counter()
     seeds = answer(task, queries, outputs, together, options, progress)
@@ -86,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
         "preparing": prepared - encoded,
         "queries": time.perf_counter() - prepared,
     }
-    report(options, task, queries, outputs, seeds, seconds)
+    report(options, task, queries, outputs, seeds, seconds, knots.tolist())
 
 
 def check_task(options: argparse.Namespace, checkpoint: Checkpoint | Artifact) -> None:
@@ -130,6 +131,7 @@ def answer(
                 batch_size=together,
                 keep_size=options.keep_size,
                 callback=callback,
+                speed=options.speed,
             )
             for result, clip, output in zip(results, clips, outputs[some], strict=True):
                 images.save_picture(result.frames, output)
@@ -190,6 +192,7 @@ def report(
     outputs: list[Path | str],
     seeds: list[int | None],
     seconds: dict[str, float],
+    times: list[float],
 ) -> None:
     """Says what was done: a record in JSON, or a line for every picture and one for the time."""
     pipe = task.pipeline
@@ -198,7 +201,9 @@ def report(
         "task": options.task,
         "pairs": task.context.pairs,
         "size": list(task.size),
-        "steps": options.steps,
+        "speed": options.speed,
+        "steps": len(times),
+        "times": [round(time, 6) for time in times],
         "guidance": options.guidance,
         "impl": pipe.impl,
         "compile": pipe.compile,
@@ -216,7 +221,7 @@ def report(
         for output, seed in zip(outputs, seeds, strict=True):
             print(f"{output}  seed {seed}")
         parts = ", ".join(f"{part} {value:.2f} s" for part, value in seconds.items())
-        print(f"{parts}  (impl {pipe.impl}, {setting['device']}, {setting['dtype']})")
+        print(f"{parts}  (speed {options.speed}, impl {pipe.impl}, {setting['device']}, {setting['dtype']})")
 
 
 class Progress:

@@ -12,7 +12,7 @@ from lavin_rt.executor import Callback, Executor
 from lavin_rt.layout import Shape
 from lavin_rt.model import JDiT
 from lavin_rt.networks import make_network
-from lavin_rt.speeds import Speed, speed_of
+from lavin_rt.speeds import TASK, Speed, speed_of
 
 
 def sample(
@@ -57,7 +57,10 @@ def sample(
     frames = executor.embed(cond_latents)
     context_rows = frames.shape[1] // shape.cond_frames * (shape.cond_frames - query_frames)
     context, query = frames[:, :context_rows], frames[:, context_rows:]
-    return executor.sample(shape, context, query, noise, knots, guidance, callback, speed)
+    keys = None
+    if speed.refresh == TASK:
+        keys = executor.context_keys(dataclasses.replace(shape, guided=False), context)
+    return executor.sample(shape, context, query, noise, knots, guidance, callback, speed, keys)
 
 
 def null_condition(cond_latents: torch.Tensor, query_frames: int = 1) -> torch.Tensor:

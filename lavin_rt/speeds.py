@@ -193,6 +193,6 @@ def _short(value: object) -> str:
 SPEEDS = {
     "exact": Speed(),
     "near": Speed(evaluations=8),
-    "fast": Speed(evaluations=8, refresh={0}, guided={0}),
-    "fastest": Speed(evaluations=4, refresh={0}, guided={0}),
+    "fast": Speed(evaluations=8, refresh={0}),
+    "fastest": Speed(evaluations=4, refresh="task", guided={0, 1}),
 }

@@ -15,8 +15,9 @@ from lavin_rt import images
 from lavin_rt.context import EncodedContext
 from lavin_rt.errors import InputError
 from lavin_rt.executor import Callback
-from lavin_rt.knots import schedule
 from lavin_rt.layout import Shape
+from lavin_rt.networks import Tensors
+from lavin_rt.speeds import TASK, Speed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -65,9 +66,12 @@ class Result:
         return pictures[0] if len(pictures) == 1 else pictures
 
 
-def task_shape(queries: int, pairs: int, clip_frames: int, size: tuple[int, int], guided: bool) -> Shape:
+def task_shape(
+    queries: int, pairs: int, clip_frames: int, size: tuple[int, int], guided: bool, kept: bool = False
+) -> Shape:
     """The sampler's shape for pairs and queries of `clip_frames` latent frames at (height, width) in pixels."""
-    return Shape(queries, (2 * pairs + 1) * clip_frames, clip_frames, clip_frames, size[0] // 8, size[1] // 8, guided)
+    grid = (size[0] // 8, size[1] // 8)
+    return Shape(queries, (2 * pairs + 1) * clip_frames, clip_frames, clip_frames, *grid, guided, kept)
 
 
 class Task:
@@ -83,6 +87,7 @@ class Task:
         self.context = context
         self.frames = frames
         self._embedded: torch.Tensor | None = None
+        self._keys: tuple[object, Tensors] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -100,26 +105,29 @@ class Task:
     def run(
         self,
         queries: Sequence[Any],
-        steps: int = 20,
+        steps: int | None = None,
         guidance: float = 1.5,
         seed: int = 0,
         noise: torch.Tensor | None = None,
         batch_size: int | None = None,
         keep_size: bool = False,
         callback: Callback | None = None,
+        speed: str | Speed = "exact",
     ) -> list[Result]:
         """Answers queries.
 
         Args:
             queries: pictures or clips: paths, PIL images, uint8 arrays `[H, W, 3]` or `[T, H, W, 3]`; all of one
                 frame count.
-            steps: knots of the schedule; the network runs `steps - 1` times.
+            steps: knots of the published schedule, 20 by default; the network runs `steps - 1` times. Not beside a
+                speed that has a grid of its own.
             guidance: classifier-free guidance scale; 1.0 runs the conditional branch alone.
             seed: of the noise; query i uses `seed + i`.
             noise: `[queries, 16, T, h, w]` instead of a seed.
             batch_size: queries that run together; None takes up to 4, as many as memory allows.
             keep_size: return pictures at each query's own size instead of the task's.
             callback: `(step, evaluations, latents)` after every step; an exception raised in it ends the run.
+            speed: a name in `SPEEDS`, or a `Speed`; all but `exact` change answers by more than rounding.
 
         Returns:
             one `Result` per query, in order.
@@ -135,8 +143,9 @@ class Task:
             images.check_clip_frames(len(clip), "query")
             contexts.check_query_frames(len(clip), self.context.frames_per_clip)
         check_seed(seed, len(clips))
-        knots = schedule(steps)
-        batch_size = self.batch_size(len(clips), batch_size, guidance)
+        speed = self.pipeline.speed(speed)
+        knots = speed.knots(steps)
+        batch_size = self.batch_size(len(clips), batch_size, guidance, speed)
         if noise is None:
             noise = draw_noise([seed + i for i in range(len(clips))], self._clip_frames, self.size)
             seeds: list[int | None] = [seed + i for i in range(len(clips))]
@@ -146,22 +155,25 @@ class Task:
                 raise InputError(f"noise is {list(noise.shape)}; expected {expected}")
             seeds = [None] * len(clips)
         executor, results = self.pipeline.executor, []
+        keys = self._kept_keys() if speed.refresh == TASK else None
         for first in range(0, len(clips), batch_size):
             chunk = slice(first, first + batch_size)
             query, start = self._encode(clips[chunk], seed + first), noise[chunk]
-            count, together = len(query), self._together(len(query), batch_size, guidance)
+            count, together = len(query), self._together(len(query), batch_size, guidance, speed)
             if together > count:
                 query, start = (
                     torch.cat([part, part[-1:].expand(together - count, *part[0].shape)]) for part in (query, start)
                 )
             latents = executor.sample(
-                self._shape(together, guidance),
+                self._shape(together, guidance, speed),
                 self._embedded_context(),
                 executor.embed(query),
                 start,
                 knots,
                 guidance,
                 callback and (lambda done, evaluations, state, count=count: callback(done, evaluations, state[:count])),
+                speed,
+                keys,
             )[:count]
             for clip, one, used in zip(clips[chunk], latents.split(1), seeds[chunk], strict=True):
                 frames = self.pipeline.decode(one)
@@ -170,37 +182,49 @@ class Task:
                 results.append(Result(frames, one.cpu(), used))
         return results
 
-    def batch_size(self, queries: int, asked: int | None = None, guidance: float = 1.5) -> int:
+    def batch_size(
+        self, queries: int, asked: int | None = None, guidance: float = 1.5, speed: str | Speed = "exact"
+    ) -> int:
         """How many of so many queries run together: what is asked, or up to 4, as many as memory allows.
 
         Raises:
             InputError: no positive number, or more than memory allows, naming what would fit.
         """
-        executor = self.pipeline.executor
+        executor, speed = self.pipeline.executor, self.pipeline.speed(speed)
         if asked is None:
-            asked = executor.most_queries(self._shape(min(queries, BATCH), guidance)) or 1
+            asked = executor.most_queries(self._shape(min(queries, BATCH), guidance, speed)) or 1
         elif isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
             raise InputError(f"batch_size is {asked!r}; expected a positive whole number")
         together = min(asked, queries)
-        executor.check_memory(self._shape(together, guidance))
+        executor.check_memory(self._shape(together, guidance, speed))
         return together
 
-    def _together(self, count: int, batch_size: int, guidance: float) -> int:
+    def _together(self, count: int, batch_size: int, guidance: float, speed: Speed) -> int:
         """How many queries run where `count` of a batch are left: the batch filled up with the last of them, where they
         would need a shape of their own to be captured or compiled.
         """
         executor = self.pipeline.executor
-        return batch_size if executor.settles_shapes and not executor.holds(self._shape(count, guidance)) else count
+        filled = executor.settles_shapes and not executor.holds(self._shape(count, guidance, speed))
+        return batch_size if filled else count
 
-    def prepare(self, queries: int = 1, steps: int = 20, guidance: float = 1.5) -> None:
-        """Makes the sampler ready for so many queries at once: the schedule's table, buffers, compilation, capture.
+    def prepare(
+        self, queries: int = 1, steps: int | None = None, guidance: float = 1.5, speed: str | Speed = "exact"
+    ) -> None:
+        """Makes the sampler ready for so many queries at once: the schedule's table, buffers, compilation, capture, and
+        what the speed keeps with the task.
 
         Raises:
             InputError: too little memory, naming what would fit, or a bad option.
         """
-        self.pipeline.executor.prepare(self._shape(queries, guidance), schedule(steps))
+        speed = self.pipeline.speed(speed)
+        knots = speed.knots(steps)
+        if speed.refresh == TASK:
+            self._kept_keys()
+        self.pipeline.executor.prepare(self._shape(queries, guidance, speed), knots, speed)
 
-    def warmup(self, steps: int = 20, guidance: float = 1.5, queries: int = 1) -> float:
+    def warmup(
+        self, steps: int | None = None, guidance: float = 1.5, queries: int = 1, speed: str | Speed = "exact"
+    ) -> float:
         """Puts compilation, capture and caches behind, so that the next run of this shape is as fast as any.
 
         Encodes and decodes a black picture and prepares the sampler; no picture is sampled. Returns the seconds taken.
@@ -209,7 +233,7 @@ class Task:
         self._embedded_context()
         black = torch.zeros(self.context.frames_per_clip, 3, *self.size, dtype=torch.uint8)
         self.pipeline.decode(self._encode([black], 0))
-        self.prepare(queries, steps, guidance)
+        self.prepare(queries, steps, guidance, speed)
         return time.perf_counter() - began
 
     @property
@@ -217,16 +241,24 @@ class Task:
         """Latent frames of the query and of its target."""
         return 1 + (self.context.frames_per_clip - 1) // 4
 
-    def _shape(self, queries: int, guidance: float) -> Shape:
+    def _shape(self, queries: int, guidance: float, speed: Speed) -> Shape:
         if not isinstance(guidance, int | float) or not math.isfinite(guidance):
             raise InputError(f"guidance is {guidance!r}; expected a finite number, such as 1.5")
-        return task_shape(queries, self.context.pairs, self._clip_frames, self.size, guided=guidance != 1.0)
+        return task_shape(queries, self.context.pairs, self._clip_frames, self.size, guidance != 1.0, speed.keeps)
 
     def _embedded_context(self) -> torch.Tensor:
         """The context as the network reads it, made once and kept on its device."""
         if self._embedded is None:
             self._embedded = self.pipeline.executor.embed(self.context.latents)
         return self._embedded
+
+    def _kept_keys(self) -> Tensors:
+        """The pairs' keys and values for speeds that make them once a task, kept on the network's device."""
+        network = self.pipeline.network
+        if self._keys is None or self._keys[0] is not network:
+            shape = task_shape(1, self.context.pairs, self._clip_frames, self.size, guided=False, kept=True)
+            self._keys = network, self.pipeline.executor.context_keys(shape, self._embedded_context())
+        return self._keys[1]
 
     def _encode(self, clips: Sequence[torch.Tensor], seed: int) -> torch.Tensor:
         """Scaled latents of queries, `[queries, 16, t, h, w]`."""

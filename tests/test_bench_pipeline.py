@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import relative_error
 
-from lavin_bench import pipeline, report, startup
+from lavin_bench import pipeline, pipeline_variants, report, startup
 from lavin_bench.packed_rows import PackedRowsNetwork
 from lavin_bench.pipeline_checks import graphs_equal_eager
 from lavin_bench.pipeline_variants import (
@@ -20,6 +20,7 @@ from lavin_bench.pipeline_variants import (
     AUTHORS_EAGER,
     CPU_CONFIG,
     CPU_VAE,
+    GUIDANCE,
     QUICK_CONFIG,
     RELEASED,
     Baselines,
@@ -38,11 +39,14 @@ from lavin_rt.cli import main
 from lavin_rt.executor import Executor
 from lavin_rt.knots import schedule
 from lavin_rt.model import JDiT
+from lavin_rt.networks import PackedNetwork
 from lavin_rt.sampler import sample
+from lavin_rt.speeds import SPEEDS
 
 CPU = torch.device("cpu")
 TINY = Setting(32, 2, QUICK_CONFIG, CPU_VAE)
-COMPILED = [AUTHORS_COMPILED, "savings, compiled", "task(query), compiled"]
+SPEEDY = [f"savings, compiled, {speed}" for speed in SPEEDS if speed != "exact"]
+COMPILED = [AUTHORS_COMPILED, "savings, compiled", "task(query), compiled", *SPEEDY]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +74,18 @@ def test_every_variant_samples_the_same(models):
         ):
             for name in set(found) - set(COMPILED):
                 assert relative_error(found[name].make()(steps), truth) <= 1e-5, name
+
+
+def test_speeds_are_rungs_with_their_own_work(models, monkeypatch):
+    """A run of every speed, uncompiled here, is that of the plain model; its FLOPs are fewer."""
+    dit, _ = models
+    monkeypatch.setattr(pipeline_variants, "PackedNetwork", lambda dit, impl, compile: PackedNetwork(dit, impl))
+    found = variants(dit, TINY, Baselines(dit))
+    for name in SPEEDY:
+        variant = found[name]
+        truth = sample(dit, *TINY.latents(CPU), None, GUIDANCE, "plain", speed=variant.speed)
+        assert relative_error(variant.make()(6), truth) <= 1e-5, name
+        assert TINY.flops(variant.speed, 20) < TINY.flops("exact", 20) == 19 * TINY.useful_flops
 
 
 def test_packed_rows_take_several_queries(models):

@@ -23,13 +23,14 @@ BACKENDS = {
 
 
 def attention_backends(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lens: list[int]
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lens: list[int], key_lens: list[int]
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """Calls of every backend of the installed torch that runs here, and the reason of every one that does not.
 
     Args:
         q: `[rows, heads, head_size]` branch-contiguous. k, v: `[rows, kv_heads, head_size]`.
-        lens: rows of every branch.
+        lens: rows of q of every branch.
+        key_lens: rows of k and v of every branch.
 
     Returns:
         `(calls, skipped)`. A call returns an output `[1, heads, rows, >= head_size]` for every branch.
@@ -38,7 +39,7 @@ def attention_backends(
         return {}, dict.fromkeys((*BACKENDS, "flex"), "needs a CUDA device")
     calls: dict[str, Call] = {}
     skipped: dict[str, str] = {}
-    for name, attempts in _attempts(q, k, v, lens).items():
+    for name, attempts in _attempts(q, k, v, lens, key_lens).items():
         for make in attempts:
             try:
                 call = make()
@@ -53,14 +54,14 @@ def attention_backends(
     return calls, skipped
 
 
-def _attempts(q, k, v, lens: list[int]) -> dict[str, list[Callable[[], Call]]]:
+def _attempts(q, k, v, lens: list[int], key_lens: list[int]) -> dict[str, list[Callable[[], Call]]]:
     """Ways to make each backend's call, the least padded first."""
     head_size = q.shape[-1]
     scale = head_size**-0.5
     widths = sorted({head_size, -(-head_size // 16) * 16, -(-head_size // 32) * 32, 1 << (head_size - 1).bit_length()})
 
     def sdpa(backend: SDPBackend, width: int) -> Call:
-        parts = _branches(q, k, v, lens, width)
+        parts = _branches(q, k, v, lens, key_lens, width)
 
         def call() -> list[torch.Tensor]:
             with sdpa_kernel(backend):
@@ -73,7 +74,7 @@ def _attempts(q, k, v, lens: list[int]) -> dict[str, list[Callable[[], Call]]]:
 
         torch._dynamo.reset()
         compiled = torch.compile(flex_attention, dynamic=False)
-        parts = _branches(q, k, v, lens, width)
+        parts = _branches(q, k, v, lens, key_lens, width)
         return lambda: [compiled(*part, scale=scale) for part in parts]
 
     # Lists: a generator would look its backend up when it runs, and find that of the last one for all of them.
@@ -81,11 +82,11 @@ def _attempts(q, k, v, lens: list[int]) -> dict[str, list[Callable[[], Call]]]:
     return {**attempts, "flex": [lambda w=width: flex(w) for width in widths]}
 
 
-def _branches(q, k, v, lens: list[int], width: int) -> list[tuple[torch.Tensor, ...]]:
+def _branches(q, k, v, lens: list[int], key_lens: list[int], width: int) -> list[tuple[torch.Tensor, ...]]:
     """q, k, v of every branch as contiguous `[1, heads, rows, width]`."""
     group = q.shape[1] // k.shape[1]
     parts = []
-    for of_q, of_k, of_v in zip(q.split(lens), k.split(lens), v.split(lens), strict=True):
+    for of_q, of_k, of_v in zip(q.split(lens), k.split(key_lens), v.split(key_lens), strict=True):
         of_k, of_v = (part.repeat_interleave(group, dim=1) for part in (of_k, of_v))
         wide = (F.pad(part, (0, width - part.shape[-1])) for part in (of_q, of_k, of_v))
         parts.append(tuple(part.transpose(0, 1).unsqueeze(0).contiguous() for part in wide))

@@ -13,13 +13,13 @@ from lavin_bench.attention_backends import attention_backends
 from lavin_kernels import reference, reference_vae
 from lavin_kernels.branches import Branches
 from lavin_rt.config import PRESETS, DiTConfig
-from lavin_rt.layout import Layout, Shape
+from lavin_rt.layout import REUSED, Form, Layout, Shape
 
 RELEASED = PRESETS["lavin-dit-3.4b"]
 SIZES, PAIRS = (256, 512, 1024), (1, 4, 8)
 OPERATORS = (
     *("ada_rms_norm", "gated_residual", "gated_residual_ada_rms_norm", "qk_norm_rope", "swiglu"),
-    *("stream_linear", "joint_attention", "group_norm_silu", "spatial_norm_silu"),
+    *("qk_norm_rope_into", "stream_linear", "joint_attention", "group_norm_silu", "spatial_norm_silu"),
 )
 # A CPU has neither the memory nor the patience for the released widths.
 CPU_CONFIG = DiTConfig(hidden_size=576, depth=1, num_heads=8, kv_group=4)
@@ -42,24 +42,29 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One shape of the standard run and its neighbours: picture size, pairs, and whether the null branch runs."""
+    """One shape of the standard run and its neighbours: picture size, pairs, whether the null branch runs, and whether
+    the context's keys and values are reused.
+    """
 
     size: int
     pairs: int
     guided: bool = True
     config: DiTConfig = RELEASED
     label: str = ""
+    reuse: bool = False
 
     @property
     def name(self) -> str:
         if self.label:
             return self.label
-        return f"{self.size} px, {self.pairs} pair{'s' * (self.pairs > 1)}, {'guided' if self.guided else 'one branch'}"
+        name = f"{self.size} px, {self.pairs} pair{'s' * (self.pairs > 1)}, {'guided' if self.guided else 'one branch'}"
+        return name + ", reuse" * self.reuse
 
     def layout(self, device: torch.device) -> Layout:
         latent = self.size // 8
-        shape = Shape(1, 2 * self.pairs + 1, 1, 1, latent, latent, self.guided)
-        return Layout.make(self.config, shape, device)
+        shape = Shape(1, 2 * self.pairs + 1, 1, 1, latent, latent, self.guided, self.reuse)
+        form = Form(REUSED, REUSED if self.guided else None) if self.reuse else None
+        return Layout.make(self.config, shape, device, form)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,16 +95,24 @@ class Case:
 
 
 def settings(device: torch.device, full: bool = False) -> list[Setting]:
-    """The standard run and 256 px with 4 pairs, or all sizes and pairs with and without the null branch."""
+    """The standard run, 256 px with 4 pairs, and the standard run's step that reuses the context; or all sizes and
+    pairs with and without the null branch.
+    """
     if device.type != "cuda":
-        return [Setting(64, 2, config=CPU_CONFIG)]
+        return [Setting(64, 2, config=CPU_CONFIG, reuse=reuse) for reuse in (False, True)]
     if not full:
-        return [Setting(512, 4), Setting(256, 4)]
+        return [Setting(512, 4), Setting(256, 4), Setting(512, 4, reuse=True)]
     return [Setting(size, pairs, guided) for size in SIZES for pairs in PAIRS for guided in (True, False)]
 
 
 def cases(setting: Setting, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Every operator's case at a setting, one at a time, so that their memory is not held together."""
+    if setting.reuse:
+        # Of the others, only the number of rows is another.
+        yield _qk_norm_rope_into(setting, device, dtype)
+        yield from _linears(setting, device, dtype)
+        yield _joint_attention(setting, device, dtype)
+        return
     for make in (_ada_rms_norm, _gated_residual, _gated_residual_ada_rms_norm, _qk_norm_rope, _swiglu):
         yield make(setting, device, dtype)
     yield from _linears(setting, device, dtype)
@@ -204,6 +217,22 @@ def _qk_norm_rope(setting: Setting, device: torch.device, dtype: torch.dtype) ->
     return _row_case("qk_norm_rope", setting, device, arguments, moved)
 
 
+def _qk_norm_rope_into(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:
+    config, layout = setting.config, setting.layout(device)
+    random, branches = _Random(device, dtype), layout.branches
+    qkv = random(branches.rows, config.hidden_size + 2 * config.kv_size)
+    weights = random(2, config.hidden_size, scale=0.1) + 1, random(2, config.kv_size, scale=0.1) + 1
+    padded = -(-config.head_size // 16) * 16
+    k, v = (qkv.new_zeros(branches.keys, config.num_kv_heads, padded) for _ in range(2))
+    arguments = (
+        *(qkv[: branches.split], qkv[branches.split :], k, v, branches, layout.positions, layout.cos, layout.sin),
+        *(*weights, config.head_size),
+    )
+    written = branches.rows * (config.num_heads + 2 * config.num_kv_heads) * padded * qkv.element_size()
+    moved = _nbytes(qkv, layout.positions, branches.branch_rows) + written
+    return _row_case("qk_norm_rope_into", setting, device, arguments, moved)
+
+
 def _swiglu(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:
     random, branches = _Random(device, dtype), setting.layout(device).branches
     gate_up = random(branches.rows, 2 * setting.config.mlp_size)
@@ -261,9 +290,11 @@ def _joint_attention(setting: Setting, device: torch.device, dtype: torch.dtype)
     random = _Random(device, dtype)
     heads, kv_heads, head_size = config.num_heads, config.num_kv_heads, config.head_size
     lens = [cond + x for cond, x in zip(branches.cond_lens, branches.x_lens, strict=True)]
+    key_lens = list(branches.key_lens)
     # The kernel reads heads padded to 16 elements, as `qk_norm_rope` stores them; libraries read them unpadded or
     # padded as they need, made beforehand and not timed.
-    q, k, v = (random(branches.rows, count, head_size) for count in (heads, kv_heads, kv_heads))
+    q = random(branches.rows, heads, head_size)
+    k, v = (random(branches.keys, kv_heads, head_size) for _ in range(2))
     padded = [torch.nn.functional.pad(part, (0, -head_size % 16)) for part in (q, k, v)]
     calls, skipped = variants("joint_attention", (q, k, v, branches, head_size), device)
     if "ours" in calls:
@@ -274,7 +305,7 @@ def _joint_attention(setting: Setting, device: torch.device, dtype: torch.dtype)
 
     def truth() -> Tensors:
         outputs = []
-        for picked, of_q, of_k, of_v in zip(sampled, q.split(lens), k.split(lens), v.split(lens), strict=True):
+        for picked, of_q, of_k, of_v in zip(sampled, q.split(lens), k.split(key_lens), v.split(key_lens), strict=True):
             keys, values = (part.double().repeat_interleave(heads // kv_heads, dim=1) for part in (of_k, of_v))
             scores = torch.einsum("qhd,khd->hqk", of_q[picked].double(), keys) * head_size**-0.5
             outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).flatten(1))
@@ -290,8 +321,8 @@ def _joint_attention(setting: Setting, device: torch.device, dtype: torch.dtype)
         pairs = zip(outputs, sampled, strict=True)
         return (torch.cat([out[0, :, picked, :head_size].transpose(0, 1).flatten(1) for out, picked in pairs]),)
 
-    libraries, more_skipped = attention_backends(q, k, v, lens)
+    libraries, more_skipped = attention_backends(q, k, v, lens, key_lens)
     calls |= {name: Variant(call, of_branches) for name, call in libraries.items()}
-    flops = sum(4 * rows * rows * heads * head_size for rows in lens)
+    flops = sum(4 * rows * keys * heads * head_size for rows, keys in zip(lens, key_lens, strict=True))
     moved = 2 * _nbytes(q) + _nbytes(k, v)
     return Case("joint_attention", setting.name, moved, flops, calls, truth, {**skipped, **more_skipped})

@@ -31,7 +31,7 @@ class PackedRowsNetwork:
     """A network for the executor; the modulation linears stay in the device's memory."""
 
     impl = "packed rows"
-    capturable = compiles = reuses = False
+    capturable = compiles = False
 
     def __init__(self, dit: JDiT):
         self.dit = dit
@@ -46,7 +46,7 @@ class PackedRowsNetwork:
         """Latents with their frames as rows, `[n, T, 16, h, w]`."""
         return latents.to(self.device).transpose(1, 2)
 
-    def step(self, shape: Shape, form: Form | None = None) -> PackedRowsStep:
+    def step(self, shape: Shape, form: Form | None = None, once: bool = False) -> PackedRowsStep:
         layout = Layout.make(self.config, shape, self.device)
         return PackedRowsStep(shape, torch.float32, self.device, None, Form.exact(shape), self, layout)
 

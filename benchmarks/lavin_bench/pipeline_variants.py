@@ -22,7 +22,7 @@ from lavin_rt.layout import Shape
 from lavin_rt.model import JDiT
 from lavin_rt.networks import Network, PackedNetwork
 from lavin_rt.pipeline import Pipeline
-from lavin_rt.speeds import SPEEDS
+from lavin_rt.speeds import SPEEDS, TASK
 from lavin_rt.vae import STVAE, VAEConfig
 
 Sampling = Callable[[int], torch.Tensor]
@@ -170,12 +170,14 @@ def variants(dit: JDiT, setting: Setting, baselines: Baselines) -> dict[str, Var
 
         def make() -> Sampling:
             executor = Executor(network(), graphs=graphs)
-            context = executor.embed(cond[:, :, :-1])
+            context, keys = executor.embed(cond[:, :, :-1]), None
+            if chosen.refresh == TASK:
+                keys = executor.context_keys(dataclasses.replace(shape, guided=False), context)
 
             def sample(steps: int) -> torch.Tensor:
                 query = executor.embed(cond[:, :, -1:])
                 knots = chosen.knots(None if chosen.owns_grid else steps)
-                return executor.sample(shape, context, query, noise, knots, GUIDANCE, speed=chosen)
+                return executor.sample(shape, context, query, noise, knots, GUIDANCE, None, chosen, keys)
 
             return sample
 

@@ -273,6 +273,11 @@ def run(
 
 def bench_quality(options: argparse.Namespace) -> None:
     """Runs the command."""
+    from lavin_bench.quality_speeds import bench_own_pairs, bench_speeds  # which build on this module
+
+    if options.task:
+        bench_own_pairs(options)
+        return
     pairs = sorted(set(options.pairs or ((2,) if options.quick else PAIRS)))
     scenes = (4 if options.quick else 64) if options.scenes is None else options.scenes
     for name, value, least in (("scenes", scenes, 2), ("pairs", pairs[0], 1), ("batch-size", options.batch_size, 1)):
@@ -303,6 +308,9 @@ def bench_quality(options: argparse.Namespace) -> None:
     sampling = Sampling(options.steps, options.guidance, options.seed, options.batch_size)
     print(header_line({**header(pipe.device), "checkpoint": pipe.source, "impl": pipe.impl}), flush=True)
     drawn = draw(size, scenes, pairs[-1], tasks, options.seed)
+    if options.speed:
+        bench_speeds(options, pipe, drawn, pairs[-1], sampling)
+        return
     with torch.no_grad(), current_device(pipe.device):
         record, answered = run(pipe, drawn, pairs, sampling, exact)
     print("\n".join(summary(record)))

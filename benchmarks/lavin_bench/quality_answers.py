@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -10,10 +11,10 @@ import torch
 
 from lavin_bench.quality_queries import TaskQueries
 from lavin_rt.errors import InputError
-from lavin_rt.knots import schedule
 from lavin_rt.layout import Shape
 from lavin_rt.mini.corpus import to_pixels
 from lavin_rt.pipeline import Pipeline
+from lavin_rt.speeds import SPEEDS, TASK, Speed
 from lavin_rt.task import draw_noise, task_shape
 
 
@@ -41,10 +42,13 @@ class Answers:
         pipe: what answers.
         asked: queries and pairs.
         sampling: how.
+
+    Attributes:
+        seconds: that the sampling of the latest results took.
     """
 
     def __init__(self, pipe: Pipeline, asked: TaskQueries, sampling: Sampling):
-        self.pipe, self.asked, self.sampling = pipe, asked, sampling
+        self.pipe, self.asked, self.sampling, self.seconds = pipe, asked, sampling, 0.0
         pool = asked.pool
         self._pool = self._encoded(pool.reshape(-1, *pool.shape[2:])).unflatten(0, pool.shape[:2])
         self._queries = self._encoded(asked.queries)
@@ -54,7 +58,11 @@ class Answers:
         return self._decoded(self._encoded(self.asked.targets))
 
     def results(
-        self, pairs: int, shuffled: bool = False, progress: Callable[[int], object] | None = None
+        self,
+        pairs: int,
+        shuffled: bool = False,
+        progress: Callable[[int], object] | None = None,
+        speed: Speed = SPEEDS["exact"],
     ) -> np.ndarray:
         """The answers, uint8 `[N, T, S, S, 3]`.
 
@@ -62,17 +70,20 @@ class Answers:
             pairs: of each context.
             shuffled: every input of a context stands beside another pair's target (`TaskQueries.partner`).
             progress: called with the number of queries answered, batch by batch.
+            speed: of the sampling; one with a grid of its own has no use for the sampling's steps. Keys and values that
+                it makes once a task are made of every query's own context.
 
         Raises:
             InputError: a shape that the pipeline cannot run.
             NonFiniteError: naming the step at which latents stopped being finite.
         """
         executor, sampling, found = self.pipe.executor, self.sampling, []
-        knots = schedule(sampling.steps)
+        knots = speed.knots(None if speed.owns_grid else sampling.steps)
         count, frames = len(self.asked), self._queries.shape[2]
         size = self.asked.queries.shape[2:4]
         guided = sampling.guidance != 1.0
-        batch = self._batch(task_shape(1, pairs, frames, size, guided), knots)
+        shape = task_shape(1, pairs, frames, size, guided, speed.keeps)
+        batch, self.seconds = self._batch(shape, knots, speed), 0.0
         for start in range(0, count, batch):
             part = slice(start, min(start + batch, count))
             rows = torch.from_numpy(self.asked.picks[part, :pairs])
@@ -81,25 +92,27 @@ class Answers:
                 context[:, :, 1] = self._pool[self.asked.partner(rows), 1]
             context = context.flatten(1, 2).transpose(1, 2).flatten(2, 3)  # [n, 16, 2 pairs t, h, w]
             queries = self._queries[part]
+            of_batch = dataclasses.replace(shape, queries=len(queries))
+            embedded, keys = executor.embed(context), None
+            if speed.refresh == TASK:
+                keys = executor.context_keys(dataclasses.replace(of_batch, guided=False), embedded)
+            noise = draw_noise([sampling.seed + i for i in range(part.start, part.stop)], frames, size)
+            began = time.perf_counter()
             latents = executor.sample(
-                task_shape(len(queries), pairs, frames, size, guided),
-                executor.embed(context),
-                executor.embed(queries),
-                draw_noise([sampling.seed + i for i in range(part.start, part.stop)], frames, size),
-                knots,
-                sampling.guidance,
-            )
+                of_batch, embedded, executor.embed(queries), noise, knots, sampling.guidance, None, speed, keys
+            ).cpu()
+            self.seconds += time.perf_counter() - began
             found.append(self._decoded(latents))
             if progress is not None:
                 progress(len(queries))
         return np.concatenate(found)
 
-    def _batch(self, shape: Shape, knots: torch.Tensor) -> int:
+    def _batch(self, shape: Shape, knots: torch.Tensor, speed: Speed) -> int:
         """The most queries at once, of those asked for, 4 (what artifacts take by default) and 1, that can be run."""
         asked = min(self.sampling.batch, len(self.asked))
         for queries in sorted({asked, min(4, asked), 1}, reverse=True):
             try:
-                self.pipe.executor.prepare(dataclasses.replace(shape, queries=queries), knots)
+                self.pipe.executor.prepare(dataclasses.replace(shape, queries=queries), knots, speed)
                 return queries
             except InputError:
                 if queries == 1:

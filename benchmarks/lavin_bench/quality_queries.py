@@ -60,17 +60,18 @@ class TaskQueries:
 
 @dataclasses.dataclass(eq=False)
 class Scenery:
-    """The evaluation split's scenes at one size, each rendered once."""
+    """A split's scenes at one size, each rendered once."""
 
     size: int
     show: bool = True
+    split: str = SPLIT
 
     def __post_init__(self):
         self._kept: dict[tuple[int, int], SceneArrays] = {}
 
     def render(self, seeds: Sequence[int], moments: int = 1) -> list[SceneArrays]:
         """The scenes of seeds within the split, one by one."""
-        first = SCENE_SEEDS[SPLIT].start
+        first = SCENE_SEEDS[self.split].start
         todo = [seed for seed in seeds if (seed, moments) not in self._kept]
         what = f"rendering {'clips' if moments > 1 else 'scenes'}"
         for seed in tqdm(todo, what, leave=False, disable=None if self.show else True):
@@ -87,7 +88,7 @@ class Scenery:
         found: list[Picture] = []
         seed = first
         while len(found) < count:
-            if len(Scene.from_seed(SCENE_SEEDS[SPLIT].start + seed).solids) == 1:
+            if len(Scene.from_seed(SCENE_SEEDS[self.split].start + seed).solids) == 1:
                 picture = self.render([seed])[0].picture(0)
                 found += [picture] if picture.mask.mean() > SEEN else []
             seed += 1
@@ -95,7 +96,13 @@ class Scenery:
 
 
 def draw(
-    size: int, scenes: int, pairs: int, tasks: Sequence[Task], seed: int = 0, show: bool = True
+    size: int,
+    scenes: int,
+    pairs: int,
+    tasks: Sequence[Task],
+    seed: int = 0,
+    show: bool = True,
+    split: str = SPLIT,
 ) -> list[TaskQueries]:
     """Queries of every task; tasks of the same kind of scene are asked about the same scenes, in the same order.
 
@@ -105,8 +112,10 @@ def draw(
         pairs: the most in a context.
         tasks: any of `lavin_rt.mini.tasks.TASKS`.
         seed: of degradations, crops and the choice of contexts; the scenes are always the split's first.
+        show: print as it goes.
+        split: "evaluation", which nothing is chosen by; or "train", to choose by.
     """
-    scenery, drawn = Scenery(size, show), []
+    scenery, drawn = Scenery(size, show, split), []
     for task in tasks:
         index = list(TASKS).index(task.name)
         photographs = round(CROPS_PER_SCENE * scenes) if task.source == "any" else 0
@@ -118,7 +127,7 @@ def draw(
             """Inputs and targets, uint8 `[count + crops, 2, T, S, S, 3]`."""
             pictures = scenery.pictures(task, first, count)
             rngs = [np.random.default_rng([seed, index, role, item]) for item in range(count + crops)]
-            pictures += [Picture(photograph_crop(SPLIT, rng, size)) for rng in rngs[count:]]
+            pictures += [Picture(photograph_crop(split, rng, size)) for rng in rngs[count:]]
             both = np.stack([np.stack(task.apply(*one)) for one in zip(pictures, rngs, strict=True)])
             return both if task.is_clip else both[:, :, None]
 

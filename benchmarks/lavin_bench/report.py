@@ -150,7 +150,9 @@ def render(record: dict[str, Any]) -> str:
     Raises:
         ValueError: a kind of record that has no table.
     """
-    from lavin_bench.quality_report import quality_table  # which builds on this module
+    # Which build on this module.
+    from lavin_bench.quality_report import quality_table
+    from lavin_bench.speeds_report import speeds_table
 
     tables = {
         "kernels": kernels_table,
@@ -158,6 +160,7 @@ def render(record: dict[str, Any]) -> str:
         "startup": startup_table,
         "forms": forms_table,
         "quality": quality_table,
+        "quality_speeds": speeds_table,
         "native": native_table,
     }
     kind = record.get("kind", "forms")

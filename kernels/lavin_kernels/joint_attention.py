@@ -107,10 +107,10 @@ def _launch(
     v: torch.Tensor,
     table: torch.Tensor,
     shortest: int,
-    kept: int,
     head_size: int,
     scale: float,
     with_lse: bool,
+    kept: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, heads = q.shape[0], q.shape[1]
     out = q.new_empty(rows, heads * head_size)
@@ -203,7 +203,7 @@ def _joint_attention(
     if runs_kernel(q.device):
         kept = _kept(cond_lens, kept_lens)
         shortest = _shortest(cond_lens, x_lens, kept)
-        return _launch(q, k, v, table, shortest, sum(kept), head_size, scale, with_lse=False)[0]
+        return _launch(q, k, v, table, shortest, head_size, scale, with_lse=False, kept=sum(kept))[0]
     return reference.joint_attention(q, k, v, _branches(table, cond_lens, x_lens, kept_lens), head_size, scale)
 
 
@@ -222,7 +222,7 @@ def _joint_attention_with_lse(
     if runs_kernel(q.device):
         kept = _kept(cond_lens, kept_lens)
         shortest = _shortest(cond_lens, x_lens, kept)
-        return _launch(q, k, v, table, shortest, sum(kept), head_size, scale, with_lse=True)
+        return _launch(q, k, v, table, shortest, head_size, scale, with_lse=True, kept=sum(kept))
     return reference.joint_attention_with_lse(q, k, v, _branches(table, cond_lens, x_lens, kept_lens), head_size, scale)
 
 
