@@ -7,6 +7,7 @@ import torch
 from conftest import case_names, golden_cases, relative_error
 from test_executor import LARGE, REQUESTS, SMALL, answer
 
+from lavin_rt.capture import CaptureError, Graphs
 from lavin_rt.config import DiTConfig
 from lavin_rt.errors import InputError, NonFiniteError
 from lavin_rt.executor import Executor
@@ -14,6 +15,8 @@ from lavin_rt.knots import schedule
 from lavin_rt.layout import Shape
 from lavin_rt.model import JDiT, randomize_
 from lavin_rt.networks import make_network
+from lavin_rt.pipeline import Pipeline
+from lavin_rt.vae import STVAE, VAEConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -103,3 +106,42 @@ def test_out_of_memory_is_one_clear_error(dit):
         assert torch.equal(answer(executor), expected)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_results_stay_right_through_more_shapes_than_are_kept(dit):
+    """Twelve shapes of which eight are kept, twice over: no graph reads memory that another one's end has freed."""
+    network = make_network(dit)
+    captured, eager = Executor(network), Executor(network, graphs=False)
+    shapes = [Shape(1 + width % 2, 3, 1, 1, 4, 2 * width, True) for width in range(2, 14)]
+    for shape in [*shapes, *shapes[::-1], *shapes]:
+        assert torch.equal(answer(captured, shape=shape), answer(eager, shape=shape)), shape
+        assert torch.equal(answer(captured, shape=shapes[0]), answer(eager, shape=shapes[0]))
+    assert captured.captures > 12 and captured.replays
+
+
+def test_a_capture_that_fails_leaves_the_thread_usable(dit):
+    graphs, buffer, stream = Graphs(), torch.zeros(8, device="cuda"), torch.cuda.current_stream()
+    with pytest.raises(CaptureError, match="captur"):
+        graphs.capture(lambda: buffer.add_(1).sum().item())
+    assert torch.cuda.current_stream() == stream and not torch.cuda.is_current_stream_capturing()
+    assert torch.randn(4, device="cuda").isfinite().all()
+    buffer.zero_()
+    replay = graphs.capture(lambda: buffer.add_(1))
+    replay(), replay()
+    assert buffer.tolist() == [2.0] * 8
+    executor = Executor(make_network(dit))
+    assert torch.equal(answer(executor), answer(Executor(make_network(dit), graphs=False)))
+    assert executor.captures == 1
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_the_autoencoder_is_replayed_to_the_same_bits(dit, impl):
+    vae = STVAE(VAEConfig()).requires_grad_(False).to("cuda", dit.dtype)
+    captured, eager = (Pipeline(dit, vae, impl=impl, graphs=graphs) for graphs in (True, False))
+    clips, latents = list(torch.rand(3, 1, 3, 1, 64, 64)), torch.randn(4, 1, 16, 1, 8, 8)
+    for one in latents:
+        assert torch.equal(captured.decode(one), eager.decode(one))
+    for _ in range(3):
+        assert all(map(torch.equal, captured.encode(clips), eager.encode(clips)))
+    assert len(captured.executor._replays._kept) == 2
+    assert all(kept.replay is not None for kept in captured.executor._replays._kept.values())
