@@ -74,7 +74,6 @@ class Graphs:
         with contextlib.suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(index, self._pool)
             torch._C._cuda_releasePool(index, self._pool)
-        with contextlib.suppress(RuntimeError, AttributeError):
             generator = torch.cuda.default_generators[index]
             generator.graphsafe_set_state(generator.clone_state().graphsafe_get_state())
         self._stream = None  # one whose capture was invalidated is not tried again
