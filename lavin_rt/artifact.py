@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 
@@ -153,10 +154,14 @@ class ArtifactNetwork:
         """The network at one shape; an `InputError` as of `check`."""
         self.check(shape)
         form = Form.exact(shape) if form is None else form
-        return LatentCondition(shape, self.dtype, self.device, self._velocity, form)
+        # What a plan needs for a shape goes with the shape's graph.
+        session = self.session.calls() if self.manifest.kind == "tensorrt" else self.session
+        return LatentCondition(shape, self.dtype, self.device, partial(self._velocity, session), form)
 
-    def _velocity(self, latents: torch.Tensor, cond_latents: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
-        velocity = self.session(latents.to(self.dtype), cond_latents, *rows)[0]
+    def _velocity(
+        self, session: Session, latents: torch.Tensor, cond_latents: torch.Tensor, *rows: torch.Tensor
+    ) -> torch.Tensor:
+        velocity = session(latents.to(self.dtype), cond_latents, *rows)[0]
         # A session may answer in memory of its own, which its next call writes over.
         return velocity.clone() if self.manifest.kind == "onnx" and self.device.type == "cuda" else velocity
 

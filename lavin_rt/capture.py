@@ -74,7 +74,6 @@ class Graphs:
         with contextlib.suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(index, self._pool)
             torch._C._cuda_releasePool(index, self._pool)
-        with contextlib.suppress(RuntimeError, AttributeError):
             generator = torch.cuda.default_generators[index]
             generator.graphsafe_set_state(generator.clone_state().graphsafe_get_state())
         self._stream = None  # one whose capture was invalidated is not tried again
@@ -82,16 +81,18 @@ class Graphs:
 
 @dataclasses.dataclass(eq=False)
 class _Kept:
-    """A captured function's buffers and replay; without a replay, a function that has run once."""
+    """A function that has run, a meta tensor like its result, and where it is captured its buffers and replay."""
 
     stamp: list[tuple[object, int]]
+    like: torch.Tensor
     source: torch.Tensor | None = None
     result: torch.Tensor | None = None
     replay: Callable[[], object] | None = None
+    refused: bool = False
 
 
 class Replays:
-    """Functions of one tensor, each captured once for every shape: run at the first call, captured at the second.
+    """Functions of one tensor, run at the first call of every shape, captured at a later one and replayed from then on.
 
     Args:
         graphs: what captures.
@@ -109,6 +110,7 @@ class Replays:
         function: Callable[[torch.Tensor], torch.Tensor],
         x: torch.Tensor,
         stamp: list[tuple[object, int]],
+        capture: bool = True,
     ) -> torch.Tensor:
         """`function(x)`, a tensor of its own.
 
@@ -118,23 +120,18 @@ class Replays:
             x: on any device.
             stamp: (tensor, version) of what the function reads besides `x`: where one of them is another tensor or has
                 changed, the function is captured anew.
+            capture: whether now is a time to capture what has run before.
         """
         key = (name, x.shape, x.dtype)
         kept = self._kept.pop(key, None)
         if kept is None or not _same(kept.stamp, stamp):
             result = function(x)
-            self._kept[key] = _Kept(stamp)
+            self._kept[key] = _Kept(stamp, result.to("meta"))
             while len(self._kept) > self._most:
                 self._kept.popitem(last=False)
             return result
-        if kept.source is None:
-            kept.source = torch.empty_like(x, device=self._device)
-            kept.source.copy_(x)
-            kept.result = torch.empty_like(function(kept.source))
-            try:
-                kept.replay = self._graphs.capture(partial(_into, kept.result, function, kept.source))
-            except CaptureError as error:
-                warnings.warn(f"{name}: {error}; it runs without it", stacklevel=2)
+        if kept.replay is None and capture and not kept.refused:
+            self._capture(name, function, x, kept)
         self._kept[key] = kept
         if kept.replay is None:
             return function(x)
@@ -142,9 +139,21 @@ class Replays:
         kept.replay()
         return kept.result.clone()
 
+    def _capture(
+        self, name: Hashable, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, kept: _Kept
+    ) -> None:
+        kept.source = torch.empty_like(x, device=self._device)
+        kept.result = torch.empty_like(kept.like, device=self._device)
+        try:
+            kept.replay = self._graphs.capture(partial(_into, kept.result, function, kept.source))
+        except CaptureError as error:
+            kept.source, kept.result, kept.refused = None, None, True
+            warnings.warn(f"{name}: {error}; it runs without it", stacklevel=2)
+
     def release(self) -> None:
-        """Lets all go."""
-        self._kept.clear()
+        """Lets all graphs and buffers go; what has run once has run."""
+        for kept in self._kept.values():
+            kept.source = kept.result = kept.replay = None
 
 
 def _into(result: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], source: torch.Tensor) -> None:

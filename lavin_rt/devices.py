@@ -60,8 +60,9 @@ def current_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def memory_at_hand(device: torch.device) -> int:
-    """Bytes that can be taken on a device: on CUDA what the driver has free and PyTorch's allocator has unused, private
-    pools aside, which serve the replays of their graphs alone; else what the system calls available.
+    """Bytes that can be taken on a device: on CUDA what the driver has free, as far as this process may take it, and
+    what PyTorch's allocator has unused, private pools aside, which serve the replays of their graphs alone; else what
+    the system calls available.
     """
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
@@ -71,7 +72,9 @@ def memory_at_hand(device: torch.device) -> int:
             for segment in segments
             if segment["device"] == device.index and tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)
         )
-        return torch.cuda.mem_get_info(device)[0] + unused
+        free, total = torch.cuda.mem_get_info(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return min(free, max(0, allowed - torch.cuda.memory_reserved(device))) + unused
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":") for line in file)

@@ -139,9 +139,9 @@ class Executor:
         self, name: Hashable, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, stamp: list
     ) -> torch.Tensor:
         """Another network's `function(x)` in this thread's turn, as `capture.Replays` has it, in the memory of the
-        steps' graphs; as it is where nothing is captured.
+        steps' graphs, which are captured first, as they need larger pieces; as it is where nothing is captured.
         """
-        return self._replays(name, function, x, stamp) if self.graphs else function(x)
+        return self._replays(name, function, x, stamp, bool(self._plans)) if self.graphs else function(x)
 
     def prepare(self, shape: Shape, knots: torch.Tensor, speed: Speed = EXACT) -> None:
         """Makes a shape ready: buffers, compilation, capture, and the schedule's table.
@@ -354,9 +354,9 @@ class Executor:
         """Whether a shape's first run costs more than others: it is captured or compiled."""
         return self.graphs or self.network.compiles
 
-    def holds(self, shape: Shape) -> bool:
-        """Whether a shape is ready to run."""
-        return shape in self._plans
+    def holds(self, shape: Shape | None = None) -> bool:
+        """Whether a shape is ready to run; any of them without one."""
+        return bool(self._plans) if shape is None else shape in self._plans
 
     def check_memory(self, shape: Shape) -> None:
         """Raises an `InputError` naming what would fit, if a shape needs more memory than there is.

@@ -10,7 +10,7 @@ import torch
 
 from lavin_rt.cli import print_json
 from lavin_rt.config import PRESETS
-from lavin_rt.devices import resolve_device, resolve_dtype
+from lavin_rt.devices import gigabytes, resolve_device, resolve_dtype
 from lavin_rt.download import Artifact, Checkpoint, find_model
 from lavin_rt.errors import InputError
 from lavin_rt.manifest import Manifest
@@ -33,6 +33,7 @@ def info(options: argparse.Namespace) -> None:
             record["artifact"] = artifact(model, device, options.self_check)
         else:
             record["checkpoint"], more = checkpoint(options, model, device, dtype)
+            record["memory on a GPU"] = memory(model)
             checks += more
     if options.self_check:
         record["self-check"] = [
@@ -101,6 +102,30 @@ def checkpoint(
 
     dit = load_dit(files.dit, device=device, dtype=dtype, strict=options.strict)
     return record, [check_checkpoint(dit, impl)]
+
+
+def memory(files: Checkpoint) -> dict:
+    """What a first and a second picture take on a GPU in bfloat16, as predicted (`lavin_rt.memory`), with the released
+    autoencoder's shape.
+    """
+    from lavin_rt.checkpoint import describe
+    from lavin_rt.checkpoint_header import picture_size
+    from lavin_rt.memory import PAIRS, predict
+    from lavin_rt.safetensors_io import SafetensorsFile
+    from lavin_rt.task import task_shape
+    from lavin_rt.vae import VAEConfig
+
+    size = picture_size(SafetensorsFile.open(files.dit))
+    stages = predict(describe(files).config, VAEConfig(), task_shape(1, PAIRS, 1, (size, size), guided=True))
+    last = stages[-1]
+    return {
+        "for": f"{size}x{size}, {PAIRS} pairs, bfloat16",
+        **{
+            stage.name: f"{gigabytes(stage.allocated)} GB allocated, {gigabytes(stage.reserved)} GB reserved"
+            for stage in stages
+        },
+        "at most": f"{gigabytes(last.peak_allocated)} GB allocated, {gigabytes(last.peak_reserved)} GB reserved",
+    }
 
 
 def show(record: dict) -> None:

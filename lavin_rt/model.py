@@ -222,7 +222,7 @@ class JDiT(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
-        self.modulation_source: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.modulation_source: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
         self.cond_embedder = PatchEmbedder(config)
         self.x_embedder = PatchEmbedder(config)
         self.time_embedder = TimeEmbedder(config)
@@ -273,8 +273,7 @@ class JDiT(nn.Module):
         modulation = self.blocks[index].modulation
         if modulation.weight is not None:
             return modulation.weight, modulation.bias
-        weight, bias = self.modulation_source(index)
-        return weight.to(self.device, self.dtype), bias.to(self.device, self.dtype)
+        return self.modulation_source(index, self.device, self.dtype)
 
     @contextmanager
     def resident_modulation(self) -> Iterator[None]:

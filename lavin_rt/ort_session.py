@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from types import ModuleType
@@ -20,16 +21,18 @@ ELEMENT_TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}  # of 
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
 SHAPES_HELD = 8
 ERRORS_ONLY = 3
+NO_GRAPH = "-1"  # of a run that ONNX Runtime neither captures nor replays
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Bound:
-    """Buffers of one set of shapes, bound once: what a CUDA graph needs."""
+    """Buffers of one set of shapes, bound once: what a CUDA graph needs. `captured` says whether there is one."""
 
     inputs: tuple[torch.Tensor, ...]
     outputs: tuple[torch.Tensor, ...]
     binding: Any
     options: Any
+    captured: bool
 
 
 class Session:
@@ -38,7 +41,8 @@ class Session:
     On a CPU inputs and outputs are bound where torch has them, nothing is copied. On CUDA every set of shapes has
     buffers of its own, which ONNX Runtime captures into its CUDA graph at the first call and replays after (not run by
     the project so far: it had no GPU with ONNX Runtime's package); the outputs are then those buffers, good until the
-    next call of the same shapes.
+    next call of the same shapes. ONNX Runtime never lets a captured graph go, so the first 8 sets of shapes have one
+    and later ones run without; so do all where it refuses to capture, which is said once.
 
     Args:
         folder: of the artifact, whose hashes have been checked.
@@ -72,19 +76,25 @@ class Session:
         options.log_severity_level = ERRORS_ONLY
         if cpu:
             options.intra_op_num_threads = torch.get_num_threads()
-        try:
-            self.session = ort.InferenceSession(
-                str(self.path), options, providers=self._providers(provider, device), disable_fallback=True
-            )
-        except InputError:
-            raise
-        except Exception as error:  # ONNX Runtime's errors have no common type
-            raise InputError(
-                f"{self.path} cannot be loaded: {_line(error)}; export or fetch the artifact again"
-            ) from None
+        # Two providers in one session capture no graph of CUDA's own.
+        self._captures = not cpu and provider != "tensorrt"
+        self.session = self._load(options, provider)
         self._check_tensors()
         self._bound: OrderedDict[tuple[tuple[int, ...], ...], _Bound] = OrderedDict()
         self._captured = 0
+
+    def _load(self, options: Any, provider: str) -> Any:
+        providers = self._providers(provider, self.device)
+        try:
+            return self._ort.InferenceSession(str(self.path), options, providers=providers, disable_fallback=True)
+        except Exception as error:  # ONNX Runtime's errors have no common type
+            reason = _line(error)
+        if self._captures:  # which asks for a CUDA kernel for every node
+            self._captures = False
+            session = self._load(options, provider)
+            warnings.warn(f"{self.path.name} runs without a CUDA graph, slower: {reason}", stacklevel=3)
+            return session
+        raise InputError(f"{self.path} cannot be loaded: {reason}; export or fetch the artifact again")
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The graph's outputs.
@@ -109,8 +119,9 @@ class Session:
         key = tuple(tuple(tensor.shape) for tensor in inputs)
         bound = self._bound.pop(key, None) or self._make_bound(inputs, sizes)
         self._bound[key] = bound
-        while len(self._bound) > SHAPES_HELD:
-            self._bound.popitem(last=False)
+        loose = [shapes for shapes, one in self._bound.items() if not one.captured]
+        for shapes in loose[: max(0, len(loose) - SHAPES_HELD)]:
+            del self._bound[shapes]
         caller = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(caller)
         with torch.cuda.stream(self._stream):
@@ -131,9 +142,10 @@ class Session:
         buffers = tuple(torch.empty_like(tensor) for tensor in inputs)
         outputs = self._outputs(sizes)
         options = self._ort.RunOptions()
-        self._captured += 1
-        options.add_run_config_entry("gpu_graph_id", str(self._captured))
-        return _Bound(buffers, outputs, self._bind(buffers, outputs), options)
+        captured = self._captures and self._captured < SHAPES_HELD
+        self._captured += captured
+        options.add_run_config_entry("gpu_graph_id", str(self._captured) if captured else NO_GRAPH)
+        return _Bound(buffers, outputs, self._bind(buffers, outputs), options, captured)
 
     def _outputs(self, sizes: dict[str, int]) -> tuple[torch.Tensor, ...]:
         return tuple(
@@ -165,8 +177,8 @@ class Session:
             "device_id": str(device.index or 0),
             "user_compute_stream": str(self._stream.cuda_stream),
         }
-        # Two providers in one session capture no graph of CUDA's own; TF32 would not be float32.
-        graph = "0" if wanted == "tensorrt" else "1"
+        # TF32 would not be float32.
+        graph = str(int(self._captures))
         cuda = ("CUDAExecutionProvider", {**stream, "enable_cuda_graph": graph, "use_tf32": "0"})
         tensorrt = ("TensorrtExecutionProvider", {**stream, "trt_cuda_graph_enable": "1"})
         chosen = [tensorrt, cuda] if wanted == "tensorrt" else [cuda]

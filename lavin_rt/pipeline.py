@@ -250,6 +250,14 @@ class Pipeline:
 
         return self._within_memory(run, f"decode {_shown(latents)} latents")
 
+    def ready_decoder(self, latents: tuple[int, ...]) -> None:
+        """Decodes latents of this shape once before the first step is captured, where decoding will be captured too.
+
+        Beside the steps' graphs it would take its memory a second time; after this it is captured into theirs.
+        """
+        if self.executor.graphs and not self.executor.holds() and isinstance(self.vae, STVAE):
+            self.decode(torch.zeros(latents))
+
     def _frames_together(self, clip: torch.Tensor) -> int:
         """Clips of one shape that the VAE encodes in one pass: on a GPU small pictures fill it together only."""
         return max(1, PIXELS_TOGETHER // clip[:, 0].numel()) if self.device.type == "cuda" else 1

@@ -94,12 +94,14 @@ class SafetensorsFile:
 
 
 class Reader:
-    """Reads tensors of a `SafetensorsFile` into given memory, with at most `STAGING_BYTES` of its own."""
+    """Reads tensors of a `SafetensorsFile` into given memory, with at most `STAGING_BYTES` of its own; twice that for a
+    GPU, to which one half is copied while the other is read.
+    """
 
     def __init__(self, file: SafetensorsFile):
         self._path = file.path
         self._entries = file.entries
-        self._staging: torch.Tensor | None = None
+        self._staging: _Staging | None = None
         try:
             self._file = open(file.path, "rb", buffering=0)  # noqa: SIM115, closed in __exit__
         except OSError as error:
@@ -116,10 +118,14 @@ class Reader:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        if self._staging is not None:
+            self._staging.wait()
 
     @torch.no_grad()
     def read_into(self, name: str, destination: torch.Tensor) -> None:
         """Fills `destination`, contiguous and of the tensor's shape, converting where its dtype or device differ.
+
+        On a GPU it is filled in the current stream's order, and to the host's knowledge when the reader is closed.
 
         Raises:
             InputError: the file ended early.
@@ -139,13 +145,12 @@ class Reader:
             self._fill(name, destination.view(-1).view(torch.uint8))
             return
         if self._staging is None:
-            pinned = destination.device.type == "cuda"
-            self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=pinned)
+            self._staging = _Staging(destination.device)
         flat = destination.view(-1)
         for part in flat.split(STAGING_BYTES // dtype.itemsize):
-            staged = self._staging[: part.numel() * dtype.itemsize]
+            staged = self._staging.free()[: part.numel() * dtype.itemsize]
             self._fill(name, staged)
-            part.copy_(staged.view(dtype))
+            self._staging.copy(staged.view(dtype), part)
 
     def _fill(self, name: str, buffer: torch.Tensor) -> None:
         """Reads the file's next bytes into `buffer`, `[bytes]` uint8."""
@@ -157,6 +162,43 @@ class Reader:
                     f"{self._path} ended while reading {name}; it was truncated while in use, fetch it again"
                 )
             view = view[count:]
+
+
+class _Staging:
+    """Memory between a file and a tensor of another dtype or device: for a GPU two pinned buffers used in turns."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._buffers = [
+            torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=self._cuda) for _ in range(1 + self._cuda)
+        ]
+        self._copied: list[torch.cuda.Event | None] = [None] * len(self._buffers)
+        self._turn = 0
+
+    def free(self) -> torch.Tensor:
+        """A buffer `[STAGING_BYTES]` uint8 of which no copy is under way."""
+        self._turn = (self._turn + 1) % len(self._buffers)
+        self._wait_for(self._turn)
+        return self._buffers[self._turn]
+
+    def copy(self, staged: torch.Tensor, destination: torch.Tensor) -> None:
+        """Copies from the buffer that `free` gave last, on a GPU without waiting for it."""
+        # A conversion on the way would be the host's.
+        if self._cuda and staged.dtype != destination.dtype:
+            staged = staged.to(destination.device, non_blocking=True)
+        destination.copy_(staged, non_blocking=True)
+        if self._cuda:
+            self._copied[self._turn] = torch.cuda.current_stream(destination.device).record_event()
+
+    def wait(self) -> None:
+        """Until no copy is under way."""
+        for turn in range(len(self._buffers)):
+            self._wait_for(turn)
+
+    def _wait_for(self, turn: int) -> None:
+        event, self._copied[turn] = self._copied[turn], None
+        if event is not None:
+            event.synchronize()
 
 
 def write_safetensors(

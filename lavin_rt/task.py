@@ -164,6 +164,7 @@ class Task:
                 query, start = (
                     torch.cat([part, part[-1:].expand(together - count, *part[0].shape)]) for part in (query, start)
                 )
+            self.pipeline.ready_decoder((1, *start.shape[1:]))
             latents = executor.sample(
                 self._shape(together, guidance, speed),
                 self._embedded_context(),

@@ -43,13 +43,32 @@ class _Bound:
     captured: bool = False
 
 
+class Calls:
+    """A session's plan with execution contexts of its own, which go when this does: for whoever captures calls and
+    knows how long the graphs live.
+    """
+
+    def __init__(self, session: Session):
+        self._session = session
+        self._bound: dict[tuple[tuple[int, ...], ...], _Bound] = {}
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As the session."""
+        return self._session.run(inputs, self._bound)
+
+    def __del__(self):
+        if self._bound:  # a context may not end while it runs
+            torch.cuda.synchronize(self._session.device)
+
+
 class Session:
     """One plan, deserialised on a GPU.
 
     A call runs on torch's current stream without waiting for it (on a stream of its own, joined by events, where that
     is the default stream, on which TensorRT would synchronise), allocates its outputs with torch and may be captured
     into a CUDA graph once it has been called with the same shapes. Every set of shapes has an execution context and
-    scratch memory of its own; the 16 sets used last are held, besides all that a graph has captured.
+    scratch memory of its own; the 16 sets used last are held, besides all that a graph has captured, which the session
+    holds as long as it lives: `calls` gives a caller contexts that go with it.
 
     Args:
         folder: of the artifact; hashes of its files have been checked.
@@ -180,13 +199,21 @@ class Session:
             TypeError, ValueError: another number, dtype, rank or device of inputs.
             RuntimeError: TensorRT failed, or shapes are new in the middle of a capture.
         """
-        with torch.cuda.device(self.device):
-            return self._run(tuple(self._checked(*pair) for pair in zip(self._inputs, inputs, strict=True)))
+        return self.run(inputs, None)
 
-    def _run(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def calls(self) -> Calls:
+        """The same plan, for calls that end up in CUDA graphs: its contexts go when what this gives does."""
+        return Calls(self)
+
+    def run(self, inputs: tuple[torch.Tensor, ...], own: dict | None) -> tuple[torch.Tensor, ...]:
+        """A call on the session's contexts, or on those of `Calls`."""
+        with torch.cuda.device(self.device):
+            return self._run(tuple(self._checked(*pair) for pair in zip(self._inputs, inputs, strict=True)), own)
+
+    def _run(self, inputs: tuple[torch.Tensor, ...], own: dict | None) -> tuple[torch.Tensor, ...]:
         current = torch.cuda.current_stream(self.device)
         capturing = torch.cuda.is_current_stream_capturing()
-        bound = self._context(tuple(tuple(value.shape) for value in inputs), capturing)
+        bound = self._context(tuple(tuple(value.shape) for value in inputs), capturing, own)
         outputs = tuple(torch.empty(shape, dtype=dtype, device=self.device) for _, dtype, shape in bound.outputs)
         context = bound.context
         for (name, _, _), value in zip(self._inputs, inputs, strict=True):
@@ -220,18 +247,19 @@ class Session:
             self._stream = torch.cuda.Stream(self.device)
         return self._stream
 
-    def _context(self, shapes: tuple[tuple[int, ...], ...], capturing: bool) -> _Bound:
-        bound = self._bound.pop(shapes, None)
+    def _context(self, shapes: tuple[tuple[int, ...], ...], capturing: bool, own: dict | None) -> _Bound:
+        held = self._bound if own is None else own
+        bound = held.pop(shapes, None)
         if bound is None:
             if capturing:
                 raise RuntimeError(f"{self.path.name}: run once with shapes {shapes} before capturing a CUDA graph")
-            loose = [key for key, held in self._bound.items() if not held.captured]
+            loose = [key for key, one in held.items() if not one.captured] if own is None else []
             for key in loose[: max(0, len(loose) - SHAPES_HELD + 1)]:
                 torch.cuda.synchronize(self.device)
-                del self._bound[key]
+                del held[key]
             bound = self._bind(shapes)
         bound.captured |= capturing
-        self._bound[shapes] = bound
+        held[shapes] = bound
         return bound
 
     def _bind(self, shapes: tuple[tuple[int, ...], ...]) -> _Bound:

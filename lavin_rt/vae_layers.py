@@ -93,7 +93,12 @@ def chosen_by_process(x: torch.Tensor) -> bool:
 
 
 def pointwise(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
-    """A 1x1x1 convolution as one of pictures: cuDNN's of three dimensions are slower, and missing in some releases."""
+    """A 1x1x1 convolution as one of pictures: cuDNN's of three dimensions are slower, and missing in some releases.
+
+    A trace keeps the three, as exporters want weights as they are.
+    """
+    if torch.compiler.is_compiling():
+        return convolution(x, conv.weight, conv.bias)
     return as_clips(convolution(as_pictures(x), conv.weight.squeeze(2), conv.bias), x.shape[0])
 
 

@@ -38,7 +38,7 @@ class Stream:
     numbers = itertools.count()
 
     def __init__(self, *_: object):
-        self.number = next(self.numbers)
+        self.number = self.cuda_stream = next(self.numbers)
 
     def wait_stream(self, other: Stream) -> None: ...
 

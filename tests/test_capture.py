@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from cuda_stand_in import Cuda
+from PIL import Image
 from test_executor import REQUESTS, SMALL, answer
 from test_vae import SMALL as SMALL_VAE
 
@@ -16,6 +17,7 @@ from lavin_rt.capture import CaptureError, Graphs
 from lavin_rt.config import DiTConfig
 from lavin_rt.devices import out_of_memory
 from lavin_rt.executor import Executor
+from lavin_rt.knots import schedule
 from lavin_rt.layout import Shape
 from lavin_rt.model import JDiT, randomize_
 from lavin_rt.networks import make_network
@@ -135,27 +137,48 @@ def test_the_autoencoder_is_replayed_from_its_third_call_on(pipe, cuda):
     expected = results()
     assert torch.equal(torch.cat(expected[4:8]), torch.cat(expected[8:]))
     pipe.executor.graphs = True
-    assert all(map(torch.equal, results(), expected)) and cuda.captures == 2
-    assert all(map(torch.equal, results(), expected)) and cuda.captures == 2
+    assert all(map(torch.equal, results(), expected)) and cuda.captures == 0  # the steps' graphs come first
+    pipe.executor.prepare(SMALL, schedule(4))
+    assert all(map(torch.equal, results(), expected)) and cuda.captures == 3
+    assert all(map(torch.equal, results(), expected)) and cuda.captures == 3
     assert {graph.pool for graph in cuda.graphs} == {(0, 1)}
     pipe.vae.decoder.conv_out.conv.bias += 0.3
     pipe.vae.encoder.conv_in.conv.weight = torch.nn.Parameter(pipe.vae.encoder.conv_in.conv.weight * 2, False)
     changed = results()
     pipe.executor.graphs = False
     assert all(map(torch.equal, results(), changed)) and not torch.equal(changed[0], expected[0])
-    assert cuda.captures == 4 and len(cuda.graphs) == 2
+    assert cuda.captures == 5 and len(cuda.graphs) == 3
     pipe.executor.release()
     assert not cuda.graphs and not cuda.faults
+    pipe.executor.graphs = True
+    assert all(map(torch.equal, results(), changed)) and cuda.captures == 5
 
 
 def test_an_autoencoder_that_cannot_be_captured_runs_as_it_is(pipe, cuda):
     latents = torch.randn(1, 16, 1, 2, 2)
     expected = pipe.decode(latents)
     pipe.executor.graphs = True
+    pipe.executor.prepare(SMALL, schedule(4))
     cuda.fail = [RuntimeError("operation not permitted when stream is capturing")]
     with pytest.warns(UserWarning, match="decode.*without it"):
         assert all(torch.equal(pipe.decode(latents), expected) for _ in range(4))
-    assert cuda.captures == 0
+    assert cuda.captures == 1
+
+
+def test_the_decoder_has_run_before_a_step_is_captured(pipe, cuda, monkeypatch):
+    """So that it never runs beside the steps' graphs but in their memory."""
+    ran = []
+    decode = pipe.vae.decode
+    monkeypatch.setattr(pipe.vae, "decode", lambda latents, **how: ran.append(cuda.captures) or decode(latents, **how))
+    pipe.executor.graphs = True
+    task = pipe.task([(Image.new("RGB", (16, 16)), Image.new("RGB", (16, 16), "red"))], size=16)
+    query = Image.new("RGB", (16, 16), "blue")
+    results = [task.run([query], steps=4)[0].frames for _ in range(3)]
+    assert ran == [0, 1] and cuda.captures == 3, "once as it is, once captured"
+    pipe.executor.graphs = False
+    assert all(
+        torch.equal(frames, task.run([Image.new("RGB", (16, 16), "blue")], steps=4)[0].frames) for frames in results
+    )
 
 
 def test_small_pictures_are_encoded_together_where_that_fills_a_device(pipe, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import types
 
 import pytest
 import safetensors
@@ -79,6 +80,29 @@ def test_dtypes_are_converted_as_torch_does_it(tmp_path, monkeypatch, stored, lo
     save_dit(load_dit(path, dtype=loaded), tmp_path / "saved.safetensors")
     expected = {name: value.to(stored).to(loaded) for name, value in golden("dit_a")[0].items()}
     assert same_bytes(load_file(tmp_path / "saved.safetensors"), expected)
+
+
+class Late(safetensors_io._Staging):
+    """Copies as a GPU does them, at the last moment at which they may still be under way."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self._buffers = [torch.empty_like(self._buffers[0]) for _ in range(2)]
+        self._copied = [None, None]
+
+    def copy(self, staged, destination):
+        self._copied[self._turn] = types.SimpleNamespace(synchronize=lambda: destination.copy_(staged))
+
+
+def test_no_buffer_is_read_into_while_it_is_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors_io, "STAGING_BYTES", 1000)
+    path = write_dit_a(tmp_path)
+    ordinary = load_dit(path, dtype=torch.float64)
+    monkeypatch.setattr(safetensors_io, "_Staging", Late)
+    late = load_dit(path, dtype=torch.float64)
+    assert same_bytes(dict(late.state_dict()), dict(ordinary.state_dict()))
+    assert all(map(torch.equal, late.modulation_parameters(0), ordinary.modulation_parameters(0)))
+    assert late.modulation_parameters(0)[0].dtype == torch.float64
 
 
 def test_mixed_dtypes_load_into_the_one_that_holds_them_all(tmp_path):

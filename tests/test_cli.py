@@ -347,6 +347,7 @@ def test_info(checkpoint, capsys):
     record = json.loads(capsys.readouterr().out)
     assert record["checkpoint"]["hidden_size"] == 192 and record["checkpoint"]["tasks"] == ["depth_estimation"]
     assert record["machine"]["torch"] == torch.__version__
+    assert "GB reserved" in record["memory on a GPU"]["at most"]
     assert len(record["self-check"]) == 3 and all(check["passed"] for check in record["self-check"])
     assert main(["info"]) == 0
     assert "impl" in capsys.readouterr().out

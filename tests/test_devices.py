@@ -69,4 +69,7 @@ def test_memory_of_a_graphs_pool_is_not_at_hand(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert memory_at_hand(torch.device("cuda")) == memory_at_hand(torch.device("cuda:0")) == 1040
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 850)
+    for fraction, free in ((1.0, 1000), (0.5, 150), (0.4, 0)):  # what a process may take beside what it has
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, share=fraction: share)
+        assert memory_at_hand(torch.device("cuda")) == memory_at_hand(torch.device("cuda:0")) == free + 40

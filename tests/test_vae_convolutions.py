@@ -80,3 +80,17 @@ def test_compiled_code_finds_the_setting_whole_and_leaves_it_as_it_was():
     with lavin_rt.aoti_session._NO_TF32, lavin_rt.aoti_session._NO_TF32:
         assert cudnn.allow_tf32 is False and cudnn.conv.fp32_precision != "tf32"
     assert (cudnn.allow_tf32, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == before
+
+
+def test_a_trace_computes_nothing_from_the_weights_of_a_clips_shortcuts():
+    """Exporters want weights as they are: TensorRT takes no convolution with a computed kernel."""
+    vae = STVAE(SMALL).requires_grad_(False)
+    block = vae.decoder.up_blocks[1].resnets[0]
+    latents, x = torch.randn(1, 16, 2, 2, 2), torch.randn(1, block.conv1.conv.in_channels, 3, 4, 4)
+    traced = torch.export.export(block, (x, latents))
+    weights = {node for node in traced.graph.nodes if node.op == "placeholder" and node.name.startswith("p_")}
+    computed = [
+        node for node in traced.graph.nodes if node.op == "call_function" and set(node.all_input_nodes) <= weights
+    ]
+    assert block.conv_shortcut is not None and not [node for node in computed if node.all_input_nodes]
+    torch.testing.assert_close(traced.module()(x, latents), block(x, latents))

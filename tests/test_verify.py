@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import types
 
 import onnx_ir
 import pytest
@@ -14,10 +15,10 @@ from onnx_exports import exported, golden_checkpoint
 from safetensors.torch import load_file, save_file
 from small_artifact import read_manifest, write_manifest
 
-from lavin_export import to_onnx, verify
+from lavin_export import denoiser, to_onnx, verify
 from lavin_export.onnx_support import Report
 from lavin_export.verify import VerificationError, relative_error, verify_artifact
-from lavin_rt.checkpoint import find_checkpoint
+from lavin_rt.checkpoint import ModulationInFile, describe, find_checkpoint
 from lavin_rt.cli import main
 from lavin_rt.manifest import Manifest
 
@@ -46,6 +47,20 @@ def change_weight(folder, part="denoiser", name="blocks.0.x.down", by=0.5):
 
 def rehash(folder):
     write_manifest(folder, read_manifest(folder))
+
+
+def test_the_modulation_is_read_once(tmp_path, monkeypatch):
+    """By the plain model, which runs a dozen times in every dtype."""
+    checkpoint, read = golden_checkpoint(tmp_path / "checkpoint", "dit_b"), []
+    blocks = ModulationInFile.__call__
+    monkeypatch.setattr(ModulationInFile, "__call__", lambda *given: read.append(given[1]) or blocks(*given))
+    config = describe(checkpoint).config
+    manifest = types.SimpleNamespace(schedules=[8], config=config, parts={"denoiser": {"ranges": denoiser.RANGES}})
+    cases = verify.Cases(manifest, checkpoint, 3)
+    with torch.no_grad():
+        passes, run = cases._of_transformer(torch.float32, torch.device("cpu"))
+    assert len(passes) == 3 and run.isfinite().all()
+    assert read == list(range(config.depth))
 
 
 @pytest.mark.slow

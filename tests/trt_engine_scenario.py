@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 import types
+import weakref
 from pathlib import Path
 from types import ModuleType
 
@@ -257,6 +258,19 @@ def sessions(trt: ModuleType, classes: dict) -> None:
         trt_session.SHAPES_HELD = kept
         held = [shapes[0][0] for shapes in session._bound]
         assert held == [1, 6, 7, 8], held
+        # Those of a caller that knows how long its graphs live go with it, captured or not, once they are idle.
+        calls = session.calls()
+        calls(aligned(torch.ones(1, 3)), scale), calls(aligned(torch.ones(2, 3)), scale)
+        cuda.capturing = True
+        calls(aligned(torch.ones(1, 3)), scale)
+        assert "before capturing" in failure(RuntimeError, calls, aligned(torch.ones(4, 3)), scale)
+        cuda.capturing = False
+        contexts = [weakref.ref(bound) for bound in calls._bound.values()]
+        assert len(contexts) == 2 and all(one() is not None for one in contexts)
+        cuda, waited = trt_session.torch.cuda, trt_session.torch.cuda.synchronized
+        del calls
+        assert cuda.synchronized == waited + 1 and not any(one() for one in contexts)
+        assert [shapes[0][0] for shapes in session._bound] == held
         session, libraries = load("run")
         message = failure(RuntimeError, session, aligned(torch.ones(1, 3)), scale)
         assert message == "denoiser.plan: TensorRT failed: illegal address", message
@@ -281,7 +295,7 @@ def sessions(trt: ModuleType, classes: dict) -> None:
         graph = b"\x2a" + bytes([len(tensor)]) + tensor
         (folder / "denoiser.onnx").write_bytes(b"\x3a" + bytes([len(graph)]) + graph)
         message = failure(InputError, load, manifest=stripped, refittable=True)
-        assert message == "denoiser.onnx has weights in ../x, not a file of the artifact", message
+        assert "denoiser.onnx takes weights from '../x', which is not a file of the artifact" in message, message
         (folder / "denoiser.onnx").write_bytes(GRAPH)
         assert "cannot take other weights" in failure(InputError, load, manifest=stripped)
         message = failure(InputError, load, "refit", stripped, refittable=True)

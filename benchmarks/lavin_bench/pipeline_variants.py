@@ -62,7 +62,7 @@ def random_model(config: DiTConfig, device: torch.device, dtype: torch.dtype = t
         weight = torch.randn(2, 4 * hidden, hidden, device=device, generator=generator) * hidden**-0.5
         bias = torch.randn(2, 4 * hidden, device=device, generator=generator) * 0.1
         linears.append((weight.to("cpu", dtype), bias.to("cpu", dtype)))
-    dit.modulation_source = linears.__getitem__
+    dit.modulation_source = lambda index, *place: tuple(part.to(*place) for part in linears[index])
     return dit
 
 
