@@ -24,6 +24,7 @@ SOURCE = gluon_stand_in.source("joint_attention_gluon_loops", "joint_attention_g
 LOOPS = [
     ("plain", False, False),
     ("plain", False, True),
+    ("peeled", False, True),
     ("overlap", False, False),
     ("overlap", True, True),
     ("deep", False, False),

@@ -33,7 +33,7 @@ CANDIDATES = [
         (128, 128, 3, {"loop": "overlap"}),
         (192, 64, 3, {"loop": "overlap"}, {"loop": "overlap", "q_in_registers": 1}),
         (192, 64, 3, {"loop": "overlap", "pingpong": 1, "q_in_registers": 1}),
-        (192, 128, 2, {"loop": "plain"}),
+        (192, 128, 2, {"loop": "plain"}, {"loop": "peeled"}, {"loop": "peeled", "q_in_registers": 1}),
         (192, 128, 3, {"loop": "plain"}),
     )
     for loop in loops

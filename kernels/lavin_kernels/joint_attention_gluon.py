@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lavin_kernels.joint_attention_gluon_loops import ROWS, deep, matrix, overlap, plain
+from lavin_kernels.joint_attention_gluon_loops import ROWS, deep, matrix, overlap, peeled, plain
 
 # Registers of a thread where 2 or 3 warpgroups share the 65,536 of a multiprocessor, less those of the copying group.
 REGISTERS = {2: 240, 3: 160}
@@ -179,6 +179,10 @@ def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile,
             q, q_rest, tile_buffers, tile_barriers, turns, state, first_tile, tiles, scale, REST, STAGES, SCORES, ACC,
             ACC_REST, PINGPONG,
         )  # fmt: skip
+    elif LOOP == "peeled":
+        largest, total, acc, acc_rest = peeled(
+            q, q_rest, tile_buffers, tile_barriers, state, first_tile, tiles, scale, REST, STAGES, SCORES, ACC, ACC_REST
+        )
     else:
         largest, total, acc, acc_rest = plain(
             q, q_rest, tile_buffers, tile_barriers, state, first_tile, tiles, scale, REST, STAGES, SCORES, ACC, ACC_REST
