@@ -31,9 +31,12 @@ CANDIDATES = [
             {"loop": "overlap", "q_in_registers": 1},
         ),
         (128, 128, 3, {"loop": "overlap"}),
+        (192, 128, 2, {"loop": "overlap", "values_rest": 8}, {"loop": "overlap", "values_rest": 8, "pingpong": 1}),
+        (128, 128, 2, {"loop": "overlap", "values_rest": 8}),
         (192, 64, 3, {"loop": "overlap"}, {"loop": "overlap", "q_in_registers": 1}),
         (192, 64, 3, {"loop": "overlap", "pingpong": 1, "q_in_registers": 1}),
         (192, 128, 2, {"loop": "plain"}, {"loop": "peeled"}, {"loop": "peeled", "q_in_registers": 1}),
+        (192, 128, 2, {"loop": "peeled", "values_rest": 8}),
         (192, 128, 3, {"loop": "plain"}),
     )
     for loop in loops
@@ -138,7 +141,7 @@ def _launch(
     if variant == "gluon":
         from lavin_kernels import joint_attention_gluon as hopper
 
-        sources = hopper.descriptors(parts, head_size, pieces, block_n)
+        sources = hopper.descriptors(parts, head_size, pieces, block_n, hopper.values_rest(options, head_size, pieces))
         form = hopper.form(options, block_m, block_n)
         hopper.joint_attention_gluon_kernel[grid](
             *sources, out, lse, table, branches, scale, **shape, **form, num_warps=4
@@ -334,7 +337,9 @@ def _static_case(config: Mapping[str, int | str], dtype: torch.dtype, x_only: bo
     for name in kernel.arg_names:
         if name.endswith("_source") and variant == "gluon":
             rows = block_n if name[0] in "kv" else 64
-            width = shape["REST"] if "rest" in name else shape["WIDTH"]
+            width = (shape["REST"] if "rest" in name else 0) or shape["WIDTH"]
+            if name == "v_rest_source" and shape["REST"]:
+                width = hopper.values_rest(config, head_size, (shape["WIDTH"], shape["REST"]))
             layout = hopper.tile_layout(dtype, rows, width)
             signature[name] = f"tensordesc<{element}[1, {rows}, {width}],{layout!r}>"
         elif name.endswith("_source") or name == "out_ptr":
