@@ -10,7 +10,7 @@ from torch.library import triton_op
 from lavin_kernels import reference, tuning, validate
 from lavin_kernels.branches import Branches
 from lavin_kernels.joint_attention_kernel import joint_attention_kernel
-from lavin_kernels.launch import interpreted, runs_kernel
+from lavin_kernels.launch import interpreted, on_device, runs_kernel
 from lavin_kernels.static_cases import StaticCase
 
 # Worth timing on a device; "gluon" on compute capability 9.0 alone, with 64 query rows to a warpgroup and what
@@ -143,26 +143,28 @@ def _launch(
 
         sources = hopper.descriptors(parts, head_size, pieces, block_n, hopper.values_rest(options, head_size, pieces))
         form = hopper.form(options, block_m, block_n)
-        hopper.joint_attention_gluon_kernel[grid](
-            *sources, out, lse, table, branches, scale, **shape, **form, num_warps=4
-        )
+        with on_device(q):
+            hopper.joint_attention_gluon_kernel[grid](
+                *sources, out, lse, table, branches, scale, **shape, **form, num_warps=4
+            )
         return out, lse
     kernel = torch.library.wrap_triton(joint_attention_kernel) if traced else joint_attention_kernel
     launch = ("num_warps", "num_stages") if traced else ("num_warps", "num_stages", "maxnreg")
-    kernel[grid](
-        *parts,
-        out,
-        lse,
-        table,
-        branches,
-        *(stride // 8 for part in parts for stride in part.stride()[:2]),
-        scale,
-        **shape,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        UPCAST=interpreted() and q.dtype == torch.bfloat16,
-        **{key: options[key] for key in launch if key in options},
-    )
+    with on_device(q):
+        kernel[grid](
+            *parts,
+            out,
+            lse,
+            table,
+            branches,
+            *(stride // 8 for part in parts for stride in part.stride()[:2]),
+            scale,
+            **shape,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            UPCAST=interpreted() and q.dtype == torch.bfloat16,
+            **{key: options[key] for key in launch if key in options},
+        )
     return out, lse
 
 
