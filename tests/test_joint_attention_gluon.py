@@ -24,13 +24,14 @@ SOURCE = gluon_stand_in.source("joint_attention_gluon_loops", "joint_attention_g
 LOOPS = [
     ("plain", False, False),
     ("plain", False, True),
+    ("peeled", False, True),
     ("overlap", False, False),
     ("overlap", True, True),
     ("deep", False, False),
 ]
 
 
-def launch(q, k, v, branches, head_size, *, groups, block_n, stages, loop=LOOPS[0], source=SOURCE):
+def launch(q, k, v, branches, head_size, *, groups, block_n, stages, loop=LOOPS[0], values_rest=0, source=SOURCE):
     """Both results, every program of the grid run after the other."""
     rows, heads = q.shape[:2]
     out = torch.full((rows, heads * head_size), float("nan"), dtype=q.dtype)
@@ -39,7 +40,7 @@ def launch(q, k, v, branches, head_size, *, groups, block_n, stages, loop=LOOPS[
     sources = [
         gluon_stand_in.Descriptor(part, head_size, tile_rows, piece or width)
         for part, tile_rows in zip((q, k, v), (64, block_n, block_n), strict=True)
-        for piece in (width, rest)
+        for piece in (width, values_rest if part is v and values_rest else rest)
     ]
     pointers = [gluon_stand_in.Pointer(tensor) for tensor in (out, lse, branches.table)]
     count = len(branches.cond_lens)
@@ -96,6 +97,11 @@ def test_results(cond_lens, x_lens, groups, block_n, stages, loop):
 @pytest.mark.parametrize("loop", LOOPS, ids=str)
 def test_x_queries_alone_and_one_piece(head_size, loop):
     check((70, 37), (40, 9), groups=2, stages=4, head_size=head_size, x_only=True, loop=loop)
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=str)
+def test_values_of_8_columns_beyond_64(loop):
+    check((70, 37), (40, 9), loop=loop, values_rest=8)
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=str)

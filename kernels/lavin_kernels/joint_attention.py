@@ -10,7 +10,7 @@ from torch.library import triton_op
 from lavin_kernels import reference, tuning, validate
 from lavin_kernels.branches import Branches
 from lavin_kernels.joint_attention_kernel import joint_attention_kernel
-from lavin_kernels.launch import interpreted, runs_kernel
+from lavin_kernels.launch import interpreted, on_device, runs_kernel
 from lavin_kernels.static_cases import StaticCase
 
 # Worth timing on a device; "gluon" on compute capability 9.0 alone, with 64 query rows to a warpgroup and what
@@ -31,9 +31,12 @@ CANDIDATES = [
             {"loop": "overlap", "q_in_registers": 1},
         ),
         (128, 128, 3, {"loop": "overlap"}),
+        (192, 128, 2, {"loop": "overlap", "values_rest": 8}, {"loop": "overlap", "values_rest": 8, "pingpong": 1}),
+        (128, 128, 2, {"loop": "overlap", "values_rest": 8}),
         (192, 64, 3, {"loop": "overlap"}, {"loop": "overlap", "q_in_registers": 1}),
         (192, 64, 3, {"loop": "overlap", "pingpong": 1, "q_in_registers": 1}),
-        (192, 128, 2, {"loop": "plain"}),
+        (192, 128, 2, {"loop": "plain"}, {"loop": "peeled"}, {"loop": "peeled", "q_in_registers": 1}),
+        (192, 128, 2, {"loop": "peeled", "values_rest": 8}),
         (192, 128, 3, {"loop": "plain"}),
     )
     for loop in loops
@@ -140,28 +143,30 @@ def _launch(
     if variant == "gluon":
         from lavin_kernels import joint_attention_gluon as hopper
 
-        sources = hopper.descriptors(parts, head_size, pieces, block_n)
+        sources = hopper.descriptors(parts, head_size, pieces, block_n, hopper.values_rest(options, head_size, pieces))
         form = hopper.form(options, block_m, block_n)
-        hopper.joint_attention_gluon_kernel[grid](
-            *sources, out, lse, table, branches, scale, **shape, **form, num_warps=4
-        )
+        with on_device(q):
+            hopper.joint_attention_gluon_kernel[grid](
+                *sources, out, lse, table, branches, scale, **shape, **form, num_warps=4
+            )
         return out, lse
     kernel = torch.library.wrap_triton(joint_attention_kernel) if traced else joint_attention_kernel
     launch = ("num_warps", "num_stages") if traced else ("num_warps", "num_stages", "maxnreg")
-    kernel[grid](
-        *parts,
-        out,
-        lse,
-        table,
-        branches,
-        *(stride // 8 for part in parts for stride in part.stride()[:2]),
-        scale,
-        **shape,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        UPCAST=interpreted() and q.dtype == torch.bfloat16,
-        **{key: options[key] for key in launch if key in options},
-    )
+    with on_device(q):
+        kernel[grid](
+            *parts,
+            out,
+            lse,
+            table,
+            branches,
+            *(stride // 8 for part in parts for stride in part.stride()[:2]),
+            scale,
+            **shape,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            UPCAST=interpreted() and q.dtype == torch.bfloat16,
+            **{key: options[key] for key in launch if key in options},
+        )
     return out, lse
 
 
@@ -351,7 +356,9 @@ def _static_case(config: Mapping[str, int | str], dtype: torch.dtype, x_only: bo
     for name in kernel.arg_names:
         if name.endswith("_source") and variant == "gluon":
             rows = block_n if name[0] in "kv" else 64
-            width = shape["REST"] if "rest" in name else shape["WIDTH"]
+            width = (shape["REST"] if "rest" in name else 0) or shape["WIDTH"]
+            if name == "v_rest_source" and shape["REST"]:
+                width = hopper.values_rest(config, head_size, (shape["WIDTH"], shape["REST"]))
             layout = hopper.tile_layout(dtype, rows, width)
             signature[name] = f"tensordesc<{element}[1, {rows}, {width}],{layout!r}>"
         elif name.endswith("_source") or name == "out_ptr":

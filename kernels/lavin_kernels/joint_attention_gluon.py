@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lavin_kernels.joint_attention_gluon_loops import ROWS, deep, matrix, overlap, plain
+from lavin_kernels.joint_attention_gluon_loops import ROWS, deep, matrix, overlap, peeled, plain
 
 # Registers of a thread where 2 or 3 warpgroups share the 65,536 of a multiprocessor, less those of the copying group.
 REGISTERS = {2: 240, 3: 160}
@@ -86,7 +86,8 @@ def _buffers(source, rest_source, COUNT: gl.constexpr, REST: gl.constexpr):
     tiles = gl.allocate_shared_memory(source.dtype, [COUNT, 1, shape[1], shape[2]], source.layout)
     rest = tiles
     if REST:
-        rest = gl.allocate_shared_memory(source.dtype, [COUNT, 1, shape[1], REST], rest_source.layout)
+        width: gl.constexpr = rest_source.block_type.shape[2]
+        rest = gl.allocate_shared_memory(source.dtype, [COUNT, 1, shape[1], width], rest_source.layout)
     return tiles, rest
 
 
@@ -157,7 +158,7 @@ def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile,
     q_ready, k_ready, k_free, v_ready, v_free, turn = barriers
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    REST_WIDTH: gl.constexpr = REST if REST else 16
+    REST_WIDTH: gl.constexpr = v_rest.shape[3] if REST else 16
     ACC_REST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, REST_WIDTH, 16])
 
     acc = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
@@ -184,6 +185,10 @@ def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile,
             q, q_rest, tile_buffers, tile_barriers, turns, state, first_tile, tiles, scale, REST, STAGES, SCORES, ACC,
             ACC_REST, PINGPONG,
         )  # fmt: skip
+    elif LOOP == "peeled":
+        largest, total, acc, acc_rest = peeled(
+            q, q_rest, tile_buffers, tile_barriers, state, first_tile, tiles, scale, REST, STAGES, SCORES, ACC, ACC_REST
+        )
     else:
         largest, total, acc, acc_rest = plain(
             q, q_rest, tile_buffers, tile_barriers, state, first_tile, tiles, scale, REST, STAGES, SCORES, ACC, ACC_REST
@@ -327,16 +332,20 @@ def tile_layout(dtype: torch.dtype, rows: int, width: int) -> gl.NVMMASharedLayo
 
 
 def descriptors(
-    parts: list[torch.Tensor], head_size: int, pieces: tuple[int, int], block_n: int
+    parts: list[torch.Tensor], head_size: int, pieces: tuple[int, int], block_n: int, values_rest: int
 ) -> list[TensorDescriptor]:
     """Of q, k and v, for each piece of the head: `[heads, rows, head_size]`, zero beyond the head."""
     made = []
-    for part, rows in zip(parts, (ROWS.value, block_n, block_n), strict=True):
+    for part, rows, rest in zip(parts, (ROWS.value, block_n, block_n), (0, 0, values_rest), strict=True):
         shape, strides = [part.shape[1], part.shape[0], head_size], [part.stride(1), part.stride(0), 1]
-        for piece in pieces:
-            width = piece or pieces[0]
+        for width in (pieces[0], (rest or pieces[1]) if pieces[1] else pieces[0]):
             made.append(TensorDescriptor(part, shape, strides, [1, rows, width], tile_layout(part.dtype, rows, width)))
     return made
+
+
+def values_rest(config: Mapping[str, int | str], head_size: int, pieces: tuple[int, int]) -> int:
+    """Columns of the second product of values: as many as the rest of a head has, or 8 where that is all it needs."""
+    return 8 if config.get("values_rest") == 8 and 0 < head_size - pieces[0] <= 8 else pieces[1]
 
 
 def form(config: Mapping[str, int | str], block_m: int, block_n: int) -> dict[str, Any]:

@@ -117,6 +117,42 @@ def _first(q, q_rest, buffers, barriers, state, first_tile, scale, REST: gl.cons
 
 
 @gluon.jit
+def _values_of(acc, acc_rest, weights, decay, buffers, barriers, tile, REST: gl.constexpr, STAGES: gl.constexpr,
+               ACC: gl.constexpr, ACC_REST: gl.constexpr):  # fmt: skip
+    _, _, v, v_rest = buffers
+    _, _, v_ready, v_free = barriers
+    stage = tile % STAGES
+    acc, acc_rest = _shrink(acc, acc_rest, decay, REST, ACC, ACC_REST)
+    weights = gl.convert_layout(weights.to(v.dtype), gl.DotOperandLayout(0, ACC, 2))
+    mbarrier.wait(v_ready.index(stage), tile // STAGES & 1)
+    acc, acc_rest = _start_values(acc, acc_rest, weights, matrix(v, stage), matrix(v_rest, stage), REST, ACC_REST)
+    acc, acc_rest = _finish(acc, acc_rest, weights, 0, REST)
+    mbarrier.arrive(v_free.index(stage))
+    return acc, acc_rest
+
+
+@gluon.jit
+def peeled(q, q_rest, buffers, barriers, state, first_tile, tiles, scale, REST: gl.constexpr, STAGES: gl.constexpr,
+           SCORES: gl.constexpr, ACC: gl.constexpr, ACC_REST: gl.constexpr):  # fmt: skip
+    """As `plain`, with the one tile that needs a mask ahead of the loop."""
+    k, k_rest, _, _ = buffers
+    k_ready, k_free, _, _ = barriers
+    largest, total, acc, acc_rest = state
+    scores = _first(q, q_rest, buffers, barriers, state, first_tile, scale, REST, SCORES)
+    largest, total, weights, decay = _softmax(scores, largest, total, scale)
+    acc, acc_rest = _values_of(acc, acc_rest, weights, decay, buffers, barriers, 0, REST, STAGES, ACC, ACC_REST)
+    for tile in range(1, tiles):
+        stage = tile % STAGES
+        mbarrier.wait(k_ready.index(stage), tile // STAGES & 1)
+        scores = _start_scores(q, q_rest, matrix(k, stage), matrix(k_rest, stage), REST, SCORES)
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        mbarrier.arrive(k_free.index(stage))
+        largest, total, weights, decay = _softmax(scores, largest, total, scale)
+        acc, acc_rest = _values_of(acc, acc_rest, weights, decay, buffers, barriers, tile, REST, STAGES, ACC, ACC_REST)
+    return largest, total, acc, acc_rest
+
+
+@gluon.jit
 def overlap(q, q_rest, buffers, barriers, turns, state, first_tile, tiles, scale, REST: gl.constexpr,
             STAGES: gl.constexpr, SCORES: gl.constexpr, ACC: gl.constexpr, ACC_REST: gl.constexpr,
             PINGPONG: gl.constexpr):  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,9 +25,32 @@ def runs_kernel(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and interpreted())
 
 
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Makes a tensor's GPU the current one, on which Triton launches, wherever tensors are; nothing in a trace."""
+    real = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_cuda
+    elsewhere = real and tensor.device.index != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if elsewhere else nullcontext()
+
+
+class _Guarded:
+    """A kernel that is launched on the device of its first argument, a tensor."""
+
+    def __init__(self, kernel: Any):
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[Any, ...]) -> Callable[..., Any]:
+        def launch(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            with on_device(first):
+                return self.kernel[grid](first, *args, **kwargs)
+
+        return launch
+
+
 def wrap_triton(kernel: Any) -> Any:
-    """`torch.library.wrap_triton`, which before torch 2.13 refuses a kernel that the interpreter runs."""
-    return kernel if interpreted() else torch.library.wrap_triton(kernel)
+    """`torch.library.wrap_triton`, which before torch 2.13 refuses a kernel that the interpreter runs, on the device of
+    the first argument.
+    """
+    return kernel if interpreted() else _Guarded(torch.library.wrap_triton(kernel))
 
 
 def pieces(width: int) -> tuple[int, int]:
