@@ -11,7 +11,6 @@ import torch
 
 from lavin_bench import authors_way
 from lavin_bench.authors_way import AuthorsWay
-from lavin_bench.packed_rows import PackedRowsNetwork
 from lavin_bench.vae_forms import resident_bytes
 from lavin_rt import images, sampler
 from lavin_rt.config import PRESETS, DiTConfig
@@ -152,7 +151,7 @@ def variants(dit: JDiT, setting: Setting, baselines: Baselines) -> dict[str, Var
 
         return Variant(make, modulates=True)
 
-    def ours(network: Callable[[], Network], graphs: bool = False, modulates: bool = False) -> Variant:
+    def ours(network: Callable[[], Network], graphs: bool = False) -> Variant:
         def make() -> Sampling:
             executor = Executor(network(), graphs=graphs)
             context = executor.embed(cond[:, :, :-1])
@@ -163,12 +162,11 @@ def variants(dit: JDiT, setting: Setting, baselines: Baselines) -> dict[str, Var
 
             return sample
 
-        return Variant(make, modulates)
+        return Variant(make, modulates=False)
 
     found = {
         AUTHORS_EAGER: authors(compile=False),
         AUTHORS_COMPILED: authors(compile=True),
-        "packed rows": ours(lambda: PackedRowsNetwork(dit), modulates=True),
         "exact savings": ours(lambda: PackedNetwork(dit, "torch")),
     }
     if dit.device.type == "cuda":
