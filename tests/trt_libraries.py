@@ -23,7 +23,7 @@ LAYERS = {
     "Layers": [
         {"Name": "__myl_MulSum_0", "LayerType": "kgen"},
         {"Name": "attention_0", "LayerType": "kgen", "TacticName": "__mye_fused_mha_sm90"},
-        {"Name": "node__LavinSwiglu", "LayerType": "PluginV3"},
+        {"Name": "shuffle_0", "LayerType": "shuffle"},
     ],
     "Bindings": ["latents"],
 }

@@ -17,7 +17,6 @@ from lavin_export.cli import common_options
 from lavin_export.denoiser import Denoiser, Source
 from lavin_export.manifest import ArtifactWriter, writing
 from lavin_export.onnx_support import Report
-from lavin_export.plugin_graph import PluginDenoiser, add_functions
 from lavin_rt.checkpoint import Checkpoint, find_checkpoint
 from lavin_rt.config import DiTConfig
 from lavin_rt.devices import resolve_device, resolve_dtype
@@ -120,21 +119,15 @@ def write_graphs(
     return parts
 
 
-def write_denoiser(
-    artifact: ArtifactWriter, folder: Path, progress: Progress | None = None, plugins: bool = False
-) -> Part:
-    """Writes `denoiser.onnx` and `denoiser.onnx.data`; with `plugins` our row-wise kernels are nodes of it, see
-    `plugin_graph`.
-    """
+def write_denoiser(artifact: ArtifactWriter, folder: Path, progress: Progress | None = None) -> Part:
+    """Writes `denoiser.onnx` and `denoiser.onnx.data`."""
     config, dtype = artifact.config, artifact.dtype
     specification = denoiser_part.specification(config, artifact.dtype_name)
     inputs, outputs, ranges = specification
     with torch.device("meta"):
-        module = (PluginDenoiser if plugins else Denoiser)(JDiT(config).to(dtype))
+        module = Denoiser(JDiT(config).to(dtype))
     examples = [tensor.to("meta") for tensor in denoiser_part.example_inputs(config, dtype)]
     graph = onnx_graph.trace(module, examples, denoiser_part.dynamic_shapes(), inputs, outputs)
-    if plugins:
-        add_functions(graph.model, config)
     onnx_graph.write(graph, folder / "denoiser.onnx", denoiser_weights(artifact.file, config, dtype), progress)
     initialisers = {
         name: {"from": source.official, "transposed": name in graph.transposed}

@@ -78,7 +78,6 @@ class BuildReport:
         plan_bytes: of the file.
         attention: `nodes`, how many attention operators the network holds, all marked decomposable, and `fused`, the
             engine's layers that name an attention kernel. Fewer of these than nodes: some run decomposed.
-        plugins: layers that run one of our kernels.
         layers: of the engine, after fusion.
         warnings: of parser and builder.
     """
@@ -86,7 +85,6 @@ class BuildReport:
     seconds: float
     plan_bytes: int
     attention: Mapping[str, int]
-    plugins: int
     layers: int
     warnings: tuple[str, ...]
 
@@ -101,7 +99,6 @@ def build_plan(
     profiles: Sequence[Bounds],
     options: BuildOptions,
     *,
-    plugins: bool = False,
     layer_file: Path | None = None,
     quiet: bool = False,
 ) -> BuildReport:
@@ -113,7 +110,6 @@ def build_plan(
         plan_file: written whole.
         profiles: one set of shapes per optimisation profile.
         options: how to build.
-        plugins: whether the graph has nodes of ours, whose plugins have been registered.
         layer_file: JSON of the engine's layers, as its inspector tells them.
         quiet: no progress bars.
 
@@ -126,10 +122,8 @@ def build_plan(
     builder = create(trt.Builder, logger)
     if options.max_threads is not None:
         builder.max_threads = options.max_threads
-    network = builder.create_network(_network_flags(trt, plugins))
+    network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
-    if plugins:
-        parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
     # The form that takes a path finds external data beside the file, of any size.
     if not parser.parse_from_file(str(onnx_file)):
         raise InputError(f"{onnx_file.name}: TensorRT cannot take the graph: {parser_errors(parser)}")
@@ -163,17 +157,15 @@ def build_plan(
         seconds=time.perf_counter() - start,
         plan_bytes=plan.nbytes,
         attention={"nodes": attention, "fused": sum(bool(FUSED_ATTENTION.search(text)) for text in texts)},
-        plugins=sum("lavin" in text.lower() for text in texts),
         layers=len(texts),
         warnings=tuple(message for severity, message in logger.lines if severity == "warning"),
     )
 
 
-def _network_flags(trt: ModuleType, plugins: bool) -> int:
+def _network_flags(trt: ModuleType) -> int:
     """Strong typing, so that dtypes are the graph's. TensorRT 11 knows no other and keeps the flag for old code."""
-    known = trt.NetworkDefinitionCreationFlag.__members__
-    names = ["STRONGLY_TYPED", *(["PREFER_AOT_PYTHON_PLUGINS"] if plugins else [])]
-    return sum(1 << int(known[name]) for name in names if name in known)
+    flag = trt.NetworkDefinitionCreationFlag.__members__.get("STRONGLY_TYPED")
+    return 0 if flag is None else 1 << int(flag)
 
 
 def _mark_attention_decomposable(trt: ModuleType, network: Any) -> int:
