@@ -229,10 +229,6 @@ class Source:
     shape: tuple[int, ...]
     places: tuple[Place, ...]
 
-    @property
-    def official(self) -> list[str]:
-        return [place.official for place in self.places]
-
 
 def sources(config: DiTConfig) -> dict[str, Source]:
     """The official tensors behind every parameter of a `Denoiser`; buffers have none."""

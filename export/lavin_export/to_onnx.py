@@ -39,8 +39,6 @@ class Part:
         file, weights: the file's name, and those of the files with its weights.
         inputs, outputs, ranges: as the manifest has them.
         support: what the graph asks of TensorRT.
-        initialisers: the official tensors behind every weight of the denoiser, joined along their first dimension, and
-            whether the weight is stored transposed: what refitting with another checkpoint needs.
     """
 
     name: str
@@ -50,7 +48,6 @@ class Part:
     outputs: list[dict[str, Any]]
     ranges: dict[str, list[int]]
     support: Report
-    initialisers: dict[str, dict[str, Any]]
 
 
 def export_onnx(
@@ -95,10 +92,7 @@ def export_onnx(
         artifact.versions |= {"onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
         for part in write_graphs(artifact, artifact.folder, lengths, progress):
             needs = {"tensorrt": ".".join(map(str, part.support.tensorrt)), "operators": part.support.operators}
-            more = {"initialisers": part.initialisers} if part.initialisers else {}
-            artifact.add_part(
-                part.name, part.file, part.weights, part.inputs, part.outputs, part.ranges, needs=needs, **more
-            )
+            artifact.add_part(part.name, part.file, part.weights, part.inputs, part.outputs, part.ranges, needs=needs)
         artifact.write_modulation()
         if verify:
             artifact.verify(device)
@@ -129,12 +123,7 @@ def write_denoiser(artifact: ArtifactWriter, folder: Path, progress: Progress | 
     examples = [tensor.to("meta") for tensor in denoiser_part.example_inputs(config, dtype)]
     graph = onnx_graph.trace(module, examples, denoiser_part.dynamic_shapes(), inputs, outputs)
     onnx_graph.write(graph, folder / "denoiser.onnx", denoiser_weights(artifact.file, config, dtype), progress)
-    initialisers = {
-        name: {"from": source.official, "transposed": name in graph.transposed}
-        for name, source in denoiser_part.sources(config).items()
-    }
-    weights = ["denoiser.onnx.data"]
-    return Part("denoiser", "denoiser.onnx", weights, inputs, outputs, ranges, graph.support, initialisers)
+    return Part("denoiser", "denoiser.onnx", ["denoiser.onnx.data"], inputs, outputs, ranges, graph.support)
 
 
 def write_vae(artifact: ArtifactWriter, folder: Path, part: str, frames: int) -> Part:
@@ -145,7 +134,7 @@ def write_vae(artifact: ArtifactWriter, folder: Path, part: str, frames: int) ->
     examples = [tensor.to("meta") for tensor in vae_parts.example_inputs(part, artifact.dtype, frames)]
     graph = onnx_graph.trace(module, examples, vae_parts.dynamic_shapes(part), inputs, outputs)
     onnx_graph.write(graph, folder / f"{name}.onnx", values.__getitem__)
-    return Part(name, f"{name}.onnx", [f"{name}.onnx.data"], inputs, outputs, ranges, graph.support, {})
+    return Part(name, f"{name}.onnx", [f"{name}.onnx.data"], inputs, outputs, ranges, graph.support)
 
 
 def vae_module(artifact: ArtifactWriter, part: str, frames: int) -> torch.nn.Module:
