@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from lavin_rt.devices import DTYPES
 from lavin_rt.errors import InputError
 from lavin_rt.manifest import Manifest
 from lavin_rt.part_sizes import bind_sizes
-from lavin_rt.vae import full_precision
 
 # What the weights file says about tensors whose memory order is not the order of their dimensions.
 PERMUTED = "permuted"
@@ -85,8 +85,37 @@ class AotiSession:
                     f"{self.path.stem}: {described['name']} is {tensor.dtype} on {tensor.device}; "
                     f"the artifact takes {dtype} on {self.device}"
                 )
-        with full_precision(inputs[0].dtype, self.device):
+        exact = inputs[0].dtype == torch.float32 and self.device.type == "cuda"
+        with _NO_TF32 if exact else contextlib.nullcontext():
             return tuple(self._loader.boxed_run([tensor.contiguous() for tensor in inputs]))
+
+
+class _NoTF32:
+    """While any thread is in it, cuDNN convolves float32 without TF32: compiled code asks the process's setting.
+
+    Set by its older name, which keeps all of cuDNN's settings alike: where they differ, PyTorch refuses to read it, in
+    any thread.
+    """
+
+    def __init__(self):
+        self._lock, self._inside, self._before = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._before = torch.backends.cudnn.conv.fp32_precision == "tf32"
+                if self._before:
+                    torch.backends.cudnn.allow_tf32 = False
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._before:
+                torch.backends.cudnn.allow_tf32 = True
+
+
+_NO_TF32 = _NoTF32()
 
 
 def check_versions(path: Path, torch_version: str, part: dict[str, Any], device: torch.device) -> None:

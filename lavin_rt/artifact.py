@@ -14,7 +14,7 @@ import torch
 
 from lavin_rt.errors import InputError
 from lavin_rt.files import Progress
-from lavin_rt.layout import Shape
+from lavin_rt.layout import Form, Shape
 from lavin_rt.manifest import KINDS_OF_CODE, MODULATION, Manifest, is_artifact
 from lavin_rt.networks import LatentCondition, Tensors
 from lavin_rt.part_sizes import check_ranges
@@ -90,7 +90,7 @@ def _opener(manifest: Manifest, device: torch.device, provider: str) -> Callable
 class ArtifactNetwork:
     """An artifact's denoiser as an executor runs it (`lavin_rt.networks.Network`): one call a branch kind."""
 
-    compiles = False
+    compiles = reuses = False
 
     def __init__(self, manifest: Manifest, device: torch.device, session: Session):
         self.manifest, self.device, self.session = manifest, device, session
@@ -133,6 +133,10 @@ class ArtifactNetwork:
 
     def check(self, shape: Shape) -> None:
         """Raises an `InputError` for a shape that the artifact was not exported for."""
+        if shape.kept:
+            raise InputError(
+                f"{self.manifest.folder} keeps no keys and values of a context; choose a speed without refresh"
+            )
         for frames in {shape.cond_frames, *([1 + shape.query_frames] if shape.guided else [])}:
             sizes = {
                 "batch": shape.queries,
@@ -143,10 +147,11 @@ class ArtifactNetwork:
             }
             check_ranges(self.manifest.parts["denoiser"], sizes, str(self.manifest.folder))
 
-    def step(self, shape: Shape) -> LatentCondition:
+    def step(self, shape: Shape, form: Form | None = None) -> LatentCondition:
         """The network at one shape; an `InputError` as of `check`."""
         self.check(shape)
-        return LatentCondition(shape, self.dtype, self.device, self._velocity)
+        form = Form.exact(shape) if form is None else form
+        return LatentCondition(shape, self.dtype, self.device, self._velocity, form)
 
     def _velocity(self, latents: torch.Tensor, cond_latents: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
         velocity = self.session(latents.to(self.dtype), cond_latents, *rows)[0]

@@ -211,6 +211,24 @@ def check_query_frames(query_frames: int, context_frames: int, source: str = "qu
         )
 
 
+class WhenRead:
+    """A dataclass's field that takes a value, or a function that gives it when it is first read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object | None, owner: type) -> Any:
+        if instance is None:
+            raise AttributeError(self._name)  # no default
+        value = instance.__dict__[self._name]
+        if callable(value):
+            value = instance.__dict__[self._name] = value()
+        return value
+
+    def __set__(self, instance: object, value: Any) -> None:
+        instance.__dict__[self._name] = value
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedContext:
     """A context as the diffusion transformer reads it, encoded once for any number of queries.
@@ -218,7 +236,7 @@ class EncodedContext:
     Attributes:
         latents: `[1, 16, F, h, w]`, `h = height / 8`, already scaled (`(z - shift) * scale` after the VAE's encoder);
             F is the latent frames of `in1, target1, in2, target2, ...` one after another.
-        vae_fingerprint: `vae_fingerprint` of the VAE that encoded it.
+        vae_fingerprint: `vae_fingerprint` of the VAE that encoded it, or what computes it once it is asked for.
         size: (height, width) of the frames, pixels.
         posterior: "mean" or "sample", what was taken of the VAE's posterior.
         pairs: how many.
@@ -227,7 +245,7 @@ class EncodedContext:
     """
 
     latents: torch.Tensor
-    vae_fingerprint: str
+    vae_fingerprint: str = WhenRead()
     size: tuple[int, int]
     posterior: str
     pairs: int

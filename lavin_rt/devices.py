@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
+import traceback
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from lavin_rt.errors import InputError
 
+# How memory is refused by PyTorch's CPU allocator and the system, the CUDA driver and runtime (and so Triton and
+# TensorRT), cuBLAS, cuDNN (whose plans all want a workspace), ONNX Runtime's arena and TensorRT's allocators.
+REFUSALS = re.compile(
+    r"not enough memory|can(?:'t|not) allocate memory|out of memory|cudaErrorMemoryAllocation|_STATUS_ALLOC_FAILED"
+    r"|HOST_ALLOCATION_FAILED|unable to find an engine to execute|failed to allocate memory|std::bad_alloc"
+    r"|available memory of \d+ is smaller than requested|memory .{0,40}could not be (?:allocated|obtained)"
+    r"|insufficient (?:device |gpu )?memory",
+    re.IGNORECASE,
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,11 +60,17 @@ def current_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def memory_at_hand(device: torch.device) -> int:
-    """Bytes that can be taken on a device: on CUDA what the driver has free and PyTorch's allocator has unused; else
-    what the system calls available.
+    """Bytes that can be taken on a device: on CUDA what the driver has free and PyTorch's allocator has unused, private
+    pools aside, which serve the replays of their graphs alone; else what the system calls available.
     """
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+        segments = torch.cuda.memory_snapshot()
+        unused = sum(
+            segment["total_size"] - segment["active_size"]
+            for segment in segments
+            if segment["device"] == device.index and tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)
+        )
         return torch.cuda.mem_get_info(device)[0] + unused
     try:
         with open("/proc/meminfo") as file:
@@ -62,17 +80,29 @@ def memory_at_hand(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it came from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or one that it came from, is a device's or the system's refusal to give memory.
 
     A refusal during a CUDA graph's capture is followed by the complaint that the capture is broken, which hides it.
     """
-    while error is not None:
-        refused = isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
-        if refused or "can't allocate memory" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        isinstance(one, torch.OutOfMemoryError | MemoryError)
+        or (isinstance(one, RuntimeError | OSError) and bool(REFUSALS.search(str(one))))
+        for one in causes(error)
+    )
+
+
+def let_go(error: BaseException) -> None:
+    """Empties the frames through which an error came, which hold the tensors that they made."""
+    for one in causes(error):
+        traceback.clear_frames(one.__traceback__)
 
 
 def release_cached(device: torch.device) -> None:

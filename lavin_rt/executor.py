@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import traceback
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
 import torch
 
-from lavin_rt.devices import current_device, gigabytes, memory_at_hand, out_of_memory, release_cached
+from lavin_rt.capture import CaptureError, Graphs, Replays
+from lavin_rt.devices import current_device, gigabytes, let_go, memory_at_hand, out_of_memory, release_cached
 from lavin_rt.errors import InputError, NonFiniteError
-from lavin_rt.layout import Shape
+from lavin_rt.fitting import describe, what_fits
+from lavin_rt.guided_step import Schedule, guided_step
+from lavin_rt.layout import Form, Shape
 from lavin_rt.networks import Network, Step, Tensors
+from lavin_rt.speeds import Speed
 
 T = TypeVar("T")
 Callback = Callable[[int, int, torch.Tensor], None]
@@ -32,42 +36,7 @@ Callback = Callable[[int, int, torch.Tensor], None]
 EVALUATIONS = 39
 SHAPES = 8
 SCHEDULES = 4
-
-
-@dataclasses.dataclass(eq=False)
-class _Schedule:
-    """The schedule's buffers, which all shapes share, as runs are served in turn.
-
-    Attributes:
-        tables: room for what the evaluations differ in, each `[capacity, ...]`.
-        widths: `[capacity]` float32, `t[i + 1] - t[i]`.
-        guidance: `[]` float32.
-        evaluation: `[1]` int64, the device's own counter.
-        finite: `[capacity]` bool, whether the latents were finite after each evaluation.
-        loaded: the knots in the buffers.
-    """
-
-    tables: Tensors
-    widths: torch.Tensor
-    guidance: torch.Tensor
-    evaluation: torch.Tensor
-    finite: torch.Tensor
-    loaded: tuple[float, ...] = ()
-
-    @classmethod
-    def make(cls, tables: Tensors, capacity: int, device: torch.device) -> _Schedule:
-        return cls(
-            tuple(table.new_zeros(capacity, *table.shape[1:]) for table in tables),
-            torch.zeros(capacity, device=device),
-            torch.zeros((), device=device),
-            torch.zeros(1, dtype=torch.int64, device=device),
-            torch.ones(capacity, dtype=torch.bool, device=device),
-        )
-
-    def rewind(self) -> None:
-        """Back to the first evaluation."""
-        self.evaluation.zero_()
-        self.finite.fill_(True)
+EXACT = Speed()
 
 
 @dataclasses.dataclass(eq=False)
@@ -75,17 +44,20 @@ class _Plan:
     """Everything of one shape.
 
     Attributes:
+        step: in one of the forms, whose buffers are those of all.
         latents: `[queries, 16, target frames, h, w]` float32, the sampler's state.
+        difference: of both branches' velocities, held between evaluations, likewise.
         condition: the step's buffers.
-        advance: one guided Euler step on these buffers, eager or a graph's replay.
-        captured: whether it is a graph.
+        advances: by form, one guided Euler step on these buffers, eager or a graph's replay.
+        captured: the forms whose step is a graph.
     """
 
     step: Step
     latents: torch.Tensor
+    difference: torch.Tensor
     condition: Tensors
-    advance: Callable[[], object]
-    captured: bool
+    advances: dict[Form, Callable[[], object]]
+    captured: set[Form]
 
 
 class Executor:
@@ -112,10 +84,11 @@ class Executor:
         self.captures = self.replays = 0
         self._shapes = shapes
         self._plans: OrderedDict[Shape, _Plan] = OrderedDict()
-        self._schedule: _Schedule | None = None
+        self._schedule: Schedule | None = None
         self._tables: OrderedDict[tuple[float, ...], Tensors] = OrderedDict()
-        self._pool: object | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._captured = Graphs()
+        self._replays = Replays(self._captured, network.device, shapes)
+        self._warned = False
         self._last: torch.cuda.Event | None = None
         self._lock = threading.RLock()
         self._busy = False
@@ -126,7 +99,8 @@ class Executor:
         with self._lock:
             if self._busy:
                 raise InputError("a callback may not use its pipeline while it samples; copy the latents for later")
-            with current_device(self.network.device), torch.no_grad():
+            # What is made here outlives the caller's inference mode, outside of which it could not be written.
+            with current_device(self.network.device), torch.inference_mode(False), torch.no_grad():
                 # Threads may have streams of their own, which do not wait for one another.
                 if self._last is not None:
                     torch.cuda.current_stream().wait_event(self._last)
@@ -136,42 +110,51 @@ class Executor:
                     if self.network.device.type == "cuda":
                         self._last = torch.cuda.current_stream().record_event()
 
-    @contextmanager
-    def _run_of(self, shape: Shape) -> Iterator[None]:
-        """A turn for one shape. What fails in it leaves the device idle; out of memory is said in a user's words."""
-        refused = False
+    def _run_of(self, shape: Shape, work: Callable[[], T]) -> T:
+        """Work in a turn for one shape. What fails in it leaves the device idle; out of memory is said in a user's
+        words.
+        """
         with self.turn(), self.network.running():
             self._busy = True
             try:
-                yield
+                return work()
             except BaseException as error:
                 if self.network.device.type == "cuda":
                     torch.cuda.synchronize()
                 if not out_of_memory(error):
                     raise
-                # The frames that failed hold the very buffers that the message is to count as free.
-                traceback.clear_frames(error.__traceback__)
-                refused = True
+                # The frames of the work hold the very buffers that the message is to count as free.
+                let_go(error)
             finally:
                 self._busy = False
-            if refused:
-                self.release()
-                raise self._too_large(shape)
+            self.release()
+            raise self._too_large(shape)
 
     def embed(self, latents: torch.Tensor) -> torch.Tensor:
         """Clean latents `[n, 16, T, h, w]` as `sample` takes them, to be kept for any number of runs."""
         with self.turn():
             return self.network.embed(latents)
 
-    def prepare(self, shape: Shape, knots: torch.Tensor) -> None:
+    def replayed(
+        self, name: Hashable, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, stamp: list
+    ) -> torch.Tensor:
+        """Another network's `function(x)` in this thread's turn, as `capture.Replays` has it, in the memory of the
+        steps' graphs; as it is where nothing is captured.
+        """
+        return self._replays(name, function, x, stamp) if self.graphs else function(x)
+
+    def prepare(self, shape: Shape, knots: torch.Tensor, speed: Speed = EXACT) -> None:
         """Makes a shape ready: buffers, compilation, capture, and the schedule's table.
 
         Raises:
             InputError: too little memory, naming what would fit, or a shape or schedule that the network does not take.
         """
-        with self._run_of(shape):
+
+        def work() -> None:
             self._load_schedule(knots)
-            self._plan(shape)
+            self._plan(shape, speed.forms(shape, len(knots) - 1))
+
+        self._run_of(shape, work)
 
     def sample(
         self,
@@ -182,6 +165,7 @@ class Executor:
         knots: torch.Tensor,
         guidance: float,
         callback: Callback | None = None,
+        speed: Speed = EXACT,
     ) -> torch.Tensor:
         """Integrates the flow from noise (t = 0) to data (t = 1) along the knots, with explicit Euler steps.
 
@@ -194,6 +178,7 @@ class Executor:
             guidance: scale of `null + guidance * (cond - null)`.
             callback: `(evaluations done, evaluations in all, latents)` after every step; the latents are the state
                 itself, to be copied by whoever keeps them. An exception raised in it ends the run.
+            speed: whose grid the knots are; `shape.kept` says whether it keeps the context's keys and values.
 
         Returns:
             latents `[queries, 16, target frames, h, w]` float32, on the network's device.
@@ -202,23 +187,27 @@ class Executor:
             InputError: as `prepare`.
             NonFiniteError: naming the first step after which a latent is NaN or infinite.
         """
-        with self._run_of(shape):
+
+        def work() -> torch.Tensor:
             self._load_schedule(knots)
-            plan = self._plan(shape)
+            forms = speed.forms(shape, len(knots) - 1)
+            plan = self._plan(shape, forms)
             plan.step.fill(plan.condition, context, query)
             plan.latents.copy_(noise)
             self._schedule.guidance.fill_(guidance)
             self._schedule.rewind()
-            self._run(plan, len(knots) - 1, callback)
+            self._run(plan, forms, callback)
             return plan.latents.clone()
 
-    def _run(self, plan: _Plan, evaluations: int, callback: Callback | None) -> None:
-        finite = self._schedule.finite
+        return self._run_of(shape, work)
+
+    def _run(self, plan: _Plan, forms: Sequence[Form], callback: Callback | None) -> None:
+        finite, evaluations = self._schedule.finite, len(forms)
         # Without a callback a GPU is asked once, at the end, so that no step waits for the host.
         every_step = callback is not None or finite.device.type == "cpu"
-        for done in range(1, evaluations + 1):
-            plan.advance()
-            self.replays += plan.captured
+        for done, form in enumerate(forms, 1):
+            plan.advances[form]()
+            self.replays += form in plan.captured
             if every_step:
                 if not finite[done - 1]:
                     raise NonFiniteError(done, evaluations)
@@ -242,65 +231,65 @@ class Executor:
         evaluations = len(knots) - 1
         if schedule is None or len(schedule.widths) < evaluations:
             self.release()
-            schedule = self._schedule = _Schedule.make(tables, max(evaluations, EVALUATIONS), self.network.device)
+            schedule = self._schedule = Schedule.make(tables, max(evaluations, EVALUATIONS), self.network.device)
         schedule.loaded = ()
         for buffer, table in zip(schedule.tables, tables, strict=True):
             buffer[:evaluations] = table
         schedule.widths[:evaluations] = knots.diff()
         schedule.loaded = key
 
-    def _plan(self, shape: Shape) -> _Plan:
+    def _plan(self, shape: Shape, forms: Sequence[Form]) -> _Plan:
         plan = self._plans.get(shape)
-        if plan is None:
+        if plan is None or not plan.advances.keys() >= set(forms):
             self._ensure_memory(shape)
-            plan = self.with_room(partial(self._make_plan, shape))
+            plan = self.with_room(partial(self._make_plan, shape, list(dict.fromkeys(forms))))
             self._plans[shape] = plan
             while len(self._plans) > self._shapes:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(shape)
         return plan
 
-    def _make_plan(self, shape: Shape) -> _Plan:
-        network, step = self.network, self.network.step(shape)
-        latents = torch.zeros(
-            shape.queries,
-            network.config.in_channels,
-            shape.target_frames,
-            shape.height,
-            shape.width,
-            device=network.device,
-        )
-        condition = step.buffers()
-        # Nothing of the executor in it: a plan let go frees its memory at once, not at the next garbage collection.
-        advance = partial(_advance, self._schedule, step, latents, condition, shape.guided)
-        if self.graphs:
-            return _Plan(step, latents, condition, self._capture(advance), captured=True)
-        if network.compiles or network.device.type == "cuda":
+    def _make_plan(self, shape: Shape, forms: Sequence[Form]) -> _Plan:
+        """A shape's plan with these forms, those that it has already included."""
+        network, plan = self.network, self._plans.get(shape)
+        if plan is None:
+            grid = (shape.target_frames, shape.height, shape.width)
+            latents = torch.zeros(shape.queries, network.config.in_channels, *grid, device=network.device)
+            step = network.step(shape, forms[0])
+            plan = _Plan(step, latents, torch.zeros_like(latents), step.buffers(), {}, set())
+        for form in forms:
+            if form in plan.advances:
+                continue
+            step = plan.step if not plan.advances else network.step(shape, form)
+            # Nothing of the executor in it: a plan let go frees its memory at once, not at the next garbage collection.
+            state = (plan.latents, plan.condition, plan.difference)
+            advance = partial(guided_step, self._schedule, step, *state, form, shape.guided)
             self._schedule.rewind()
-            advance()
-        return _Plan(step, latents, condition, advance, captured=False)
-
-    def _capture(self, advance: Callable[[], object]) -> Callable[[], object]:
-        """A step as a CUDA graph, after two runs in which kernels are compiled and libraries take their memory."""
-        # What the VAE left in the allocator's cache would count beside the graph's own memory for good; torch does the
-        # same after the warm-up.
-        release_cached(self.network.device)
-        # One stream for all captures, as libraries keep a workspace for every stream that they have seen; one pool for
-        # all graphs, as no two replays run at the same time and what outlives one lies outside.
-        self._stream = self._stream or torch.cuda.Stream()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        self._schedule.rewind()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for _ in range(2):
+            replay = self._capture(advance) if self.graphs else None
+            if not self.graphs and (network.compiles or network.device.type == "cuda"):
                 advance()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            plan.advances[form] = replay or advance
+            plan.captured.update({form} if replay else ())
+        return plan
+
+    def _capture(self, advance: Callable[[], object]) -> Callable[[], object] | None:
+        """A step as a CUDA graph, after two runs in which kernels are compiled and libraries take their memory; None
+        where it cannot be captured.
+        """
+        # What the VAE left in the allocator's cache would count beside the graph's own memory; torch does the same
+        # after the warm-up.
+        release_cached(self.network.device)
+        for _ in range(2):
             advance()
+        try:
+            replay = self._captured.capture(advance)
+        except CaptureError as error:
+            if not self._warned:
+                warnings.warn(f"{error}; sampling runs without it, to the same bits but slower", stacklevel=2)
+            self._warned = True
+            return None
         self.captures += 1
-        return graph.replay
+        return replay
 
     def with_room(self, work: Callable[[], T]) -> T:
         """Does work in this thread's turn; where memory is short, once more without any shape's buffers and graphs."""
@@ -310,15 +299,25 @@ class Executor:
             if not out_of_memory(error):
                 raise
             # What failed is let go only behind this block, and its frames hold the tensors that they made.
-            traceback.clear_frames(error.__traceback__)
+            let_go(error)
         self.release()
         return work()
 
     def release(self) -> None:
         """Lets go of every shape's buffers and graphs, which the next runs make again."""
         self._plans.clear()
-        self._pool = None  # a pool ends with its last graph
+        self._replays.release()
+        self._captured.release()
         release_cached(self.network.device)
+
+    @property
+    def settles_shapes(self) -> bool:
+        """Whether a shape's first run costs more than others: it is captured or compiled."""
+        return self.graphs or self.network.compiles
+
+    def holds(self, shape: Shape) -> bool:
+        """Whether a shape is ready to run."""
+        return shape in self._plans
 
     def check_memory(self, shape: Shape) -> None:
         """Raises an `InputError` naming what would fit, if a shape needs more memory than there is.
@@ -340,54 +339,19 @@ class Executor:
         more = "more than " if need <= free else ""  # the estimate was too low
         return InputError(
             f"{describe(shape)} needs {more}about {gigabytes(need)} GB of memory on {self.network.device}, "
-            f"{gigabytes(free)} GB are free; {self.what_fits(shape)}"
+            f"{gigabytes(free)} GB are free; {what_fits(self.network, shape, free)}"
         )
 
     def most_queries(self, shape: Shape) -> int:
         """The most queries, at most those of the shape, that the network takes and the memory at hand allows to run
         together; 0 if none.
         """
-        memory = memory_at_hand(self.network.device)
         for queries in range(shape.queries, 0, -1):
             candidate = dataclasses.replace(shape, queries=queries)
             try:
                 self.network.check(candidate)
             except InputError:
                 continue
-            if candidate in self._plans or self.network.workspace(candidate) <= memory:
+            if candidate in self._plans or self.network.workspace(candidate) <= memory_at_hand(self.network.device):
                 return queries
         return 0
-
-    def what_fits(self, shape: Shape) -> str:
-        """Names what the memory at hand allows instead of a shape, always something smaller."""
-        memory = min(memory_at_hand(self.network.device), self.network.workspace(shape) - 1)
-        for queries in range(shape.queries - 1, 0, -1):
-            if self.network.workspace(dataclasses.replace(shape, queries=queries)) <= memory:
-                return f"batch size {queries} would fit"
-        short = min(shape.height, shape.width)
-        for side in range(short - 2, 0, -2):
-            height, width = (max(2, edge * side // short // 2 * 2) for edge in (shape.height, shape.width))
-            smaller = dataclasses.replace(shape, queries=1, height=height, width=width)
-            if self.network.workspace(smaller) <= memory:
-                return f"one query at size {8 * height}x{8 * width} would fit"
-        return "free some, or run on another device"
-
-
-def _advance(schedule: _Schedule, step: Step, latents: torch.Tensor, condition: Tensors, guided: bool) -> None:
-    """One guided Euler step, `z += (t[i+1] - t[i]) * velocity(z, t[i])`, i from the device's own counter."""
-    rows = [table.index_select(0, schedule.evaluation)[0] for table in schedule.tables]
-    velocity = step(latents, condition, *rows).float()
-    if guided:
-        # Guidance, section 3.3 of the paper: null + scale * (cond - null).
-        cond, null = velocity.chunk(2)
-        velocity = null + schedule.guidance * (cond - null)
-    latents.addcmul_(velocity, schedule.widths.index_select(0, schedule.evaluation))
-    schedule.finite.index_copy_(0, schedule.evaluation, torch.isfinite(latents).all().unsqueeze(0))
-    schedule.evaluation.add_(1)
-
-
-def describe(shape: Shape) -> str:
-    """A shape in a user's words."""
-    pairs = (shape.cond_frames - shape.query_frames) // (2 * shape.query_frames)
-    queries = "1 query" if shape.queries == 1 else f"{shape.queries} queries at once"
-    return f"{queries} at {8 * shape.height}x{8 * shape.width} with {pairs} pair{'s' * (pairs != 1)}"

@@ -7,8 +7,9 @@ input are joined (q, k, v; gate, up), so that the packed step runs on the very s
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -65,6 +66,28 @@ class TimeEmbedder(nn.Module):
         return self.second(F.silu(self.first(features)))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class KeptBlock:
+    """One block's keys and values of a condition's first rows, stored by one pass and reused by later ones.
+
+    Attributes:
+        keys, values: `[B, rows, kv_heads, head_size]`, keys after norm and rotary positions; stored in place.
+        reused: whether they are read; else they are written.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    reused: bool
+
+    def __call__(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all rows, of those of the rows that were computed."""
+        if self.reused:
+            return torch.cat([self.keys, k], dim=1), torch.cat([self.values, v], dim=1)
+        self.keys.copy_(k[:, : self.keys.shape[1]])
+        self.values.copy_(v[:, : self.values.shape[1]])
+        return k, v
+
+
 class JointAttention(nn.Module):
     """Attention of both streams over their joint sequence, cond first, with grouped key/value heads."""
 
@@ -78,12 +101,18 @@ class JointAttention(nn.Module):
         self.proj = nn.Parameter(torch.empty(2, hidden, hidden))
 
     def forward(
-        self, cond: torch.Tensor, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
+        self,
+        cond: torch.Tensor,
+        x: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        kept: KeptBlock | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.config
         streams = [self._heads(rows, stream) for stream, rows in enumerate((cond, x))]
         q, k, v = (torch.cat(parts, dim=1) for parts in zip(*streams, strict=True))  # [B, L, heads, head_size]
         q, k = (apply_rope(part.float(), *angles).to(v.dtype) for part in (q, k))
+        if kept is not None:
+            k, v = kept(k, v)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         joint = grouped_attention(q, k, v, config.head_size**-0.5)
         joint = joint.transpose(1, 2).flatten(2)  # [B, L, D]
@@ -147,13 +176,14 @@ class Block(nn.Module):
         x: torch.Tensor,
         modulation: torch.Tensor,
         angles: tuple[torch.Tensor, torch.Tensor],
+        kept: KeptBlock | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`cond` `[B, Lc, D]`, `x` `[B, Lx, D]`, `modulation` `[B, 2, 4, D]` of `modulate`; returns the new cond and
         x.
         """
         of_cond, of_x = ([part.unsqueeze(1) for part in stream.unbind(1)] for stream in modulation.unbind(1))
         cond_out, x_out = self.attention(
-            ada_rms_norm(cond, of_cond[SCALE_MSA]), ada_rms_norm(x, of_x[SCALE_MSA]), angles
+            ada_rms_norm(cond, of_cond[SCALE_MSA]), ada_rms_norm(x, of_x[SCALE_MSA]), angles, kept
         )
         cond = cond + of_cond[GATE_MSA] * rms_norm(cond_out)
         x = x + of_x[GATE_MSA] * rms_norm(x_out)
@@ -183,6 +213,7 @@ class JDiT(nn.Module):
         latents: `[B, 16, Tx, h, w]`, the target's noisy latents; h and w even.
         t: `[B]`, times in [0, 1].
         cond_latents: `[B, 16, Tc, h, w]`, the context's and the query's clean latents.
+        kept: a `KeptBlock` for every block where keys and values of the condition's first frames are stored or reused.
 
     Returns of the call:
         velocity `[B, 16, Tx, h, w]` in the model's dtype.
@@ -208,7 +239,13 @@ class JDiT(nn.Module):
     def device(self) -> torch.device:
         return self.prompt_embed.device
 
-    def forward(self, latents: torch.Tensor, t: torch.Tensor, cond_latents: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        cond_latents: torch.Tensor,
+        kept: Sequence[KeptBlock] | None = None,
+    ) -> torch.Tensor:
         frames, height, width = latents.shape[2:]
         angles = token_angles(
             cond_latents.shape[2] + frames, height // 2, width // 2, self.config.head_size, latents.device
@@ -216,8 +253,12 @@ class JDiT(nn.Module):
         cond = self.cond_embedder(patchify(cond_latents.to(self.dtype)))
         x = self.x_embedder(patchify(latents.to(self.dtype)))
         silu_t = self.silu_times(t)  # [B, 2, D]
+        if kept is not None and kept[0].reused:
+            first = kept[0].keys.shape[1]
+            cond, angles = cond[:, first:], tuple(part[first:] for part in angles)
         for index, block in enumerate(self.blocks):
-            cond, x = block(cond, x, modulate(*self.modulation_parameters(index), silu_t), angles)
+            of_block = None if kept is None else kept[index]
+            cond, x = block(cond, x, modulate(*self.modulation_parameters(index), silu_t), angles, of_block)
         return unpatchify(self.head(x, silu_t[:, 1]), frames, height, width)
 
     def silu_times(self, t: torch.Tensor) -> torch.Tensor:

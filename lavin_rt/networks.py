@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 
 from lavin_rt.config import DiTConfig
-from lavin_rt.layout import Layout, Shape
-from lavin_rt.model import JDiT, patchify
+from lavin_rt.layout import REUSED, Form, Layout, Shape
+from lavin_rt.model import JDiT, KeptBlock, patchify
 from lavin_rt.modulation import modulation_table
-from lavin_rt.packed import PackedStep, resolve_impl
+from lavin_rt.packed import PackedStep, padded_head_size, resolve_impl
 
 Tensors = tuple[torch.Tensor, ...]
 
 
 class Step(Protocol):
-    """One network at one shape."""
+    """One network at one shape, in one form."""
 
     def buffers(self) -> Tensors:
-        """Room for the condition, constant over a run's steps."""
+        """Room for the condition, constant over a run's steps, and for what a shape keeps; the same for all forms."""
 
     def fill(self, condition: Tensors, context: torch.Tensor, query: torch.Tensor) -> None:
         """Writes embedded frames (`Network.embed`) into the buffers.
@@ -34,7 +34,7 @@ class Step(Protocol):
         """
 
     def __call__(self, latents: torch.Tensor, condition: Tensors, *rows: torch.Tensor) -> torch.Tensor:
-        """Velocities `[branches, 16, target frames, h, w]`, the conditional branches first, of latents
+        """Velocities `[branches of the form, 16, target frames, h, w]`, the conditional branches first, of latents
         `[queries, 16, target frames, h, w]` float32 and one evaluation's rows of `Network.table`.
         """
 
@@ -46,6 +46,7 @@ class Network(Protocol):
         impl: what runs, for records.
         capturable: whether a step may be captured into a CUDA graph.
         compiles: whether the first call of a step compiles it.
+        reuses: whether it takes shapes that keep keys and values of the context.
     """
 
     config: DiTConfig
@@ -54,6 +55,7 @@ class Network(Protocol):
     impl: str
     capturable: bool
     compiles: bool
+    reuses: bool
 
     def table(self, knots: torch.Tensor) -> Tensors:
         """What the evaluations of a schedule `[n]` differ in, each `[n - 1, ...]`."""
@@ -64,8 +66,8 @@ class Network(Protocol):
     def check(self, shape: Shape) -> None:
         """Raises an `InputError` for a shape that the network does not take."""
 
-    def step(self, shape: Shape) -> Step:
-        """The network at one shape."""
+    def step(self, shape: Shape, form: Form | None = None) -> Step:
+        """The network at one shape, in a form; the exact one by default."""
 
     def workspace(self, shape: Shape) -> int:
         """Bytes that a step of this shape takes besides the weights, estimated from above."""
@@ -83,7 +85,7 @@ def make_network(dit: JDiT, impl: str = "auto", compile: bool = False) -> Networ
 class PackedNetwork:
     """One packed pass a step over a model's parameters, modulation from a table."""
 
-    capturable = True
+    capturable = reuses = True
 
     def __init__(self, dit: JDiT, impl: str, compile: bool = False):
         self.dit, self.impl, self.compiles = dit, impl, compile
@@ -101,19 +103,25 @@ class PackedNetwork:
     def check(self, shape: Shape) -> None:
         """Takes every shape."""
 
-    def step(self, shape: Shape) -> Step:
-        return _PackedOnBuffers(PackedStep(self.dit, Layout.make(self.config, shape, self.device), self.impl), self)
+    def step(self, shape: Shape, form: Form | None = None) -> Step:
+        layout = Layout.make(self.config, shape, self.device, form)
+        return _PackedOnBuffers(PackedStep(self.dit, layout, self.impl), self)
 
     def workspace(self, shape: Shape) -> int:
-        """Bytes of a step's condition and activations.
+        """Bytes of a step's condition and activations, and of the keys and values that the shape keeps.
 
-        The most lives in the reference SwiGLU: residual, normed and attention's rows, gate and up, and two rows of
-        `mlp_size`. That is `3 D + 4 mlp_size` a row, and with `mlp_size` at most 8/3 D no more than what is taken.
+        The most lives in the reference SwiGLU, `D + 4 mlp_size` a row: the residual, gate and up, and two rows of
+        `mlp_size`.
         """
-        rows = sum(shape.condition_frames) * shape.frame_tokens
-        rows += shape.branches * shape.target_frames * shape.frame_tokens
-        width = 5 * self.config.hidden_size + 3 * self.config.mlp_size
-        return rows * width * self.dtype.itemsize * 17 // 16
+        rows = shape.rows
+        width = self.config.hidden_size + 4 * self.config.mlp_size
+        step = rows * width * self.dtype.itemsize * 17 // 16
+        return step + (self.kept_bytes(rows) if shape.kept else 0)
+
+    def kept_bytes(self, rows: int) -> int:
+        """Bytes of the keys and values of so many rows in all blocks."""
+        stored = self.config.num_kv_heads * padded_head_size(self.config.head_size, self.impl)
+        return 2 * self.config.depth * rows * stored * self.dtype.itemsize
 
     def running(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -126,16 +134,18 @@ class _PackedOnBuffers:
 
     def buffers(self) -> Tensors:
         config, shape = self.network.config, self.step.layout.shape
-        rows = torch.zeros(
-            self.step.layout.branches.split, config.hidden_size, dtype=self.network.dtype, device=self.network.device
-        )
+        kind = {"dtype": self.network.dtype, "device": self.network.device}
+        rows = torch.zeros(sum(shape.condition_frames) * shape.frame_tokens, config.hidden_size, **kind)
         if shape.guided:
             zeros = rows.new_zeros(1, config.in_channels, 1, shape.height, shape.width)
             self._null(rows)[:, : shape.frame_tokens] = self.network.embed(zeros)
-        return (rows,)
+        if not shape.kept:
+            return (rows,)
+        stored = shape.rows, config.num_kv_heads, self.step.padded_head_size
+        return rows, *(torch.zeros(stored, **kind) for _ in range(2 * config.depth))
 
     def fill(self, condition: Tensors, context: torch.Tensor, query: torch.Tensor) -> None:
-        (rows,), shape = condition, self.step.layout.shape
+        rows, shape = condition[0], self.step.layout.shape
         conditional = rows[: shape.queries * shape.cond_frames * shape.frame_tokens].unflatten(0, (shape.queries, -1))
         conditional[:, : context.shape[1]] = context
         conditional[:, context.shape[1] :] = query
@@ -148,7 +158,7 @@ class _PackedOnBuffers:
         return rows[shape.queries * shape.cond_frames * shape.frame_tokens :].unflatten(0, (shape.queries, -1))
 
     def __call__(self, latents: torch.Tensor, condition: Tensors, *rows: torch.Tensor) -> torch.Tensor:
-        return self.run(latents, *condition, *rows)
+        return self.run(latents, condition[0], *rows, *condition[1:])
 
 
 class PlainNetwork:
@@ -156,6 +166,7 @@ class PlainNetwork:
 
     impl = "plain"
     capturable = False  # reads modulation weights from the checkpoint's file while it runs
+    reuses = True
 
     def __init__(self, dit: JDiT, compile: bool = False):
         self.dit, self.compiles = dit, compile
@@ -173,17 +184,29 @@ class PlainNetwork:
     def check(self, shape: Shape) -> None:
         """Takes every shape."""
 
-    def step(self, shape: Shape) -> Step:
-        return LatentCondition(shape, torch.float32, self.device, self._velocity)
+    def step(self, shape: Shape, form: Form | None = None) -> Step:
+        form = Form.exact(shape) if form is None else form
+        if shape.kept:
+            return _PlainKept(shape, torch.float32, self.device, self._velocity, form, self)
+        return LatentCondition(shape, torch.float32, self.device, self._velocity, form)
 
-    def _velocity(self, latents: torch.Tensor, cond_latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return self.run(latents, t.expand(len(latents)), cond_latents)
+    def _velocity(
+        self,
+        latents: torch.Tensor,
+        cond_latents: torch.Tensor,
+        t: torch.Tensor,
+        kept: Sequence[KeptBlock] | None = None,
+    ) -> torch.Tensor:
+        return self.run(latents, t.expand(len(latents)), cond_latents, kept)
 
     def workspace(self, shape: Shape) -> int:
-        """Bytes of one pass's activations; the modulation linears, where they stayed in a file, come on top."""
+        """Bytes of one pass's activations and of the keys and values that the shape keeps; the modulation linears,
+        where they stayed in a file, come on top.
+        """
         rows = shape.queries * (shape.cond_frames + shape.target_frames) * shape.frame_tokens
         width = 8 * self.config.hidden_size + 3 * self.config.mlp_size
-        return rows * width * self.dtype.itemsize * 17 // 16
+        kept = 2 * self.config.depth * shape.rows * self.config.kv_size if shape.kept else 0
+        return (rows * width * 17 // 16 + kept) * self.dtype.itemsize
 
     def running(self) -> AbstractContextManager[object]:
         """The modulation linears, read once for all steps of a run."""
@@ -197,12 +220,14 @@ class LatentCondition:
     Attributes:
         shape, dtype, device: of the condition's buffers.
         velocity: `(latents, cond_latents, *rows) -> [queries, 16, target frames, h, w]`.
+        form: without a null branch one call, over the conditional one.
     """
 
     shape: Shape
     dtype: torch.dtype
     device: torch.device
     velocity: Callable[..., torch.Tensor]
+    form: Form
 
     def buffers(self) -> Tensors:
         """`[queries, 16, Tc, h, w]`, and where guided the null condition `[queries, 16, 1 + query frames, h, w]`."""
@@ -216,8 +241,42 @@ class LatentCondition:
         conditional = condition[0].transpose(1, 2)
         conditional[:, : context.shape[1]] = context
         conditional[:, context.shape[1] :] = query
-        for null in condition[1:]:
+        for null in condition[1 : 1 + self.shape.guided]:
             null.transpose(1, 2)[:, 1:] = query
 
     def __call__(self, latents: torch.Tensor, condition: Tensors, *rows: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.velocity(latents, of_branch, *rows) for of_branch in condition])
+        run = condition[: 2 if self.form.null else 1]
+        return torch.cat([self.velocity(latents, of_branch, *rows) for of_branch in run])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _PlainKept(LatentCondition):
+    """A step of the plain model that stores or reuses keys and values of the context."""
+
+    network: PlainNetwork
+
+    def buffers(self) -> Tensors:
+        """Those of `LatentCondition`, then of every branch kind keys and values
+        `[depth, queries, context rows, kv_heads, head_size]`.
+        """
+        shape, config = self.shape, self.network.config
+        context_frames = (shape.cond_frames - shape.query_frames, 1)[: 1 + shape.guided]
+        kept = [
+            torch.zeros(
+                *(config.depth, shape.queries, frames * shape.frame_tokens, config.num_kv_heads, config.head_size),
+                dtype=self.network.dtype,
+                device=self.device,
+            )
+            for frames in context_frames
+            for _ in range(2)
+        ]
+        return (*super().buffers(), *kept)
+
+    def __call__(self, latents: torch.Tensor, condition: Tensors, *rows: torch.Tensor) -> torch.Tensor:
+        conditions, kept = condition[: 1 + self.shape.guided], condition[1 + self.shape.guided :]
+        velocities = []
+        for kind, source in enumerate((self.form.context, self.form.null)[: 2 if self.form.null else 1]):
+            pairs = zip(*kept[2 * kind : 2 * kind + 2], strict=True)
+            blocks = [KeptBlock(keys, values, source == REUSED) for keys, values in pairs]
+            velocities.append(self.velocity(latents, conditions[kind], *rows, blocks))
+        return torch.cat(velocities)

@@ -93,6 +93,11 @@ class Session:
             InputError: shapes that the artifact was not exported for.
         """
         sizes = bind_sizes(self.part, [tensor.shape for tensor in inputs], self.path.stem)
+        # Buffers outlive the caller's inference mode, outside of which they could not be written.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._answer(inputs, sizes)
+
+    def _answer(self, inputs: tuple[torch.Tensor, ...], sizes: dict[str, int]) -> tuple[torch.Tensor, ...]:
         inputs = tuple(
             tensor.to(self.device, DTYPES[wanted["dtype"]]).contiguous()
             for tensor, wanted in zip(inputs, self.part["inputs"], strict=True)

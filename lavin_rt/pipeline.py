@@ -29,6 +29,7 @@ from lavin_rt.vae import STVAE, scale_latents, unscale_latents
 
 __all__ = ["Pipeline", "Result", "Task", "draw_noise"]
 
+PIXELS_TOGETHER = 512 * 512  # of all the pictures that the VAE encodes in one pass on a GPU
 POSTERIORS = ("mean", "sample")
 
 
@@ -143,6 +144,9 @@ class Pipeline:
     @property
     def vae_fingerprint(self) -> str:
         """Hash of the VAE's tensors, which an encoded context carries."""
+        return self._hash_vae()
+
+    def _hash_vae(self) -> str:
         if self._fingerprint is None:
             self._fingerprint = self.vae.fingerprint
         return self._fingerprint
@@ -193,38 +197,61 @@ class Pipeline:
         # Not the generator of the noise, which may well have the same seed.
         generator = torch.Generator().manual_seed(seed ^ 0x5DEECE66D) if posterior == "sample" else None
         latents = torch.cat(self.encode(clips, generator), dim=2)
-        encoded = EncodedContext(latents, self.vae_fingerprint, size, posterior, clips.pairs, clips.frames_per_clip)
+        # Hashing the VAE takes longer than encoding: it waits until the context is saved or compared.
+        encoded = EncodedContext(latents, self._hash_vae, size, posterior, clips.pairs, clips.frames_per_clip)
         return Task(self, encoded, clips)
 
     def encode(self, clips: Sequence[torch.Tensor], generator: torch.Generator | None = None) -> list[torch.Tensor]:
-        """Scaled latents of clips, one by one so that memory does not grow with their number.
+        """Scaled latents of clips, a few at a time so that memory does not grow with their number.
 
         Args:
-            clips: each `[1, 3, T, H, W]` float32 in [-1, 1].
+            clips: each `[1, 3, T, H, W]` float32 in [-1, 1], of one shape.
             generator: draws from the posterior; None takes its mean.
 
         Returns:
             `[1, 16, 1 + (T - 1) / 4, H / 8, W / 8]` float32 each, on the CPU.
         """
-        encoded = []
-        for clip in clips:
 
-            def run(clip: torch.Tensor = clip) -> torch.Tensor:
-                posterior = self._vae.encode(clip.to(self.device), tile=self.tile, chunk=self.chunk)
-                latents = posterior.mode() if generator is None else posterior.sample(generator)
-                return scale_latents(latents.float()).cpu()
+        def latents_of(pixels: torch.Tensor) -> torch.Tensor:
+            posterior = self._vae.encode(pixels, tile=self.tile, chunk=self.chunk)
+            return scale_latents((posterior.mode() if generator is None else posterior.sample(generator)).float())
 
-            encoded.append(self._within_memory(run, f"encode {_shown(clip)}"))
-        return encoded
+        def run() -> torch.Tensor:
+            together = self._frames_together(clips[0]) if generator is None else 1
+            encoded = []
+            for first in range(0, len(clips), together):
+                pixels = torch.cat([clips[i] for i in range(first, min(first + together, len(clips)))])
+                encoded.append(latents_of(pixels) if generator else self._replayed("encode", latents_of, pixels))
+            # The host waits for the device once, not for every frame.
+            return torch.cat(encoded).cpu()
+
+        return list(self._within_memory(run, f"encode {_shown(clips[0])}").split(1))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures of scaled latents `[1, 16, t, h, w]`: `[T, 3, H, W]` uint8 on the CPU."""
 
+        def pixels_of(latents: torch.Tensor) -> torch.Tensor:
+            pixels = self._vae.decode(unscale_latents(latents), tile=self.tile, chunk=self.chunk)
+            return images.from_pixels(pixels.float())[0].transpose(0, 1)
+
         def run() -> torch.Tensor:
-            pixels = self._vae.decode(unscale_latents(latents.to(self.device)), tile=self.tile, chunk=self.chunk)
-            return images.from_pixels(pixels.float())[0].transpose(0, 1).cpu()
+            return self._replayed("decode", pixels_of, latents).cpu()
 
         return self._within_memory(run, f"decode {_shown(latents)} latents")
+
+    def _frames_together(self, clip: torch.Tensor) -> int:
+        """Clips of one shape that the VAE encodes in one pass: on a GPU small pictures fill it together only."""
+        return max(1, PIXELS_TOGETHER // clip[:, 0].numel()) if self.device.type == "cuda" else 1
+
+    def _replayed(self, name: str, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """`function(x)` of the VAE on its device, a graph's replay where it pays: cut into pieces it runs as it is, and
+        an artifact's VAE captures what it can by itself.
+        """
+        vae = self._vae
+        if self.tile is not None or self.chunk is not None or not isinstance(vae, STVAE):
+            return function(x.to(self.device))
+        stamp = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in vae.parameters()]
+        return self.executor.replayed((name, vae.impl), function, x.to(self.device), stamp)
 
     def _within_memory(self, work: Callable[[], torch.Tensor], what: str) -> torch.Tensor:
         """Does the VAE's work in this thread's turn, if need be without the sampler's buffers."""

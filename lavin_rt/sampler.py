@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 
 from lavin_rt.errors import InputError
 from lavin_rt.executor import Callback, Executor
-from lavin_rt.knots import schedule
 from lavin_rt.layout import Shape
 from lavin_rt.model import JDiT
 from lavin_rt.networks import make_network
+from lavin_rt.speeds import Speed, speed_of
 
 
 def sample(
     dit: JDiT,
     cond_latents: torch.Tensor,
     noise: torch.Tensor,
-    steps: int = 20,
+    steps: int | None = None,
     guidance: float = 1.5,
     impl: str = "auto",
     query_frames: int = 1,
     compile: bool = False,
     callback: Callback | None = None,
+    speed: str | Speed = "exact",
 ) -> torch.Tensor:
     """Generates target latents for clean condition latents.
 
@@ -31,28 +33,31 @@ def sample(
         dit: the model.
         cond_latents: `[B, 16, Tc, h, w]`, scaled latents `in1, target1, in2, target2, ..., query`.
         noise: `[B, 16, Tx, h, w]`; both guidance branches start from it.
-        steps: knots of the schedule, even, 4 to 136; the network is evaluated `steps - 1` times.
+        steps: knots of the published schedule, even, 4 to 136, 20 by default; the network is evaluated `steps - 1`
+            times. Not beside a speed that has a grid of its own.
         guidance: classifier-free guidance scale; at 1.0 the null branch cancels and does not run.
         impl: `"plain"`, `"torch"`, `"triton"` or `"auto"`.
         query_frames: how many of the last condition frames are the query (more than one for clips).
         compile: run the network through `torch.compile`.
         callback: `(step, evaluations, latents)` after every step; raise `Cancelled`, or anything, in it to end the run.
+        speed: a name in `SPEEDS`, or a `Speed`; all but `exact` change the result by more than rounding.
 
     Returns:
         latents `[B, 16, Tx, h, w]` float32.
 
     Raises:
-        InputError: shapes that do not belong together, a bad number of steps, an unknown `impl`.
+        InputError: shapes that do not belong together, a bad number of steps, an unknown `impl` or speed.
         NonFiniteError: naming the step at which the latents stopped being finite.
     """
-    shape = check_inputs(dit, cond_latents, noise, query_frames, guidance)
-    knots = schedule(steps)
+    speed = speed_of(speed)
+    knots = speed.knots(steps)
+    shape = dataclasses.replace(check_inputs(dit, cond_latents, noise, query_frames, guidance), kept=speed.keeps)
     # For a single run a capture would cost more than it saves.
     executor = Executor(make_network(dit, impl, compile), graphs=False)
     frames = executor.embed(cond_latents)
     context_rows = frames.shape[1] // shape.cond_frames * (shape.cond_frames - query_frames)
     context, query = frames[:, :context_rows], frames[:, context_rows:]
-    return executor.sample(shape, context, query, noise, knots, guidance, callback)
+    return executor.sample(shape, context, query, noise, knots, guidance, callback, speed)
 
 
 def null_condition(cond_latents: torch.Tensor, query_frames: int = 1) -> torch.Tensor:

@@ -148,11 +148,21 @@ class Task:
         executor, results = self.pipeline.executor, []
         for first in range(0, len(clips), batch_size):
             chunk = slice(first, first + batch_size)
-            query = self._encode(clips[chunk], seed + first)
-            shape = self._shape(len(query), guidance)
+            query, start = self._encode(clips[chunk], seed + first), noise[chunk]
+            count, together = len(query), self._together(len(query), batch_size, guidance)
+            if together > count:
+                query, start = (
+                    torch.cat([part, part[-1:].expand(together - count, *part[0].shape)]) for part in (query, start)
+                )
             latents = executor.sample(
-                shape, self._embedded_context(), executor.embed(query), noise[chunk], knots, guidance, callback
-            )
+                self._shape(together, guidance),
+                self._embedded_context(),
+                executor.embed(query),
+                start,
+                knots,
+                guidance,
+                callback and (lambda done, evaluations, state, count=count: callback(done, evaluations, state[:count])),
+            )[:count]
             for clip, one, used in zip(clips[chunk], latents.split(1), seeds[chunk], strict=True):
                 frames = self.pipeline.decode(one)
                 if keep_size:
@@ -174,6 +184,13 @@ class Task:
         together = min(asked, queries)
         executor.check_memory(self._shape(together, guidance))
         return together
+
+    def _together(self, count: int, batch_size: int, guidance: float) -> int:
+        """How many queries run where `count` of a batch are left: the batch filled up with the last of them, where they
+        would need a shape of their own to be captured or compiled.
+        """
+        executor = self.pipeline.executor
+        return batch_size if executor.settles_shapes and not executor.holds(self._shape(count, guidance)) else count
 
     def prepare(self, queries: int = 1, steps: int = 20, guidance: float = 1.5) -> None:
         """Makes the sampler ready for so many queries at once: the schedule's table, buffers, compilation, capture.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from lavin_rt.vae_tiling import FRAMES, PIXELS, Axis, blended, decode_axes, enco
 LATENT_SHIFT = 0.032470703125
 LATENT_SCALE = 1.08936170213
 LEVELS, TIME_LEVELS = 4, 2  # all levels but the last halve (or double) rows and columns, the first two frames as well
+SOUND_CUDNN = 91500  # 9.15.0, as PyTorch numbers it
 NAMED_TENSORS = 8  # so many are named in an error
 
 
@@ -353,9 +354,10 @@ class STVAE(nn.Module):
         def run(part: torch.Tensor) -> torch.Tensor:
             return network(part.to(self.device, self.dtype))
 
-        with full_precision(self.dtype, self.device):
-            parts = x.split(batch or x.shape[0])
-            results = [run(part) if axes is None else blended(run, part, axes) for part in parts]
+        if x.shape[2] > 1:
+            warn_of_slow_clips(self.dtype, self.device)
+        parts = x.split(batch or x.shape[0])
+        results = [run(part) if axes is None else blended(run, part, axes) for part in parts]
         return results[0] if len(results) == 1 else torch.cat(results)
 
 
@@ -367,16 +369,16 @@ def abbreviated(what: str, names: list[str]) -> list[str]:
     return [f"{len(names)} {what}: {', '.join(names[:NAMED_TENSORS])}{more}"]
 
 
-@contextlib.contextmanager
-def full_precision(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """float32 means float32: no TF32 in cuDNN's convolutions, which PyTorch allows unless told otherwise."""
-    if dtype != torch.float32 or device.type != "cuda" or torch.compiler.is_compiling():
-        yield
+def warn_of_slow_clips(dtype: torch.dtype, device: torch.device) -> None:
+    """Says, where it is so, that 3D convolutions in 16 bits are slow and take many times the memory: torch 2.9 runs
+    none of cuDNN's before 9.15. Pictures need none.
+    """
+    if device.type != "cuda" or dtype == torch.float32 or not torch.__version__.startswith("2.9."):
         return
-    settings = torch.backends.cudnn.conv
-    before = settings.fp32_precision
-    settings.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+    found = torch.backends.cudnn.version() or 0
+    if found < SOUND_CUDNN:
+        warnings.warn(
+            f"torch {torch.__version__} with cuDNN {found} convolves clips in {dtype} slowly and with much memory; "
+            "install torch 2.10 or newer, or cuDNN 9.15 or newer",
+            stacklevel=2,
+        )

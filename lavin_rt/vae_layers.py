@@ -6,7 +6,7 @@ Tensors are `[N, C, T, H, W]`; in the fast form their memory is channels-last. P
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,43 @@ def as_pictures(x: torch.Tensor) -> torch.Tensor:
 def as_clips(x: torch.Tensor, clips: int) -> torch.Tensor:
     """The inverse of `as_pictures`, as a view."""
     return x.unflatten(0, (clips, -1)).transpose(1, 2)
+
+
+def convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    stride: int = 1,
+    padding: int | Sequence[int] = 0,
+    transposed: bool = False,
+) -> torch.Tensor:
+    """A convolution in as many dimensions as `weight` has, in which float32 means float32.
+
+    cuDNN would compute it in TF32 by PyTorch's default. That setting is the process's, and other threads read it, so
+    what it says is handed over with the call; a trace takes the ordinary one, as compilers know no other.
+    """
+    dims = weight.dim() - 2
+    if chosen_by_process(x):
+        if transposed:
+            return F.conv_transpose2d(x, weight, bias, stride, padding)
+        return (F.conv2d if dims == 2 else F.conv3d)(x, weight, bias, stride, padding)
+    paddings = [padding] * dims if isinstance(padding, int) else list(padding)
+    cudnn, ones, zeros = torch.backends.cudnn, [1] * dims, [0] * dims
+    return torch.ops.aten._convolution.default(
+        *(x, weight, bias, [stride] * dims, paddings, ones, transposed, zeros, 1),
+        *(cudnn.benchmark, cudnn.deterministic, cudnn.enabled),
+        False,  # TF32
+    )
+
+
+def chosen_by_process(x: torch.Tensor) -> bool:
+    """Whether a convolution of `x` is left to the process's settings: all but float32 on CUDA outside of a trace."""
+    return x.dtype != torch.float32 or x.device.type != "cuda" or torch.compiler.is_compiling()
+
+
+def pointwise(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
+    """A 1x1x1 convolution as one of pictures: cuDNN's of three dimensions are slower, and missing in some releases."""
+    return as_clips(convolution(as_pictures(x), conv.weight.squeeze(2), conv.bias), x.shape[0])
 
 
 class DerivedKernel(nn.Module):
@@ -121,11 +158,13 @@ class CausalConv(DerivedKernel):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         size = self.conv.kernel_size[0]
+        if size == 1 and not self.form.plain:
+            return pointwise(x, self.conv)
         if x.shape[2] == 1 and not self.form.plain:
-            return F.conv2d(x.squeeze(2), self.kernel(), self.conv.bias, padding=size // 2).unsqueeze(2)
+            return convolution(x.squeeze(2), self.kernel(), self.conv.bias, padding=size // 2).unsqueeze(2)
         if size > 1:
             x = torch.cat([x[:, :, :1]] * (size - 1) + [x], dim=2)
-        return F.conv3d(x, self.conv.weight, self.conv.bias, padding=(0, size // 2, size // 2))
+        return convolution(x, self.conv.weight, self.conv.bias, padding=(0, size // 2, size // 2))
 
 
 class NormSiLU(nn.GroupNorm):
@@ -174,10 +213,13 @@ class ResidualBlock(nn.Module):
         self.norm2 = make_norm(groups, out_channels, form, latent_channels)
         self.conv2 = CausalConv(out_channels, out_channels, 3, form)
         self.conv_shortcut = None if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
+        self.form = form
 
     def forward(self, x: torch.Tensor, *latent: torch.Tensor) -> torch.Tensor:
         h = self.conv2(self.norm2(self.conv1(self.norm1(x, *latent)), *latent))
-        return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+        if (conv := self.conv_shortcut) is None:
+            return h.add_(x)
+        return h.add_(convolution(x, conv.weight, conv.bias) if self.form.plain else pointwise(x, conv))
 
 
 def make_norm(groups: int, channels: int, form: Form, latent_channels: int | None) -> nn.Module:
@@ -200,7 +242,8 @@ class Downsampler(nn.Module):
             odd = x.shape[2] % 2
             pairs = (x[:, :, odd::2] + x[:, :, odd + 1 :: 2]).mul_(0.5)
             x = torch.cat([x[:, :, :1], pairs], dim=2) if odd else pairs
-        return as_clips(self.conv(F.pad(as_pictures(x), (0, 1, 0, 1))), x.shape[0])
+        padded = F.pad(as_pictures(x), (0, 1, 0, 1))
+        return as_clips(convolution(padded, self.conv.weight, self.conv.bias, stride=2), x.shape[0])
 
 
 class Upsampler(DerivedKernel):
@@ -230,8 +273,8 @@ class Upsampler(DerivedKernel):
         if self.form.plain:
             size = (repeated, 2 * rows, 2 * columns)
             x = upsampled(x, size) if self.time else F.interpolate(x, size)
-            return as_clips(self.conv(as_pictures(x)), clips)
-        x = F.conv_transpose2d(as_pictures(x), self.kernel(), self.conv.bias, stride=2, padding=1)
+            return as_clips(convolution(as_pictures(x), self.conv.weight, self.conv.bias, padding=1), clips)
+        x = convolution(as_pictures(x), self.kernel(), self.conv.bias, stride=2, padding=1, transposed=True)
         if repeated == frames:
             return as_clips(x, clips)
         source = (torch.arange(repeated, device=x.device) + 1) // 2

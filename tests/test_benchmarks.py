@@ -137,7 +137,7 @@ def test_tuning_keeps_the_fastest_right_candidate(monkeypatch):
 
     case = dataclasses.replace(case, variants={"eager": right, "ours": Variant(ours)})
     listed = [{"block": block, "num_warps": 1} for block in (1, 2, 3, 4)]
-    monkeypatch.setattr(tune, "candidates", lambda kernel: listed)
+    monkeypatch.setattr(tune, "candidates", lambda kernel, capability: listed)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
     def measured(calls, *arguments, **options):
@@ -170,7 +170,7 @@ def test_candidates_that_end_or_hold_up_their_process_are_dropped_with_the_reaso
         "Popen",
         lambda command, **options: popen([sys.executable, "-c", program, command[-1]], **options),
     )
-    monkeypatch.setattr(tune, "candidates", lambda kernel: [{"block": block} for block in (1, 2, 3, 4, 5)])
+    monkeypatch.setattr(tune, "candidates", lambda kernel, capability: [{"block": block} for block in (1, 2, 3, 4, 5)])
     found = tune.tried(["swiglu"], CPU, torch.float32, workers=2, seconds=3)
     silent = "ended or held up its process"
     assert found == {
@@ -186,7 +186,7 @@ def test_every_tuned_kernel_has_candidates_and_a_case():
     operators = {case.operator for case in cases(TINY, CPU, torch.float32)}
     for kernel, (_, operator) in KERNELS.items():
         assert operator in operators
-        keys = {frozenset(candidate) for candidate in candidates(kernel)}
+        keys = {frozenset(candidate) for candidate in candidates(kernel, tuning.CPU_CAPABILITY)}
         today = frozenset(tuning.config(kernel, CPU, torch.bfloat16))
         assert today in keys, f"{kernel}: candidates with {keys}, today {today}"
 

@@ -1,16 +1,22 @@
 """Encoded contexts in files, and the fingerprint of a VAE."""
 
+import dataclasses
 import re
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_context import one_line
 
 from lavin_rt import context
+from lavin_rt.config import DiTConfig
 from lavin_rt.context import EncodedContext
 from lavin_rt.errors import InputError
+from lavin_rt.model import JDiT, randomize_
+from lavin_rt.pipeline import Pipeline
+from lavin_rt.vae import STVAE, VAEConfig
 
 
 def encoded(pairs=2, frames_per_clip=5, size=(32, 48), dtype=torch.float32) -> EncodedContext:
@@ -38,6 +44,24 @@ def test_strided_latents_are_saved_as_they_are(tmp_path):
     strided = EncodedContext(whole.latents.transpose(3, 4), whole.vae_fingerprint, (48, 32), "mean", 2, 5)
     strided.save(tmp_path / "a.safetensors")
     assert torch.equal(EncodedContext.load(tmp_path / "a.safetensors").latents, strided.latents)
+
+
+def test_the_vae_is_hashed_when_a_context_is_saved_or_compared(tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(STVAE, "fingerprint", property(lambda vae: hashed.append(vae) or "cd" * 16))
+    dit = randomize_(JDiT(DiTConfig(hidden_size=144, depth=1, num_heads=2, kv_group=2))).eval().requires_grad_(False)
+    vae = STVAE(VAEConfig(norm_num_groups=2, block_out_channels=(4, 6, 8, 10), layers_per_block=1))
+    pipe, picture = Pipeline(dit, vae.requires_grad_(False)), Image.new("RGB", (16, 16))
+    task = pipe.task([(picture, picture)], size=16)
+    task(picture, steps=4)
+    assert not hashed
+    task.context.save(tmp_path / "a.safetensors")
+    assert len(hashed) == 1 and task.context.vae_fingerprint == "cd" * 16
+    pipe.task(tmp_path / "a.safetensors"), pipe.task(task.context)
+    assert len(hashed) == 1
+    assert dataclasses.replace(task.context, vae_fingerprint="0" * 32).vae_fingerprint == "0" * 32
+    with pytest.raises(TypeError, match="vae_fingerprint"):
+        EncodedContext(task.context.latents)
 
 
 def test_encoded_context_is_refused_elsewhere(tmp_path):

@@ -192,6 +192,22 @@ def test_nan_in_the_weights_names_the_step(dit):
     assert answer(executor).isfinite().all()
 
 
+def test_one_executor_serves_inside_and_outside_inference_mode(dit):
+    """Buffers, tables and embedded frames made in inference mode would refuse to be written outside of it."""
+    expected = answer(Executor(make_network(dit, "torch")))
+    for impl, modes in (
+        ("torch", (True, False, True, False)),
+        ("torch", (False, True, False)),
+        ("plain", (True, False)),
+    ):
+        executor = Executor(make_network(dit, impl))
+        for mode in modes:
+            with torch.inference_mode(mode):
+                result = answer(executor)
+            assert not result.is_inference() and not executor.embed(random_latents(1, 16, 1, 4, 6)).is_inference()
+            assert impl == "plain" or torch.equal(result, expected)
+
+
 def test_threads_are_served_in_turn(dit):
     executor = Executor(make_network(dit, "torch"))
     expected = [answer(executor, **request) for request in REQUESTS]
@@ -248,6 +264,29 @@ def test_the_schedule_of_before_is_not_tabulated_again(dit, monkeypatch):
     for steps in (10, 12, 14, 6):
         answer(executor, steps=steps)
     assert made == [6, 8, 10, 12, 14]
+
+
+def test_memory_is_counted_without_what_failed(dit, monkeypatch):
+    """Where sampling runs out of memory, the message counts the failed run's buffers, and the graph's, as free."""
+    executor = Recording(make_network(dit, "torch"))
+    expected = answer(executor)
+    [plan] = executor._plans.values()
+
+    def refused() -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    plan.advance = refused
+    buffers = [weakref.ref(tensor) for tensor in (plan.latents, *plan.condition)]
+    del plan, refused
+    alive = []
+    counted = lavin_rt.executor.memory_at_hand
+    monkeypatch.setattr(
+        lavin_rt.executor, "memory_at_hand", lambda d: alive.append(sum(b() is not None for b in buffers)) or counted(d)
+    )
+    with pytest.raises(InputError, match="would fit"):
+        answer(executor)
+    assert alive and not any(alive)
+    assert torch.equal(answer(executor), expected)
 
 
 def test_prepare_leaves_nothing_to_do(dit):

@@ -98,7 +98,7 @@ def test_out_of_memory_is_one_clear_error(dit):
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * 2**20) / total)
     try:
-        with pytest.raises(InputError, match="needs (more than )?about"):
+        with pytest.raises(InputError, match=r"needs (more than )?about"):
             answer(executor, shape=large)
         assert torch.equal(answer(executor), expected)
     finally:

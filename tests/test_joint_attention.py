@@ -28,7 +28,7 @@ def in_interpreter(test):
 
 # Small tiles: several of them, and partial ones, in a hundred rows.
 SMALL = {"block_m": 32, "block_n": 16, "num_warps": 4, "num_stages": 2}
-VARIANTS = [{"variant": "pointer", **SMALL}, {"variant": "tma", **SMALL}]
+CONFIG = {"variant": "pointer", **SMALL}
 BRANCHES = ((37, 21), (16, 9))  # two branches of 53 and 30 rows: odd, and more than one tile of each
 
 
@@ -37,7 +37,7 @@ if not interpreted():
     def test_in_the_interpreter():
         output = run_under_interpreter(__file__)
         counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
-        assert counts["passed"] >= 100 and set(counts) == {"passed"}, counts
+        assert counts["passed"] >= 50 and set(counts) == {"passed"}, counts
 
 
 class CountingKernel:
@@ -114,11 +114,10 @@ def check(q, k, v, branches, head_size, counting, scale=None):
 
 
 @in_interpreter
-@pytest.mark.parametrize("config", VARIANTS, ids=lambda config: config["variant"])
 class TestResults:
     @pytest.fixture(autouse=True)
-    def _config(self, config):
-        with tuning.override("joint_attention", **config):
+    def _config(self):
+        with tuning.override("joint_attention", **CONFIG):
             yield
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -221,10 +220,10 @@ class TestResults:
 
 
 @in_interpreter
-@pytest.mark.parametrize("variant", ["pointer", "tma"])
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_default_configuration(variant, dtype, counting):
-    config = {**tuning.default_config("joint_attention", 90, dtype), "variant": variant}
+def test_default_configuration(capability, dtype, counting):
+    config = tuning.default_config("joint_attention", capability, dtype)  # the Gluon form falls back here
     with tuning.override("joint_attention", **config):
         check(*inputs((150, 70), (40, 3), stored=80, dtype=dtype), 72, counting)
 
@@ -233,8 +232,16 @@ def test_default_configuration(variant, dtype, counting):
 MUTATIONS = {
     "scores beyond the branch": ("result", "(row + tl.arange(0, BLOCK_N) < end)[None", "(row < end)[None"),
     "one key too many": ("result", "tl.arange(0, BLOCK_N) < end)[None", "tl.arange(0, BLOCK_N) <= end)[None"),
-    "values beyond the branch": ("leak", "0, WIDTH, HEAD_SIZE, MASK, TMA)", "0, WIDTH, HEAD_SIZE, False, TMA)"),
-    "values beyond it, rest": ("leak", "REST, HEAD_SIZE, MASK, TMA\n", "REST, HEAD_SIZE, False, TMA\n"),
+    "values beyond the branch": (
+        "leak",
+        "v_head_stride, BLOCK_N, 0, WIDTH, HEAD_SIZE, MASK)",
+        "v_head_stride, BLOCK_N, 0, WIDTH, HEAD_SIZE, False)",
+    ),
+    "values beyond it, rest": (
+        "leak",
+        "v_head_stride, BLOCK_N, WIDTH, REST, HEAD_SIZE, MASK",
+        "v_head_stride, BLOCK_N, WIDTH, REST, HEAD_SIZE, False",
+    ),
     "wrong key/value head": ("result", "kv_head * GROUP + program % GROUP,", "program % GROUP * 2 + kv_head,"),
     "swapped streams": ("result", "tl.where(rows < cond, cond_start", "tl.where(rows >= cond, cond_start"),
     "keys of another branch": ("result", "_of(before, keys),", "_of(before, queries) * 0,"),
@@ -249,8 +256,7 @@ MUTATIONS = {
 
 @in_interpreter
 @pytest.mark.parametrize("name", MUTATIONS)
-@pytest.mark.parametrize("config", VARIANTS, ids=lambda config: config["variant"])
-def test_a_mutated_kernel_is_caught(name, config, tmp_path, counting):
+def test_a_mutated_kernel_is_caught(name, tmp_path, counting):
     test, line, instead = MUTATIONS[name]
     source = Path(kernels.__file__).read_text()
     assert source.count(line) == 1
@@ -261,7 +267,7 @@ def test_a_mutated_kernel_is_caught(name, config, tmp_path, counting):
     spec.loader.exec_module(mutated)
 
     counting.kernel = mutated.joint_attention_kernel
-    with tuning.override("joint_attention", **config), pytest.raises((AssertionError, IndexError)):
+    with tuning.override("joint_attention", **CONFIG), pytest.raises((AssertionError, IndexError)):
         if test == "leak":  # of the second branch into the first, which is shorter than a tile of keys
             q, k, v, branches = inputs((7, 5), (2, 3))
             k[9:], v[9:] = float("nan"), float("nan")

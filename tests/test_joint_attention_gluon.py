@@ -13,13 +13,24 @@ import pytest
 import torch
 from test_joint_attention import assert_in_budget, inputs
 
+from lavin_bench import tune
 from lavin_kernels import joint_attention, reference, tuning
 from lavin_kernels.launch import interpreted
 
-SOURCE = gluon_stand_in.source("joint_attention_gluon")
+SOURCE = gluon_stand_in.source("joint_attention_gluon_loops", "joint_attention_gluon")
 
 
-def launch(q, k, v, branches, head_size, *, groups, block_n, stages, source=SOURCE):
+# The forms of a warpgroup's loop: name, ping-pong, queries in registers.
+LOOPS = [
+    ("plain", False, False),
+    ("plain", False, True),
+    ("overlap", False, False),
+    ("overlap", True, True),
+    ("deep", False, False),
+]
+
+
+def launch(q, k, v, branches, head_size, *, groups, block_n, stages, loop=LOOPS[0], source=SOURCE):
     """Both results, every program of the grid run after the other."""
     rows, heads = q.shape[:2]
     out = torch.full((rows, heads * head_size), float("nan"), dtype=q.dtype)
@@ -50,16 +61,17 @@ def launch(q, k, v, branches, head_size, *, groups, block_n, stages, source=SOUR
             BLOCK_N=block_n,
             STAGES=stages,
             REGISTERS=0,
+            **dict(zip(("LOOP", "PINGPONG", "Q_IN_REGISTERS"), loop, strict=True)),
         )
     return out, lse
 
 
-def check(cond_lens, x_lens, *, groups=3, block_n=16, stages=2, head_size=72, x_only=False, source=SOURCE):
+def check(cond_lens, x_lens, *, head_size=72, x_only=False, groups=3, block_n=16, stages=2, **options):
     q, k, v, branches = inputs(cond_lens, x_lens, heads=4, kv_heads=2, head_size=head_size, stored=80, x_only=x_only)
     q, k, v = (part.bfloat16() for part in (q, k, v))
     for part in (q, k, v):
         part[..., head_size:] = float("nan")
-    out, lse = launch(q, k, v, branches, head_size, groups=groups, block_n=block_n, stages=stages, source=source)
+    out, lse = launch(q, k, v, branches, head_size, groups=groups, block_n=block_n, stages=stages, **options)
     plain = reference.joint_attention_with_lse(q, k, v, branches, head_size)
     truth = reference.joint_attention_with_lse(q.double(), k.double(), v.double(), branches, head_size)
     assert_in_budget(out, plain[0], truth[0], torch.bfloat16)
@@ -75,23 +87,42 @@ def check(cond_lens, x_lens, *, groups=3, block_n=16, stages=2, head_size=72, x_
     ],
 )
 @pytest.mark.parametrize(("groups", "block_n", "stages"), [(3, 16, 2), (2, 32, 3)])
-def test_results(cond_lens, x_lens, groups, block_n, stages):
-    check(cond_lens, x_lens, groups=groups, block_n=block_n, stages=stages)
+@pytest.mark.parametrize("loop", LOOPS, ids=str)
+def test_results(cond_lens, x_lens, groups, block_n, stages, loop):
+    check(cond_lens, x_lens, groups=groups, block_n=block_n, stages=stages, loop=loop)
 
 
 @pytest.mark.parametrize("head_size", [24, 72])
-def test_x_queries_alone_and_one_piece(head_size):
-    check((70, 37), (40, 9), groups=2, stages=4, head_size=head_size, x_only=True)
+@pytest.mark.parametrize("loop", LOOPS, ids=str)
+def test_x_queries_alone_and_one_piece(head_size, loop):
+    check((70, 37), (40, 9), groups=2, stages=4, head_size=head_size, x_only=True, loop=loop)
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=str)
+@pytest.mark.parametrize("keys", [16, 17, 32, 33, 48, 64])
+def test_few_tiles(keys, loop):
+    """One to four tiles of keys, the first of them whole or not."""
+    check((keys - 5,), (5,), loop=loop)
 
 
 MUTATIONS = {
-    "one key too many": ("columns < first_tile", "columns <= first_tile"),
+    "one key too many": (
+        """if tile == 0:
+            scores = gl.where((columns < first_tile)""",
+        """if tile == 0:
+            scores = gl.where((columns <= first_tile)""",
+    ),
     "second tile at another row": ("gl.where(tile == 0, first_tile, BLOCK_N)", "BLOCK_N"),
-    "keys of another stage": ("_matrix(k, stage), _matrix(k_rest, stage)", "_matrix(k, 0), _matrix(k_rest, stage)"),
+    "keys of another stage": (
+        """matrix(k, stage), matrix(k_rest, stage), REST, SCORES)
+        scores = warpgroup_mma_wait(0""",
+        """matrix(k, 0), matrix(k_rest, stage), REST, SCORES)
+        scores = warpgroup_mma_wait(0""",
+    ),
     "wrong key/value head": ("kv_head * GROUP + program % GROUP,", "program % GROUP * 2 + kv_head,"),
     "swapped streams": ("gl.where(rows < cond, cond_start", "gl.where(rows >= cond, cond_start"),
     "queries of the first group": ("query_row + group * ROWS", "query_row"),
-    "values of earlier tiles": ("acc = acc * gl.convert_layout", "acc = acc * 1 + 0 * gl.convert_layout"),
+    "values of earlier tiles": ("acc = acc * gl.convert_layout(decay", "acc = acc * 1 + 0 * gl.convert_layout(decay"),
     "producer waits for a full buffer": ("(tile // STAGES & 1) ^ 1", "tile // STAGES & 1"),
     "consumer frees no values": ("mbarrier.arrive(v_free.index(stage))", "pass"),
 }
@@ -116,21 +147,35 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append((grid, kwargs))
 
 
+LONG = ((900, 200), (100, 60))
+
+
 @pytest.mark.skipif(interpreted(), reason="the interpreter takes tensors of a CPU to the Triton kernel")
 @pytest.mark.parametrize(
-    ("cond_lens", "x_lens", "x_only", "groups"),
-    [((900, 200), (100, 60), False, 3), ((900, 200), (100, 60), True, 2), ((900, 100), (100, 20), False, None)],
-    ids=["blocks", "last block", "a branch shorter than a tile"],
+    ("lens", "x_only", "capability", "dtype", "groups"),
+    [
+        (LONG, False, 90, torch.bfloat16, 3),
+        (LONG, True, 90, torch.float16, 2),
+        (((900, 100), (100, 20)), False, 90, torch.bfloat16, None),
+        (LONG, False, 90, torch.float32, None),
+        (LONG, False, 80, torch.bfloat16, None),
+        (LONG, False, 100, torch.bfloat16, None),
+        (LONG, False, 120, torch.bfloat16, None),
+    ],
+    ids=["blocks", "last block", "a branch shorter than a tile", "float32", "sm_80", "sm_100", "sm_120"],
 )
-def test_when_it_is_launched(cond_lens, x_lens, x_only, groups, monkeypatch):
+def test_when_it_is_launched(lens, x_only, capability, dtype, groups, monkeypatch):
     module = importlib.import_module("lavin_kernels.joint_attention")
     hopper = importlib.import_module("lavin_kernels.joint_attention_gluon")
     gluon, triton = Recorder(), Recorder()
     monkeypatch.setattr(hopper, "joint_attention_gluon_kernel", gluon)
     monkeypatch.setattr(module, "joint_attention_kernel", triton)
     monkeypatch.setattr(module, "runs_kernel", lambda device: True)
-    config = next(candidate for candidate in module.CANDIDATES if candidate["variant"] == "gluon")
-    q, k, v, branches = inputs(cond_lens, x_lens, dtype=torch.bfloat16, x_only=x_only)
+    monkeypatch.setattr(tuning, "capability", lambda device: capability)
+    config = next(
+        c for c in module.CANDIDATES if c["variant"] == "gluon" and (c["block_m"], c["block_n"]) == (192, 128)
+    )
+    q, k, v, branches = inputs(*lens, dtype=dtype, x_only=x_only)
     with tuning.override("joint_attention", **config):
         joint_attention(q, k, v, branches, 72)
     (recorded,) = gluon.launches + triton.launches
@@ -138,4 +183,16 @@ def test_when_it_is_launched(cond_lens, x_lens, x_only, groups, monkeypatch):
         assert gluon.launches and recorded[1]["GROUPS"] == groups
         assert recorded[0] == ((q.shape[0] // (64 * groups) + 2) * 2,)
     else:
-        assert recorded[1]["TMA"] is True
+        plain = tuning.default_config("joint_attention", capability, dtype)
+        plain = module.PLAIN if plain["variant"] == "gluon" else plain
+        assert [recorded[1][key] for key in ("BLOCK_M", "num_warps")] == [plain["block_m"], plain["num_warps"]]
+
+
+def test_only_what_a_target_compiles_is_a_candidate(monkeypatch):
+    """The compiler ends the process over the Gluon form's instructions on another target."""
+    module = importlib.import_module("lavin_kernels.joint_attention")
+    for capability in (80, 89, 100, 120):
+        assert {c["variant"] for c in tune.candidates("joint_attention", capability)} == {"pointer"}
+    assert tune.candidates("joint_attention", 90) == module.CANDIDATES
+    monkeypatch.setattr(module, "_GLUON", False)  # an older Triton
+    assert {c["variant"] for c in tune.candidates("joint_attention", 90)} == {"pointer"}

@@ -128,11 +128,14 @@ def test_bad_input_is_named(small_dit, change, message):
     assert "\n" not in str(error.value)
 
 
-def test_auto_is_settled_by_device_and_head_size():
+def test_auto_is_settled_by_device_and_head_size(monkeypatch):
     fits = DiTConfig(hidden_size=144, depth=1, num_heads=2, kv_group=1)  # head size 72
     odd = DiTConfig(hidden_size=84, depth=1, num_heads=2, kv_group=1)  # head size 42
     assert resolve_impl("auto", torch.device("cpu"), fits) == "torch"
-    assert resolve_impl("auto", torch.device("cuda"), fits) == "triton"
+    for capability, impl in (((7, 5), "torch"), ((8, 0), "triton"), ((12, 0), "triton")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert resolve_impl("auto", torch.device("cuda"), fits) == impl
+        assert resolve_impl("triton", torch.device("cuda"), fits) == "triton"
     assert resolve_impl("auto", torch.device("cuda"), odd) == "torch"
     with pytest.raises(InputError, match="need a CUDA device and the package triton"):
         resolve_impl("triton", torch.device("cpu"), fits)

@@ -12,6 +12,7 @@ from test_pipeline import picture
 import lavin_rt.executor
 from lavin_rt.checkpoint import load_dit, load_vae, save_dit
 from lavin_rt.errors import InputError, NonFiniteError
+from lavin_rt.executor import Executor
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.task import Task
 
@@ -109,3 +110,22 @@ def test_warmup_prepares_and_changes_nothing(pipe, task):
     assert torch.equal(latents(task, 5), expected)
     with pytest.raises(InputError, match="guidance is nan"):
         task.warmup(guidance=float("nan"))
+
+
+def test_a_remainder_runs_in_the_shape_of_the_batches_before(pipe, task, monkeypatch):
+    """Where shapes are captured or compiled; what fills it up is seen nowhere."""
+    queries, seen = [picture(seed) for seed in range(3)], []
+    expected = task.run(queries, steps=4, batch_size=2)
+    assert len(pipe.executor._plans) == 2
+    pipe.executor.release()
+    monkeypatch.setattr(Executor, "settles_shapes", True)
+    results = task.run(
+        queries, steps=4, batch_size=2, callback=lambda done, evaluations, state: seen.append(len(state))
+    )
+    assert len(pipe.executor._plans) == 1 and seen == [2, 2, 2, 1, 1, 1]
+    for result, alone in zip(results, expected, strict=True):
+        assert result.seed == alone.seed
+        assert torch.allclose(result.latents, alone.latents, rtol=1e-4, atol=1e-5)
+    task.run(queries[:1], steps=4)
+    task.run(queries, steps=4, batch_size=2)
+    assert len(pipe.executor._plans) == 2  # what is there is used

@@ -51,4 +51,5 @@ def test_a_step_takes_what_it_is_said_to(config, dtype, impl):
     rows = [table[0] for table in network.table(torch.linspace(0, 1, 4))]
     with LiveBytes() as live, torch.no_grad():
         step(torch.randn(2, 16, 1, 8, 16), buffers, *rows)
-    assert 0.7 * network.workspace(shape) <= live.peak <= network.workspace(shape)
+    least = 0.7 if impl == "plain" else 0.85  # nothing is let go early in the oracle
+    assert least * network.workspace(shape) <= live.peak <= network.workspace(shape)

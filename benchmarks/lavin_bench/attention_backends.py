@@ -7,7 +7,7 @@ which do not limit attention at these lengths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ def attention_backends(
     return calls, skipped
 
 
-def _attempts(q, k, v, lens: list[int]) -> dict[str, Iterator[Callable[[], Call]]]:
+def _attempts(q, k, v, lens: list[int]) -> dict[str, list[Callable[[], Call]]]:
     """Ways to make each backend's call, the least padded first."""
     head_size = q.shape[-1]
     scale = head_size**-0.5
@@ -76,8 +76,9 @@ def _attempts(q, k, v, lens: list[int]) -> dict[str, Iterator[Callable[[], Call]
         parts = _branches(q, k, v, lens, width)
         return lambda: [compiled(*part, scale=scale) for part in parts]
 
-    attempts = {name: (lambda b=backend, w=width: sdpa(b, w) for width in widths) for name, backend in BACKENDS.items()}
-    return {**attempts, "flex": (lambda w=width: flex(w) for width in widths)}
+    # Lists: a generator would look its backend up when it runs, and find that of the last one for all of them.
+    attempts = {name: [lambda b=backend, w=width: sdpa(b, w) for width in widths] for name, backend in BACKENDS.items()}
+    return {**attempts, "flex": [lambda w=width: flex(w) for width in widths]}
 
 
 def _branches(q, k, v, lens: list[int], width: int) -> list[tuple[torch.Tensor, ...]]:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from lavin_bench import authors_way
 from lavin_bench.authors_way import AuthorsWay
+from lavin_bench.speed_flops import speed_flops
 from lavin_bench.vae_forms import resident_bytes
 from lavin_rt import images, sampler
 from lavin_rt.config import PRESETS, DiTConfig
 from lavin_rt.executor import Executor
-from lavin_rt.knots import schedule
 from lavin_rt.layout import Shape
 from lavin_rt.model import JDiT
 from lavin_rt.networks import Network, PackedNetwork
 from lavin_rt.pipeline import Pipeline
+from lavin_rt.speeds import SPEEDS
 from lavin_rt.vae import STVAE, VAEConfig
 
 Sampling = Callable[[int], torch.Tensor]
@@ -101,6 +103,12 @@ class Setting:
         """Of one step; the same for all variants, whatever they spare or pad."""
         return authors_way.useful_flops(self.config, self.shape.frame_tokens, self.shape.condition_frames)
 
+    def flops(self, speed: str, steps: int) -> int:
+        """Of a whole sampling at a speed, counted alike; `steps` are the knots of a speed without a grid."""
+        chosen = SPEEDS[speed]
+        knots = chosen.knots(None if chosen.owns_grid else steps)
+        return speed_flops(self.config, self.shape, chosen, len(knots) - 1)
+
     def latents(self, device: torch.device, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """A random condition and noise, the same on every device."""
         generator, shape = torch.Generator().manual_seed(seed), self.shape
@@ -115,10 +123,12 @@ class Variant:
     Attributes:
         make: gets everything ready that outlives a query of a task, and returns the sampling of the next query.
         modulates: whether the modulation linears, 28 % of the parameters, have to be in the device's memory.
+        speed: a name in `lavin_rt.SPEEDS`; all but `exact` are further from the truth than rounding, on purpose.
     """
 
     make: Callable[[], Sampling]
     modulates: bool
+    speed: str = "exact"
 
 
 class Baselines:
@@ -151,29 +161,38 @@ def variants(dit: JDiT, setting: Setting, baselines: Baselines) -> dict[str, Var
 
         return Variant(make, modulates=True)
 
-    def ours(network: Callable[[], Network], graphs: bool = False) -> Variant:
+    def ours(network: Callable[[], Network], graphs: bool = False, speed: str = "exact") -> Variant:
+        chosen = SPEEDS[speed]
+        shape = dataclasses.replace(setting.shape, kept=chosen.keeps)
+
         def make() -> Sampling:
             executor = Executor(network(), graphs=graphs)
             context = executor.embed(cond[:, :, :-1])
 
             def sample(steps: int) -> torch.Tensor:
                 query = executor.embed(cond[:, :, -1:])
-                return executor.sample(setting.shape, context, query, noise, schedule(steps), GUIDANCE)
+                knots = chosen.knots(None if chosen.owns_grid else steps)
+                return executor.sample(shape, context, query, noise, knots, GUIDANCE, speed=chosen)
 
             return sample
 
-        return Variant(make, modulates=False)
+        return Variant(make, modulates=False, speed=speed)
 
     found = {
         AUTHORS_EAGER: authors(compile=False),
         AUTHORS_COMPILED: authors(compile=True),
         "exact savings": ours(lambda: PackedNetwork(dit, "torch")),
     }
-    if dit.device.type == "cuda":
+    cuda = dit.device.type == "cuda"
+    if cuda:
         found["Triton kernels"] = ours(lambda: PackedNetwork(dit, "triton"))
         found["CUDA graphs"] = ours(lambda: PackedNetwork(dit, "triton"), graphs=True)
     else:
         found["savings, compiled"] = ours(lambda: PackedNetwork(dit, "torch", compile=True))
+    for speed in SPEEDS:
+        if speed != "exact":
+            network = partial(PackedNetwork, dit, "triton" if cuda else "torch", compile=not cuda)
+            found[f"{'CUDA graphs' if cuda else 'savings, compiled'}, {speed}"] = ours(network, cuda, speed=speed)
     return found
 
 

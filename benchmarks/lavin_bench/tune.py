@@ -45,10 +45,12 @@ KERNELS = {
 }
 
 
-def candidates(kernel: str) -> list[dict[str, int | str]]:
-    """The launch configurations that a kernel's module lists as worth timing."""
-    listed = importlib.import_module(f"lavin_kernels.{KERNELS[kernel][0]}").CANDIDATES
-    return list(listed[kernel] if isinstance(listed, Mapping) else listed)
+def candidates(kernel: str, capability: int) -> list[dict[str, int | str]]:
+    """The launch configurations that a kernel's module lists as worth timing, and that the capability can run."""
+    module = importlib.import_module(f"lavin_kernels.{KERNELS[kernel][0]}")
+    listed = module.CANDIDATES[kernel] if isinstance(module.CANDIDATES, Mapping) else module.CANDIDATES
+    fits = getattr(module, "fits", None)
+    return [candidate for candidate in listed if fits is None or fits(candidate, capability)]
 
 
 def overridden(kernel: str, candidate: Mapping[str, int | str], call: Callable[[], Any]) -> Callable[[], Any]:
@@ -81,7 +83,7 @@ def tune(
     dropped = dict(dropped or {})
     truth = case.truth()
     allowed = _allowed(case, dtype)
-    for candidate in [today, *(c for c in candidates(kernel) if c != today)]:
+    for candidate in [today, *(c for c in candidates(kernel, tuning.capability(device)) if c != today)]:
         name = _named(candidate)
         if name in dropped:
             continue
@@ -136,7 +138,7 @@ def tried(
     Each of `workers` processes compiles and runs its share once, so that one which aborts in the compiler or never
     returns takes nothing with it, and all that work are in Triton's cache afterwards.
     """
-    listed = [(kernel, candidate) for kernel in kernels for candidate in candidates(kernel)]
+    listed = [(kernel, candidate) for kernel in kernels for candidate in candidates(kernel, tuning.capability(device))]
     shares = [listed[first::workers] for first in range(min(workers, len(listed)))]
     command = [sys.executable, "-m", "lavin_bench.tune", str(device), str(dtype).removeprefix("torch.")]
     with tempfile.TemporaryDirectory() as folder:

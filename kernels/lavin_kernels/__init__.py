@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lavin_kernels.group_norm import group_norm_silu
     from lavin_kernels.joint_attention import joint_attention, joint_attention_with_lse
     from lavin_kernels.qk_norm_rope import qk_norm_rope
+    from lavin_kernels.qk_norm_rope_into import qk_norm_rope_into
     from lavin_kernels.spatial_norm import spatial_norm_silu
     from lavin_kernels.stream_linear import stream_linear
     from lavin_kernels.swiglu import swiglu
@@ -31,6 +32,7 @@ __all__ = [
     "joint_attention",
     "joint_attention_with_lse",
     "qk_norm_rope",
+    "qk_norm_rope_into",
     "spatial_norm_silu",
     "stream_linear",
     "swiglu",
@@ -45,6 +47,7 @@ _MODULES = {
     "joint_attention": "joint_attention",
     "joint_attention_with_lse": "joint_attention",
     "qk_norm_rope": "qk_norm_rope",
+    "qk_norm_rope_into": "qk_norm_rope_into",
     "spatial_norm_silu": "spatial_norm",
     "stream_linear": "stream_linear",
     "swiglu": "swiglu",

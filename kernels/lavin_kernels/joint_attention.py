@@ -1,12 +1,11 @@
 """Variable-length, non-causal attention with grouped heads over the joint sequence of every branch, in one launch."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
 from torch.library import triton_op
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lavin_kernels import reference, tuning, validate
 from lavin_kernels.branches import Branches
@@ -14,20 +13,54 @@ from lavin_kernels.joint_attention_kernel import joint_attention_kernel
 from lavin_kernels.launch import interpreted, runs_kernel
 from lavin_kernels.static_cases import StaticCase
 
-# Worth timing on a device; "gluon" on compute capability 9.0 alone, with 64 query rows to a warpgroup.
+# Worth timing on a device; "gluon" on compute capability 9.0 alone, with 64 query rows to a warpgroup and what
+# `joint_attention_gluon_loops` says of its loops.
 CANDIDATES = [
-    {"variant": variant, "block_m": block_m, "block_n": block_n, "num_warps": num_warps, "num_stages": num_stages}
-    for variant, tiles in {
-        "pointer": ((128, 64, 8), (128, 64, 4), (128, 128, 8), (64, 64, 4)),
-        "tma": ((128, 64, 8), (128, 64, 4), (128, 128, 8), (64, 64, 4), (64, 128, 4)),
-        "gluon": ((192, 128, 4), (192, 64, 4), (128, 128, 4)),
-    }.items()
-    for block_m, block_n, num_warps in tiles
+    {"variant": "pointer", "block_m": block_m, "block_n": block_n, "num_warps": num_warps, "num_stages": num_stages}
+    for block_m, block_n, num_warps in ((128, 64, 8), (128, 64, 4), (128, 128, 8), (64, 64, 4))
     for num_stages in (2, 3, 4)
+] + [
+    {"variant": "gluon", "block_m": block_m, "block_n": block_n, "num_warps": 4, "num_stages": num_stages, **loop}
+    for block_m, block_n, num_stages, *loops in (
+        (
+            128,
+            128,
+            2,
+            {"loop": "overlap"},
+            {"loop": "overlap", "pingpong": 1},
+            {"loop": "overlap", "q_in_registers": 1},
+        ),
+        (128, 128, 3, {"loop": "overlap"}),
+        (192, 64, 3, {"loop": "overlap"}, {"loop": "overlap", "q_in_registers": 1}),
+        (192, 64, 3, {"loop": "overlap", "pingpong": 1, "q_in_registers": 1}),
+        (192, 128, 2, {"loop": "plain"}),
+        (192, 128, 3, {"loop": "plain"}),
+    )
+    for loop in loops
 ]
+
+# What runs on compute capability 9.0 where the Gluon form cannot: in traced graphs, and where a branch is too short.
+PLAIN = {"variant": "pointer", "block_m": 128, "block_n": 64, "num_warps": 4, "num_stages": 3}
+
+# Gluon as it is called here is that of Triton 3.6 and newer.
+_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 # Room for branches in a traced graph where their number is not fixed.
 GRAPH_BRANCHES = 16
+
+
+def fits(config: Mapping[str, int | str], capability: int) -> bool:
+    """Whether a launch configuration can be compiled for a compute capability by the Triton that is installed.
+
+    For other targets the compiler does not refuse the Gluon form's instructions: it ends the process.
+    """
+    return config["variant"] != "gluon" or (capability == 90 and _GLUON)
+
+
+def _without_gluon(device: torch.device, dtype: torch.dtype) -> Mapping[str, int | str]:
+    """The launch configuration of a device for what the Gluon form does not take."""
+    config = tuning.default_config("joint_attention", tuning.capability(device), dtype)
+    return PLAIN if config["variant"] == "gluon" else config
 
 
 def head_pieces(head_size: int) -> tuple[int, int]:
@@ -50,15 +83,8 @@ def _copyable(part: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(part, (0, -part.shape[-1] % 8)).clone(memory_format=torch.contiguous_format)
 
 
-def _descriptors(part: torch.Tensor, head_size: int, rows: int, pieces: tuple[int, int]) -> Iterator[TensorDescriptor]:
-    """A descriptor `[heads, rows, head_size]` for each piece of the head; what it reads beyond the head is zero."""
-    shape, strides = [part.shape[1], part.shape[0], head_size], [part.stride(1), part.stride(0), 1]
-    for piece in pieces:
-        yield TensorDescriptor(part, shape, strides, [1, rows, piece or pieces[0]])
-
-
 def _shape(
-    heads: int, kv_heads: int, head_size: int, x_only: bool, with_lse: bool, branches: int
+    heads: int, kv_heads: int, head_size: int, x_only: bool, with_lse: bool, branches: int, columns: int = 4
 ) -> dict[str, int | bool]:
     """The compile-time arguments that both kernels have."""
     width, rest = head_pieces(head_size)
@@ -71,6 +97,7 @@ def _shape(
         "X_ONLY": x_only,
         "WITH_LSE": with_lse,
         "MAX_BRANCHES": GRAPH_BRANCHES if isinstance(branches, torch.SymInt) else triton.next_power_of_2(branches),
+        "COLUMNS": columns,
     }
 
 
@@ -80,6 +107,7 @@ def _launch(
     v: torch.Tensor,
     table: torch.Tensor,
     shortest: int,
+    kept: int,
     head_size: int,
     scale: float,
     with_lse: bool,
@@ -89,20 +117,23 @@ def _launch(
     lse = q.new_empty((rows, heads) if with_lse else (0,), dtype=torch.float32)
     if rows == 0:
         return out, lse
-    # A descriptor is made from an address, which a tensor has only outside of a trace.
+    # The Gluon form's descriptors are made from addresses, which a tensor has only outside of a trace.
     traced = type(q) is not torch.Tensor
     options = tuning.config("joint_attention", q.device, q.dtype)
-    if options["variant"] == "gluon" and (traced or shortest < options["block_n"]):
-        options = tuning.default_config("joint_attention", 90, q.dtype)
+    if options["variant"] == "gluon" and (
+        traced
+        or q.dtype == torch.float32
+        or shortest < options["block_n"]
+        or not fits(options, tuning.capability(q.device))
+    ):
+        options = _without_gluon(q.device, q.dtype)
     variant = options["variant"]
-    if variant == "tma" and traced:
-        variant = "pointer"
-    x_only = rows != k.shape[0]
+    x_only = rows + kept != k.shape[0]
     block_m, block_n = _blocks(options, variant, x_only)
     pieces = head_pieces(head_size)
     parts = [_copyable(part) for part in (q, k, v)]
     branches = table.shape[0]
-    shape = _shape(heads, k.shape[1], head_size, x_only, with_lse, branches)
+    shape = _shape(heads, k.shape[1], head_size, x_only, with_lse, branches, table.shape[1])
     # At most one tile of a branch is not full, so these are enough whatever the lengths in the table are.
     grid = ((rows // block_m + branches) * heads,)
     scale *= math.log2(math.e)
@@ -110,22 +141,15 @@ def _launch(
         from lavin_kernels import joint_attention_gluon as hopper
 
         sources = hopper.descriptors(parts, head_size, pieces, block_n)
-        form = hopper.form(block_m, block_n, options["num_stages"])
+        form = hopper.form(options, block_m, block_n)
         hopper.joint_attention_gluon_kernel[grid](
             *sources, out, lse, table, branches, scale, **shape, **form, num_warps=4
         )
         return out, lse
-    if variant == "tma":
-        blocks = (block_m, block_n, block_n)
-        sources = [
-            d for part, rows in zip(parts, blocks, strict=True) for d in _descriptors(part, head_size, rows, pieces)
-        ]
-    else:
-        sources = [part for part in parts for _ in pieces]
     kernel = torch.library.wrap_triton(joint_attention_kernel) if traced else joint_attention_kernel
     launch = ("num_warps", "num_stages") if traced else ("num_warps", "num_stages", "maxnreg")
     kernel[grid](
-        *sources,
+        *parts,
         out,
         lse,
         table,
@@ -135,8 +159,6 @@ def _launch(
         **shape,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        TMA=variant == "tma",
-        WARP_SPECIALIZE=bool(options.get("warp_specialize", False)),
         UPCAST=interpreted() and q.dtype == torch.bfloat16,
         **{key: options[key] for key in launch if key in options},
     )
@@ -148,14 +170,22 @@ def _blocks(config: Mapping[str, int | str], variant: str, x_only: bool) -> tupl
     return 128 if variant == "gluon" and x_only else config["block_m"], config["block_n"]
 
 
-def _shortest(cond_lens: Sequence[int], x_lens: Sequence[int]) -> int:
-    """Rows of the shortest branch that has any."""
-    return min((cond + x for cond, x in zip(cond_lens, x_lens, strict=True) if cond + x), default=0)
+def _kept(cond_lens: Sequence[int], kept_lens: Sequence[int] | None) -> Sequence[int]:
+    """Kept rows of every branch."""
+    return kept_lens or [0] * len(cond_lens)
 
 
-def _branches(table: torch.Tensor, cond_lens: Sequence[int], x_lens: Sequence[int]) -> Branches:
-    """The branches again, without the row map that attention does not need."""
-    return Branches(tuple(cond_lens), tuple(x_lens), table, table.new_empty(0))
+def _shortest(cond_lens: Sequence[int], x_lens: Sequence[int], kept_lens: Sequence[int]) -> int:
+    """Keys of the branch that has the fewest, of those that have any."""
+    lens = (sum(rows) for rows in zip(cond_lens, x_lens, kept_lens, strict=True))
+    return min((rows for rows in lens if rows), default=0)
+
+
+def _branches(
+    table: torch.Tensor, cond_lens: Sequence[int], x_lens: Sequence[int], kept_lens: Sequence[int] | None
+) -> Branches:
+    """The branches again, without the row maps that attention does not need."""
+    return Branches(tuple(cond_lens), tuple(x_lens), table, table.new_empty(0), tuple(kept_lens or ()))
 
 
 @triton_op("lavin::joint_attention", mutates_args=())
@@ -168,10 +198,13 @@ def _joint_attention(
     x_lens: Sequence[int],
     head_size: int,
     scale: float,
+    kept_lens: Sequence[int] | None = None,
 ) -> torch.Tensor:
     if runs_kernel(q.device):
-        return _launch(q, k, v, table, _shortest(cond_lens, x_lens), head_size, scale, with_lse=False)[0]
-    return reference.joint_attention(q, k, v, _branches(table, cond_lens, x_lens), head_size, scale)
+        kept = _kept(cond_lens, kept_lens)
+        shortest = _shortest(cond_lens, x_lens, kept)
+        return _launch(q, k, v, table, shortest, sum(kept), head_size, scale, with_lse=False)[0]
+    return reference.joint_attention(q, k, v, _branches(table, cond_lens, x_lens, kept_lens), head_size, scale)
 
 
 @triton_op("lavin::joint_attention_with_lse", mutates_args=())
@@ -184,10 +217,13 @@ def _joint_attention_with_lse(
     x_lens: Sequence[int],
     head_size: int,
     scale: float,
+    kept_lens: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if runs_kernel(q.device):
-        return _launch(q, k, v, table, _shortest(cond_lens, x_lens), head_size, scale, with_lse=True)
-    return reference.joint_attention_with_lse(q, k, v, _branches(table, cond_lens, x_lens), head_size, scale)
+        kept = _kept(cond_lens, kept_lens)
+        shortest = _shortest(cond_lens, x_lens, kept)
+        return _launch(q, k, v, table, shortest, sum(kept), head_size, scale, with_lse=True)
+    return reference.joint_attention_with_lse(q, k, v, _branches(table, cond_lens, x_lens, kept_lens), head_size, scale)
 
 
 def joint_attention(
@@ -206,9 +242,9 @@ def joint_attention(
     Args:
         q: `[rows, heads, >= head_size]` branch-contiguous, or the x rows alone; bfloat16, float16 or float32 (float64
             on a CPU). Rows and heads may be strided, the last dimension may not.
-        k, v: `[rows, kv_heads, >= head_size]` branch-contiguous, in the dtype of q; query head i reads key/value head
-            `i // (heads / kv_heads)`.
-        branches: the row ranges, run-time values: other lengths do not compile another kernel.
+        k, v: `[branches.keys, kv_heads, >= head_size]` branch-contiguous, the kept rows of a branch before its own, in
+            the dtype of q; query head i reads key/value head `i // (heads / kv_heads)`.
+        branches: the row ranges, run-time values: other lengths do not compile another kernel, kept rows do once.
         head_size: size of one head, a multiple of 8 up to 128; what is stored beyond it is ignored.
         scale: softmax scale, above 0; `head_size ** -0.5` by default.
 
@@ -256,8 +292,8 @@ def _checked(
     validate.tensor("v", v, (None, None, None), device=q.device)
     for name, part in (("k", k), ("v", v)):
         validate.alike(name, part, "q", q)
-        if part.shape[0] != branches.rows:
-            raise ValueError(f"{name} has {part.shape[0]} rows; expected {branches.rows}, which the branches cover")
+        if part.shape[0] != branches.keys:
+            raise ValueError(f"{name} has {part.shape[0]} rows; expected {branches.keys}, which the branches cover")
     x_rows = branches.rows - branches.split
     if q.shape[0] not in (branches.rows, x_rows):
         raise ValueError(f"q has {q.shape[0]} rows; expected {branches.rows}, or the {x_rows} of the x stream alone")
@@ -269,8 +305,9 @@ def _checked(
         if part.shape[2] < head_size:
             raise ValueError(f"{name} stores {part.shape[2]} elements a head; expected at least head_size, {head_size}")
     lens = (list(branches.cond_lens), list(branches.x_lens))
-    validate.tensor("branches.table", branches.table, (len(lens[0]), 4), (torch.int32,), q.device)
-    return q, k, v, branches.table, *lens, head_size, scale
+    kept = list(branches.kept_lens) or None
+    validate.tensor("branches.table", branches.table, (len(lens[0]), 5 if kept else 4), (torch.int32,), q.device)
+    return q, k, v, branches.table, *lens, head_size, scale, kept
 
 
 def executed_flops(branches: Sequence[tuple[int, int]], heads: int, head_size: int, block_m: int, block_n: int) -> int:
@@ -282,15 +319,15 @@ def executed_flops(branches: Sequence[tuple[int, int]], heads: int, head_size: i
 def static_cases(capability: int) -> list[StaticCase]:
     """The launches of the standard run (512 px, 4 pairs, two branches): 32 query, 8 key/value heads of 72 stored in 80.
 
-    Blocks and last block (x rows as queries) at the capability's default, in the pointer form of it that compiled
-    graphs launch where that default has bulk tensor copies, and on compute capability 9.0 by the Gluon kernel.
+    Blocks and last block (x rows as queries) at the capability's default, and on compute capability 9.0 in the form
+    that compiled graphs launch instead of the Gluon kernel.
     """
     cases = []
     for dtype in (torch.bfloat16, torch.float32):
         config = tuning.default_config("joint_attention", capability, dtype)
-        configs = {variant: {**config, "variant": variant} for variant in (config["variant"], "pointer")}
-        if capability == 90 and dtype == torch.bfloat16:
-            configs["gluon"] = next(candidate for candidate in CANDIDATES if candidate["variant"] == "gluon")
+        configs = {config["variant"]: config}
+        if config["variant"] == "gluon":
+            configs["pointer"] = PLAIN
         cases += [_static_case(config, dtype, x_only) for config in configs.values() for x_only in (False, True)]
     return cases
 
@@ -305,19 +342,18 @@ def _static_case(config: Mapping[str, int | str], dtype: torch.dtype, x_only: bo
     if variant == "gluon":
         from lavin_kernels import joint_attention_gluon as hopper
 
-        kernel, form = hopper.joint_attention_gluon_kernel, hopper.form(block_m, block_n, config["num_stages"])
+        kernel, form = hopper.joint_attention_gluon_kernel, hopper.form(config, block_m, block_n)
     else:
         kernel = joint_attention_kernel
-        form = {"BLOCK_M": block_m, "BLOCK_N": block_n, "TMA": variant == "tma", "UPCAST": False}
-        form["WARP_SPECIALIZE"] = bool(config.get("warp_specialize", False))
+        form = {"BLOCK_M": block_m, "BLOCK_N": block_n, "UPCAST": False}
     element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     signature = {}
     for name in kernel.arg_names:
-        if name.endswith("_source") and variant != "pointer":
-            rows = block_n if name[0] in "kv" else 64 if variant == "gluon" else block_m
+        if name.endswith("_source") and variant == "gluon":
+            rows = block_n if name[0] in "kv" else 64
             width = shape["REST"] if "rest" in name else shape["WIDTH"]
-            layout = f",{hopper.tile_layout(dtype, rows, width)!r}" if variant == "gluon" else ""
-            signature[name] = f"tensordesc<{element}[1, {rows}, {width}]{layout}>"
+            layout = hopper.tile_layout(dtype, rows, width)
+            signature[name] = f"tensordesc<{element}[1, {rows}, {width}],{layout!r}>"
         elif name.endswith("_source") or name == "out_ptr":
             signature[name] = "*" + element
         elif name.isupper():

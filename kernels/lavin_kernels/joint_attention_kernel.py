@@ -1,4 +1,4 @@
-"""The Triton kernel of joint attention, for every target: pointers with asynchronous copies, or bulk tensor copies."""
+"""The Triton kernel of joint attention, for every target: pointers with asynchronous copies."""
 
 import triton
 import triton.language as tl
@@ -18,6 +18,7 @@ def _tile_of_program(
     X_ONLY: tl.constexpr,
     MAX_BRANCHES: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """What this program computes; no rows at all for the few programs beyond the last tile.
 
@@ -26,10 +27,12 @@ def _tile_of_program(
     """
     branch = tl.arange(0, MAX_BRANCHES)
     listed = branch < branches
-    cond = tl.load(table + 4 * branch, mask=listed, other=0)
-    x = tl.load(table + 4 * branch + 1, mask=listed, other=0)
+    cond = tl.load(table + COLUMNS * branch, mask=listed, other=0)
+    x = tl.load(table + COLUMNS * branch + 1, mask=listed, other=0)
     keys = cond + x
     queries = x if X_ONLY else keys
+    if COLUMNS == 5:  # kept rows are keys alone
+        keys += tl.load(table + COLUMNS * branch + 4, mask=listed, other=0)
     tiles = tl.cdiv(queries, BLOCK_M)
     tied = (keys[None, :] == keys[:, None]) & (branch[None, :] < branch[:, None])
     earlier = (keys[None, :] > keys[:, None]) | tied
@@ -65,25 +68,19 @@ def _load_tile(
     WIDTH: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     MASK_ROWS: tl.constexpr,
-    TMA: tl.constexpr,
 ):
     """`[ROWS, WIDTH]` of one head from column FIRST on, zero beyond the head and, with MASK_ROWS, from row `end` on."""
-    if TMA:
-        tile = source.load([head, row, FIRST]).reshape(ROWS, WIDTH)
-        if MASK_ROWS:
-            tile = tl.where((row + tl.arange(0, ROWS) < end)[:, None], tile, 0.0)
+    # Strides count eight elements, so that the compiler knows that 16 bytes can be copied at once.
+    columns = FIRST + tl.arange(0, WIDTH)
+    base = source + (tl.cast(head, tl.int64) * head_stride + tl.cast(row, tl.int64) * row_stride) * 8
+    pointers = base + (tl.arange(0, ROWS)[:, None] * (row_stride * 8) + columns[None, :])
+    in_head = (columns < HEAD_SIZE)[None, :]
+    if MASK_ROWS:
+        tile = tl.load(pointers, mask=(row + tl.arange(0, ROWS) < end)[:, None] & in_head, other=0.0)
+    elif FIRST + WIDTH > HEAD_SIZE:
+        tile = tl.load(pointers, mask=in_head, other=0.0)
     else:
-        # Strides count eight elements, so that the compiler knows that 16 bytes can be copied at once.
-        columns = FIRST + tl.arange(0, WIDTH)
-        base = source + (tl.cast(head, tl.int64) * head_stride + tl.cast(row, tl.int64) * row_stride) * 8
-        pointers = base + (tl.arange(0, ROWS)[:, None] * (row_stride * 8) + columns[None, :])
-        in_head = (columns < HEAD_SIZE)[None, :]
-        if MASK_ROWS:
-            tile = tl.load(pointers, mask=(row + tl.arange(0, ROWS) < end)[:, None] & in_head, other=0.0)
-        elif FIRST + WIDTH > HEAD_SIZE:
-            tile = tl.load(pointers, mask=in_head, other=0.0)
-        else:
-            tile = tl.load(pointers)
+        tile = tl.load(pointers)
     return tile
 
 
@@ -98,7 +95,7 @@ def _dot(a, b, acc, UPCAST: tl.constexpr):
 def _attend_tile(
     q,
     q_rest,
-    k,  # (source, source of the rest, row stride, head stride), as for v
+    k,  # (source, row stride, head stride), as for v
     v,
     row,
     end,
@@ -110,23 +107,16 @@ def _attend_tile(
     REST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASK: tl.constexpr,
-    TMA: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """One step of the running softmax, over the keys from `row` on; with MASK those before `end` alone."""
     largest, total, acc, acc_rest = state
-    k_source, k_rest_source, k_row_stride, k_head_stride = k
-    v_source, v_rest_source, v_row_stride, v_head_stride = v
-    # Scores of rows beyond the end are replaced below, so only pointers need that mask; of values, 0 * NaN would stay.
-    MASK_KEYS: tl.constexpr = MASK and not TMA
-    keys = _load_tile(
-        k_source, row, end, head, k_row_stride, k_head_stride, BLOCK_N, 0, WIDTH, HEAD_SIZE, MASK_KEYS, TMA
-    )
+    k_source, k_row_stride, k_head_stride = k
+    v_source, v_row_stride, v_head_stride = v
+    keys = _load_tile(k_source, row, end, head, k_row_stride, k_head_stride, BLOCK_N, 0, WIDTH, HEAD_SIZE, MASK)
     scores = _dot(q, keys.T, None, UPCAST)
     if REST:
-        keys = _load_tile(
-            k_rest_source, row, end, head, k_row_stride, k_head_stride, BLOCK_N, WIDTH, REST, HEAD_SIZE, MASK_KEYS, TMA
-        )
+        keys = _load_tile(k_source, row, end, head, k_row_stride, k_head_stride, BLOCK_N, WIDTH, REST, HEAD_SIZE, MASK)
         scores = _dot(q_rest, keys.T, scores, UPCAST)
     if MASK:
         scores = tl.where((row + tl.arange(0, BLOCK_N) < end)[None, :], scores, float("-inf"))
@@ -135,12 +125,12 @@ def _attend_tile(
     decay = tl.exp2(largest * scale - offset)
     weights = tl.exp2(scores * scale - offset[:, None])  # one multiply-add and one exp2 a score
     total = total * decay + tl.sum(weights, 1)
-    values = _load_tile(v_source, row, end, head, v_row_stride, v_head_stride, BLOCK_N, 0, WIDTH, HEAD_SIZE, MASK, TMA)
+    values = _load_tile(v_source, row, end, head, v_row_stride, v_head_stride, BLOCK_N, 0, WIDTH, HEAD_SIZE, MASK)
     weights = weights.to(values.dtype)
     acc = _dot(weights, values, acc * decay[:, None], UPCAST)
     if REST:
         values = _load_tile(
-            v_rest_source, row, end, head, v_row_stride, v_head_stride, BLOCK_N, WIDTH, REST, HEAD_SIZE, MASK, TMA
+            v_source, row, end, head, v_row_stride, v_head_stride, BLOCK_N, WIDTH, REST, HEAD_SIZE, MASK
         )
         acc_rest = _dot(weights, values, acc_rest * decay[:, None], UPCAST)
     return new_largest, total, acc, acc_rest
@@ -155,15 +145,12 @@ def _store_tile(out, rows, stored, acc, FIRST: tl.constexpr, HEAD_SIZE: tl.const
 
 @triton.jit(do_not_specialize=["branches"])
 def joint_attention_kernel(
-    q_source,  # pointer to [q rows, heads, >= head_size]; with TMA its descriptor, [heads, q rows, head_size] by WIDTH
-    q_rest_source,  # the same pointer; with TMA its descriptor by REST columns
+    q_source,  # [q rows, heads, >= head_size]
     k_source,
-    k_rest_source,
     v_source,
-    v_rest_source,
     out_ptr,  # [q rows, heads * head_size]
     lse_ptr,  # [q rows, heads]
-    table_ptr,  # [branches, 4]
+    table_ptr,  # [branches, COLUMNS]
     branches,
     q_row_stride,
     q_head_stride,
@@ -180,75 +167,51 @@ def joint_attention_kernel(
     X_ONLY: tl.constexpr,
     WITH_LSE: tl.constexpr,
     MAX_BRANCHES: tl.constexpr,
+    COLUMNS: tl.constexpr,  # 4, or 5 with kept rows
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     UPCAST: tl.constexpr,  # operands of products to float32, for Triton's interpreter, which multiplies no bfloat16
 ):
     head, kv_head, tile_row, queries, first_query, keys, first_key, branch = _tile_of_program(
-        table_ptr, branches, HEADS, GROUP, X_ONLY, MAX_BRANCHES, BLOCK_M
+        table_ptr, branches, HEADS, GROUP, X_ONLY, MAX_BRANCHES, BLOCK_M, COLUMNS
     )
     q_row = first_query + tile_row
     q_end = first_query + queries
-    # A row of q beyond the branch spoils no row but itself, which is not stored: only pointers need its mask.
-    q = _load_tile(
-        q_source, q_row, q_end, head, q_row_stride, q_head_stride, BLOCK_M, 0, WIDTH, HEAD_SIZE, not TMA, TMA
-    )
+    q = _load_tile(q_source, q_row, q_end, head, q_row_stride, q_head_stride, BLOCK_M, 0, WIDTH, HEAD_SIZE, True)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     q_rest = q
     acc_rest = acc
     if REST:
         q_rest = _load_tile(
-            q_rest_source,
-            q_row,
-            q_end,
-            head,
-            q_row_stride,
-            q_head_stride,
-            BLOCK_M,
-            WIDTH,
-            REST,
-            HEAD_SIZE,
-            not TMA,
-            TMA,
+            q_source, q_row, q_end, head, q_row_stride, q_head_stride, BLOCK_M, WIDTH, REST, HEAD_SIZE, True
         )
         acc_rest = tl.zeros([BLOCK_M, REST], tl.float32)
     state = (tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32), acc, acc_rest)
 
     # Keys that fill no whole tile come first and alone pay for masks; behind the loop they would cost it 30 registers.
-    # Seen on sm_90: under an `if`, the assembler serializes every wgmma of the pointer form; as a loop of one pass, the
-    # TMA form takes 164 registers instead of 121, and one program fits a multiprocessor instead of two.
-    k = (k_source, k_rest_source, k_row_stride, k_head_stride)
-    v = (v_source, v_rest_source, v_row_stride, v_head_stride)
+    # A loop of one pass or none: seen on sm_90, under an `if` the assembler serializes every wgmma.
+    k = (k_source, k_row_stride, k_head_stride)
+    v = (v_source, v_row_stride, v_head_stride)
     whole = first_key + keys % BLOCK_N
-    if TMA:
-        if whole > first_key:
-            state = _attend_tile(
-                q, q_rest, k, v, first_key, whole, kv_head, scale, state,
-                HEAD_SIZE, WIDTH, REST, BLOCK_N, True, TMA, UPCAST,
-            )  # fmt: skip
-    else:
-        for _ in tl.range(first_key, whole, BLOCK_N, num_stages=1):  # one pass or none
-            state = _attend_tile(
-                q, q_rest, k, v, first_key, whole, kv_head, scale, state,
-                HEAD_SIZE, WIDTH, REST, BLOCK_N, True, TMA, UPCAST,
-            )  # fmt: skip
-    for row in tl.range(whole, first_key + keys, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
+    for _ in tl.range(first_key, whole, BLOCK_N, num_stages=1):
         state = _attend_tile(
-            q, q_rest, k, v, row, row, kv_head, scale, state, HEAD_SIZE, WIDTH, REST, BLOCK_N, False, TMA, UPCAST
+            q, q_rest, k, v, first_key, whole, kv_head, scale, state, HEAD_SIZE, WIDTH, REST, BLOCK_N, True, UPCAST
+        )
+    for row in tl.range(whole, first_key + keys, BLOCK_N):
+        state = _attend_tile(
+            q, q_rest, k, v, row, row, kv_head, scale, state, HEAD_SIZE, WIDTH, REST, BLOCK_N, False, UPCAST
         )
     largest, total, acc, acc_rest = state
 
     # Read only now: held over the loop, these three would cost the registers of a second program on the multiprocessor.
     rows = tile_row + tl.arange(0, BLOCK_M)
     stored = rows < queries
-    x_start = tl.load(table_ptr + 4 * branch + 3)
+    x_start = tl.load(table_ptr + COLUMNS * branch + 3)
     if X_ONLY:
         out_rows = (x_start - tl.load(table_ptr + 3) + rows).to(tl.int64)
     else:
-        cond = tl.load(table_ptr + 4 * branch)
-        cond_start = tl.load(table_ptr + 4 * branch + 2)
+        cond = tl.load(table_ptr + COLUMNS * branch)
+        cond_start = tl.load(table_ptr + COLUMNS * branch + 2)
         out_rows = tl.where(rows < cond, cond_start + rows, x_start - cond + rows).to(tl.int64)
     total = tl.where(stored, total, 1.0)  # a program without rows has met no key
     inverse = (1.0 / total)[:, None]

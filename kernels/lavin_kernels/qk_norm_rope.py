@@ -127,13 +127,14 @@ def _qk_norm_rope_kernel(
     cond_ptr,  # [split, Q + 2 KV] or [split, 2 KV]
     x_ptr,  # [rows - split, Q + 2 KV]
     branch_rows_ptr,  # [rows]
+    key_rows_ptr,  # [rows]
     positions_ptr,  # [rows, 3]
     cos_ptr,  # [table_rows, SIZE / 6]
     sin_ptr,
     q_weight_ptr,  # [2, Q]
     k_weight_ptr,  # [2, KV]
     q_ptr,  # [rows - query_start, HEADS, PADDED]
-    k_ptr,  # [rows, KV_HEADS, PADDED]
+    k_ptr,  # [rows and kept ones, KV_HEADS, PADDED]
     v_ptr,
     split,
     query_start,  # 0, or split where cond has no queries
@@ -155,6 +156,7 @@ def _qk_norm_rope_kernel(
     row = tl.program_id(0).to(tl.int64)
     stream = (row >= split).to(tl.int64)
     target = tl.load(branch_rows_ptr + row).to(tl.int64)
+    key_target = tl.load(key_rows_ptr + row).to(tl.int64)
     query_ptr = tl.where(row < split, cond_ptr + row * cond_stride, x_ptr + (row - split) * x_stride)
     queries = tl.where(row < query_start, 0, HEADS)
     key_ptr = query_ptr + queries * SIZE
@@ -176,39 +178,19 @@ def _qk_norm_rope_kernel(
         # Without cond's queries, those of x stay in their order.
         target_ptr = q_ptr + tl.where(query_start == 0, target, row - split) * HEADS * PADDED
         _write_row(
-            query,
-            query_tail,
-            query_ptr,
-            weight_ptr,
-            target_ptr,
-            rotation,
-            tail_rotation,
-            eps,
-            True,
-            HEADS,
-            SIZE,
-            PADDED,
-        )
+            query, query_tail, query_ptr, weight_ptr, target_ptr, rotation, tail_rotation, eps,
+            True, HEADS, SIZE, PADDED,
+        )  # fmt: skip
     weight_ptr = k_weight_ptr + stream * k_weight_stride
-    target_ptr = k_ptr + target * KV_HEADS * PADDED
+    target_ptr = k_ptr + key_target * KV_HEADS * PADDED
     _write_row(
         key, key_tail, key_ptr, weight_ptr, target_ptr, rotation, tail_rotation, eps, True, KV_HEADS, SIZE, PADDED
     )
-    target_ptr = v_ptr + target * KV_HEADS * PADDED
+    target_ptr = v_ptr + key_target * KV_HEADS * PADDED
     _write_row(
-        value,
-        value_tail,
-        value_ptr,
-        weight_ptr,
-        target_ptr,
-        rotation,
-        tail_rotation,
-        eps,
-        False,
-        KV_HEADS,
-        SIZE,
-        PADDED,
-    )
+        value, value_tail, value_ptr, weight_ptr, target_ptr, rotation, tail_rotation, eps,
+        False, KV_HEADS, SIZE, PADDED,
+    )  # fmt: skip
 
 
 def _tiles(heads: int, kv_heads: int, head_size: int, padded: int, group: int) -> dict[str, int]:
@@ -248,29 +230,43 @@ def _qk_norm_rope(
         return reference.qk_norm_rope(
             cond, x, branches, positions, cos, sin, q_weight, k_weight, head_size, eps, padded
         )
+    rows, kv_heads = cond.shape[0] + x.shape[0], k_weight.shape[1] // head_size
+    k, v = x.new_empty(rows, kv_heads, padded), x.new_empty(rows, kv_heads, padded)
+    tables = (branch_rows, branch_rows, positions, cos, sin)
+    return launch_rows(cond, x, k, v, *tables, q_weight, k_weight, head_size, eps), k, v
+
+
+def launch_rows(
+    cond: torch.Tensor,
+    x: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    branch_rows: torch.Tensor,
+    key_rows: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    head_size: int,
+    eps: float,
+) -> torch.Tensor:
+    """Launches the kernel on `k` and `v`, whose rows are found by `key_rows`; returns a new q."""
     split, rows = cond.shape[0], cond.shape[0] + x.shape[0]
     query_start = 0 if cond.shape[1] == x.shape[1] else split
-    heads, kv_heads = q_weight.shape[1] // head_size, k_weight.shape[1] // head_size
+    heads, (kv_heads, padded) = q_weight.shape[1] // head_size, k.shape[1:]
     q = x.new_empty(rows - query_start, heads, padded)
-    k, v = x.new_empty(rows, kv_heads, padded), x.new_empty(rows, kv_heads, padded)
     if rows:
         launch = tuning.config("qk_norm_rope", x.device, x.dtype)
-        strides = [matrix.stride(0) for matrix in (cond, x, q_weight, k_weight)]
-        sources = (cond, x, branch_rows, positions, cos, sin, q_weight, k_weight)
         wrap_triton(_qk_norm_rope_kernel)[(rows,)](
-            *sources,
-            q,
-            k,
-            v,
-            split,
-            query_start,
-            cos.shape[0],
-            *strides,
+            *(cond, x, branch_rows, key_rows, positions, cos, sin, q_weight, k_weight, q, k, v),
+            *(split, query_start, cos.shape[0]),
+            *(matrix.stride(0) for matrix in (cond, x, q_weight, k_weight)),
             eps,
             num_warps=row_warps(x.shape[1], launch["num_warps"], LANE_ELEMENTS),
             **_tiles(heads, kv_heads, head_size, padded, launch["group"]),
         )
-    return q, k, v
+    return q
 
 
 def qk_norm_rope(
@@ -316,7 +312,7 @@ def qk_norm_rope(
             multiples of, a padded head size below it, or branches that do not cover exactly the rows.
     """
     padded = head_size if padded_head_size is None else padded_head_size
-    _check(cond, x, branches, positions, cos, sin, q_weight, k_weight, head_size, padded)
+    check(cond, x, branches, positions, cos, sin, q_weight, k_weight, head_size, padded)
     return _qk_norm_rope(
         cond,
         x,
@@ -335,7 +331,7 @@ def qk_norm_rope(
     )
 
 
-def _check(
+def check(
     cond: torch.Tensor,
     x: torch.Tensor,
     branches: Branches,
@@ -347,6 +343,7 @@ def _check(
     head_size: int,
     padded: int,
 ) -> None:
+    """Refuses what `qk_norm_rope` cannot take."""
     validate.rows("x", x, (None, None))
     multiple = 24 if runs_kernel(x.device) else 6
     if head_size <= 0 or head_size % multiple:
@@ -380,7 +377,8 @@ def static_cases(capability: int) -> list[StaticCase]:
     heads of 72, stored at 80. The last block runs the same code on fewer queries.
     """
     rows, heads, kv_heads, head_size, padded = 13_312, 32, 8, 72, 80
-    types = {"branch_rows_ptr": "*i32", "positions_ptr": "*i32", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+    tables = {"*i32": ("branch_rows", "key_rows", "positions"), "*fp32": ("cos", "sin")}
+    types = {f"{name}_ptr": kind for kind, names in tables.items() for name in names}
     cases = []
     for dtype in (torch.bfloat16, torch.float32):
         launch = tuning.default_config("qk_norm_rope", capability, dtype)

@@ -122,30 +122,77 @@ def qk_norm_rope(
         q `[rows, heads, padded]` in branch-contiguous order, or the x rows alone where `cond` has no queries;
         k and v `[rows, kv_heads, padded]` in branch-contiguous order.
     """
-    q_size, kv_size = q_weight.shape[-1], k_weight.shape[-1]
-    split = cond.shape[0]
+    cond_parts, x_parts = _normed_rotated(cond, x, positions, cos, sin, q_weight, k_weight, head_size, eps)
+    q = _query_rows(cond_parts[0], x_parts[0], branches)
+    k, v = (_branch_contiguous(*parts, branches) for parts in zip(cond_parts[1:], x_parts[1:], strict=True))
+    if padded_head_size is not None and padded_head_size != head_size:
+        q, k, v = (F.pad(part, (0, padded_head_size - head_size)) for part in (q, k, v))
+    return q, k, v
+
+
+def qk_norm_rope_into(
+    cond: torch.Tensor,
+    x: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    branches: Branches,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    head_size: int,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """`qk_norm_rope` that writes keys and values into buffers which outlive the step, behind the rows kept there.
+
+    Args:
+        k, v: `[branches.keys, kv_heads, padded]`; the rows that `branches.kept_lens` counts are left as they are.
+        The others: as of `qk_norm_rope`.
+
+    Returns:
+        q `[rows, heads, padded]` in branch-contiguous order, or the x rows alone where `cond` has no queries.
+    """
+    cond_parts, x_parts = _normed_rotated(cond, x, positions, cos, sin, q_weight, k_weight, head_size, eps)
+    for target, of_cond, of_x in zip((k, v), cond_parts[1:], x_parts[1:], strict=True):
+        end = 0
+        pieces = zip(of_cond.split(branches.cond_lens), of_x.split(branches.x_lens), branches.key_lens, strict=True)
+        for cond_rows, x_rows, rows in pieces:
+            end += rows
+            middle = end - x_rows.shape[0]
+            target[middle - cond_rows.shape[0] : middle, :, :head_size] = cond_rows
+            target[middle:end, :, :head_size] = x_rows
+    q = _query_rows(cond_parts[0], x_parts[0], branches)
+    return F.pad(q, (0, k.shape[2] - head_size)) if k.shape[2] != head_size else q
+
+
+def _normed_rotated(cond, x, positions, cos, sin, q_weight, k_weight, head_size: int, eps: float):
+    """The q, k, v `[rows, heads, head_size]` of each stream; no heads of q where cond has no queries."""
+    kv_size, split = k_weight.shape[-1], cond.shape[0]
     compute = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(compute)[positions], sin.to(compute)[positions]  # [rows, 3, head_size / 6]
 
     def rotated(part: torch.Tensor, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+        if not part.shape[1]:
+            return part.unflatten(-1, (0, head_size))
         normed = F.rms_norm(part.to(compute), part.shape[-1:], weight.to(compute), eps)
         return apply_rope(normed.unflatten(-1, (-1, head_size)), cos[rows], sin[rows]).to(x.dtype)
 
-    def in_branches(of_cond: torch.Tensor, of_x: torch.Tensor) -> torch.Tensor:
-        pieces = zip(of_cond.split(branches.cond_lens), of_x.split(branches.x_lens), strict=True)
-        return torch.cat([piece for pair in pieces for piece in pair])
+    for_streams = []
+    for stream, (rows, part) in enumerate(((slice(0, split), cond), (slice(split, None), x))):
+        q, k, v = part.split([part.shape[1] - 2 * kv_size, kv_size, kv_size], dim=1)
+        heads = rotated(q, q_weight[stream], rows), rotated(k, k_weight[stream], rows)
+        for_streams.append((*heads, v.unflatten(-1, (-1, head_size))))
+    return for_streams
 
-    cond_rows, x_rows = slice(0, split), slice(split, None)
-    cond_q, cond_k, cond_v = cond.split([cond.shape[1] - 2 * kv_size, kv_size, kv_size], dim=1)
-    x_q, x_k, x_v = x.split([q_size, kv_size, kv_size], dim=1)
-    q = rotated(x_q, q_weight[1], x_rows)
-    if cond_q.shape[1]:
-        q = in_branches(rotated(cond_q, q_weight[0], cond_rows), q)
-    k = in_branches(rotated(cond_k, k_weight[0], cond_rows), rotated(x_k, k_weight[1], x_rows))
-    v = in_branches(cond_v, x_v).unflatten(-1, (-1, head_size))
-    if padded_head_size is not None and padded_head_size != head_size:
-        q, k, v = (F.pad(part, (0, padded_head_size - head_size)) for part in (q, k, v))
-    return q, k, v
+
+def _branch_contiguous(of_cond: torch.Tensor, of_x: torch.Tensor, branches: Branches) -> torch.Tensor:
+    pieces = zip(of_cond.split(branches.cond_lens), of_x.split(branches.x_lens), strict=True)
+    return torch.cat([piece for pair in pieces for piece in pair])
+
+
+def _query_rows(of_cond: torch.Tensor, of_x: torch.Tensor, branches: Branches) -> torch.Tensor:
+    return _branch_contiguous(of_cond, of_x, branches) if of_cond.shape[1] else of_x
 
 
 def joint_attention(
@@ -160,8 +207,8 @@ def joint_attention(
 
     Args:
         q: `[rows, heads, >= head_size]` branch-contiguous, or the x rows alone.
-        k, v: `[rows, kv_heads, >= head_size]` branch-contiguous; query head i reads key/value head `i // (heads /
-            kv_heads)`.
+        k, v: `[branches.keys, kv_heads, >= head_size]` branch-contiguous, kept rows first; query head i reads key/value
+            head `i // (heads / kv_heads)`.
         branches: the row ranges.
         head_size: size of one head; what is stored beyond it is ignored.
         scale: softmax scale, `head_size ** -0.5` by default.
@@ -211,8 +258,8 @@ def joint_attention_with_lse(
 def _branch_parts(q, k, v, branches: Branches, head_size: int):
     """The q, k, v of each branch as `[1, heads, rows, head_size]`."""
     lens = [cond + x for cond, x in zip(branches.cond_lens, branches.x_lens, strict=True)]
-    q_lens = lens if q.shape[0] == sum(lens) else branches.x_lens
-    for part in zip(q.split(q_lens), k.split(lens), v.split(lens), strict=True):
+    q_lens, key_lens = lens if q.shape[0] == sum(lens) else branches.x_lens, branches.key_lens
+    for part in zip(q.split(q_lens), k.split(key_lens), v.split(key_lens), strict=True):
         yield tuple(rows[..., :head_size].transpose(0, 1).unsqueeze(0) for rows in part)
 
 

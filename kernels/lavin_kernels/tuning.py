@@ -51,6 +51,11 @@ def default_config(kernel: str, capability: int, dtype: torch.dtype) -> Mapping[
     return values
 
 
+def capability(device: torch.device) -> int:
+    """Compute capability of a CUDA device, such as 90; of any other the one whose defaults it runs with."""
+    return _device_capability(device) if device.type == "cuda" else CPU_CAPABILITY
+
+
 @contextlib.contextmanager
 def override(kernel: str, **values: int | str) -> Iterator[None]:
     """Launches `kernel` with exactly these values inside the `with` block, on every device: for tuning and tests."""
@@ -71,13 +76,18 @@ def config_file(device_name: str) -> Path:
 
 
 @functools.cache
+def _device_capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
 def _device_config(kernel: str, device_type: str, index: int | None, dtype: torch.dtype) -> Mapping[str, int | str]:
     if device_type != "cuda":
         return default_config(kernel, CPU_CAPABILITY, dtype)
     device = torch.device(device_type, index)
     tuned = _stored(config_file(torch.cuda.get_device_name(device)).stem).get(kernel, {})
-    major, minor = torch.cuda.get_device_capability(device)
-    return _of_dtype(tuned, dtype) or default_config(kernel, 10 * major + minor, dtype)
+    return _of_dtype(tuned, dtype) or default_config(kernel, capability(device), dtype)
 
 
 def _of_dtype(by_dtype: Mapping[str, Mapping[str, int | str]], dtype: torch.dtype) -> Mapping[str, int | str] | None:

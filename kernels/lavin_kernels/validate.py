@@ -82,8 +82,9 @@ def branches(value: Branches, cond_rows: int, x_rows: int, device: torch.device)
             f"branches cover {sum(value.cond_lens)} cond and {sum(value.x_lens)} x rows; "
             f"expected {cond_rows} and {x_rows}, as many as there are"
         )
-    tensor("branches.table", value.table, (len(value.cond_lens), 4), (torch.int32,), device)
-    tensor("branches.branch_rows", value.branch_rows, (cond_rows + x_rows,), (torch.int32,), device)
+    tensor("branches.table", value.table, (len(value.cond_lens), 5 if value.kept_lens else 4), (torch.int32,), device)
+    for name in ("branch_rows", *(["key_rows"] if value.kept_lens else [])):
+        tensor(f"branches.{name}", getattr(value, name), (cond_rows + x_rows,), (torch.int32,), device)
 
 
 def _sizes(shape: Sequence[int | None]) -> str:

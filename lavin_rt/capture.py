@@ -1,0 +1,155 @@
+"""CUDA graphs of one device: one pool, one stream to capture on, and captures that fail without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from functools import partial
+
+import torch
+
+from lavin_rt.devices import causes, out_of_memory
+
+
+class CaptureError(RuntimeError):
+    """A function could not be captured into a CUDA graph, for another reason than a lack of memory."""
+
+
+class Graphs:
+    """Captures functions into CUDA graphs, to be replayed one at a time.
+
+    All graphs share one pool, as no two replays run at the same time; what a function is to leave behind it writes into
+    tensors that were there before. All are captured on one stream, on which nothing else ever runs: libraries keep a
+    workspace for every stream that they have seen, and torch 2.12 and newer gives that of a graph's stream back when
+    the graph goes. One that a warm-up had taken there would go back to the driver under the graphs that are left; one
+    that a capture took lies in the pool, which lives as long as any of them.
+
+    The device is the current one whenever this is used.
+    """
+
+    def __init__(self):
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: tuple[int, int] | None = None
+
+    def capture(self, function: Callable[[], object]) -> Callable[[], object]:
+        """The replay of a function that has run before, so that kernels are compiled and libraries have their memory.
+
+        Returns:
+            what replays the graph on the current stream, and lets it go with its last reference.
+
+        Raises:
+            CaptureError: it cannot be captured; the thread and the device are as they were before.
+        """
+        self._stream = self._stream or torch.cuda.Stream()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # torch leaves the capture's stream only behind what may fail, so the outer context leaves it. Other threads
+            # may go on using the device meanwhile.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                function()
+        except RuntimeError as error:
+            self._abandon()
+            if out_of_memory(error):
+                raise
+            *_, first = causes(error)  # the last one says only that something failed before
+            raise CaptureError(f"no CUDA graph: {' '.join(str(first).split())[:200]}") from error
+        return graph.replay
+
+    def release(self) -> None:
+        """Lets the pool go, which ends with its last graph."""
+        self._pool = None
+
+    def _abandon(self) -> None:
+        """Undoes what a capture that failed leaves behind in torch: it goes on recording allocations to the pool, holds
+        on to it, and takes random numbers for a part of the capture. Where torch did undo it, it refuses, rightly.
+        """
+        index = torch.cuda.current_device()
+        with contextlib.suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+            torch._C._cuda_releasePool(index, self._pool)
+        with contextlib.suppress(RuntimeError, AttributeError):
+            generator = torch.cuda.default_generators[index]
+            generator.graphsafe_set_state(generator.clone_state().graphsafe_get_state())
+        self._stream = None  # one whose capture was invalidated is not tried again
+
+
+@dataclasses.dataclass(eq=False)
+class _Kept:
+    """A captured function's buffers and replay; without a replay, a function that has run once."""
+
+    stamp: list[tuple[object, int]]
+    source: torch.Tensor | None = None
+    result: torch.Tensor | None = None
+    replay: Callable[[], object] | None = None
+
+
+class Replays:
+    """Functions of one tensor, each captured once for every shape: run at the first call, captured at the second.
+
+    Args:
+        graphs: what captures.
+        device: of the functions' results.
+        kept: how many are kept; the one unused for longest goes first.
+    """
+
+    def __init__(self, graphs: Graphs, device: torch.device, kept: int):
+        self._graphs, self._device, self._most = graphs, device, kept
+        self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
+
+    def __call__(
+        self,
+        name: Hashable,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        x: torch.Tensor,
+        stamp: list[tuple[object, int]],
+    ) -> torch.Tensor:
+        """`function(x)`, a tensor of its own.
+
+        Args:
+            name: of the function; another function has another name.
+            function: without a host's doing but launches, and of one shape for every shape of `x`.
+            x: on any device.
+            stamp: (tensor, version) of what the function reads besides `x`: where one of them is another tensor or has
+                changed, the function is captured anew.
+        """
+        key = (name, x.shape, x.dtype)
+        kept = self._kept.pop(key, None)
+        if kept is None or not _same(kept.stamp, stamp):
+            result = function(x)
+            self._kept[key] = _Kept(stamp)
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+            return result
+        if kept.source is None:
+            kept.source = torch.empty_like(x, device=self._device)
+            kept.source.copy_(x)
+            kept.result = torch.empty_like(function(kept.source))
+            try:
+                kept.replay = self._graphs.capture(partial(_into, kept.result, function, kept.source))
+            except CaptureError as error:
+                warnings.warn(f"{name}: {error}; it runs without it", stacklevel=2)
+        self._kept[key] = kept
+        if kept.replay is None:
+            return function(x)
+        kept.source.copy_(x)
+        kept.replay()
+        return kept.result.clone()
+
+    def release(self) -> None:
+        """Lets all go."""
+        self._kept.clear()
+
+
+def _into(result: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], source: torch.Tensor) -> None:
+    result.copy_(function(source))
+
+
+def _same(one: list[tuple[object, int]], other: list[tuple[object, int]]) -> bool:
+    return len(one) == len(other) and all(a[0] is b[0] and a[1] == b[1] for a, b in zip(one, other, strict=True))
