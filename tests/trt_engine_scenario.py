@@ -21,7 +21,7 @@ from lavin_rt.errors import InputError
 from lavin_rt.trt_library import create, make_logger
 
 BOUNDS = {"latents": ((1, 3), (2, 3), (4, 3))}
-EVERYTHING = {"tf32": True, "workspace": 1 << 30, "max_threads": 2}
+EVERYTHING = {"tf32": True, "workspace": 1 << 30}
 # (module, text of ours, mistake): each must be refused by both versions.
 MISTAKES = [
     (trt_build, "set_memory_pool_limit", "set_max_workspace_size"),

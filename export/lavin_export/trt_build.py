@@ -39,14 +39,12 @@ class BuildOptions:
         workspace: most bytes of scratch memory for a layer; None leaves it to TensorRT.
         tf32: float32 matrix products may round their inputs to TF32.
         timing_cache: file that keeps the timings of kernels from one build to the next.
-        max_threads: of the builder; None leaves it to TensorRT.
     """
 
     optimization_level: int = 4
     workspace: int | None = None
     tf32: bool = False
     timing_cache: Path | None = None
-    max_threads: int | None = None
 
     def __post_init__(self):
         if not 0 <= self.optimization_level <= 5:
@@ -106,8 +104,6 @@ def build_plan(
     start = time.perf_counter()
     logger = make_logger(trt)
     builder = create(trt.Builder, logger)
-    if options.max_threads is not None:
-        builder.max_threads = options.max_threads
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     # The form that takes a path finds external data beside the file, of any size.
