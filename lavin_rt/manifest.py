@@ -33,6 +33,8 @@ MODULATION = "modulation.safetensors"
 PARTS = ("denoiser", "vae_encoder", "vae_decoder")
 MAX_BYTES = 16 * 2**20
 BLOCK = 4 * 2**20
+# Options of TensorRT exports that only 0.1 had; its plans with one of them are not run.
+ONLY_IN_0_1 = ("plugins", "refit", "strip_plan", "weight_streaming", "version_compatible")
 
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _PART = re.compile(r"denoiser|vae_(?:encoder|decoder)(?:_clip[0-9]{1,4})?")
@@ -50,8 +52,7 @@ class Manifest:
         vae_fingerprint: of the VAE, as `lavin_rt.context.vae_fingerprint`.
         latent_scaling: {"shift", "scale"} between the VAE and the transformer.
         size: of the pictures that the checkpoint was trained on, pixels a side.
-        target: {"device": "any", "cpu" or "cuda", "compute_capability": [major, minor] or None,
-            "hardware_compatibility": None or a level}.
+        target: {"device": "any", "cpu" or "cuda", "compute_capability": [major, minor] or None}.
         schedules: numbers of knots that the modulation file has.
         parts: by name ("denoiser", "vae_encoder", "vae_decoder", "vae_encoder_clip5", ...) {"file", "weights": [files],
             "inputs", "outputs": [{"name", "dtype", "shape"}], "ranges"}. A shape's items are numbers, names of sizes
@@ -152,8 +153,8 @@ class Manifest:
         capability = self.target.get("compute_capability")
         if device.type != "cuda" or capability is None:
             return
-        found, level = torch.cuda.get_device_capability(device), self.target.get("hardware_compatibility")
-        if tuple(capability) == found or (level == "ampere_plus" and found >= (8, 0)):
+        found = torch.cuda.get_device_capability(device)
+        if tuple(capability) == found:
             return
         raise InputError(
             f"{self.folder} was exported for a GPU of compute capability {capability[0]}.{capability[1]}, {device} has "
@@ -265,6 +266,9 @@ def _parsed(values: dict[str, Any]) -> dict[str, Any]:
     pair = isinstance(capability, list) and len(capability) == 2 and all(type(number) is int for number in capability)
     if target.get("device") not in ("any", "cpu", "cuda") or not (capability is None or pair):
         raise InputError(f"target is {shown(target)}, expected a device and a compute capability")
+    options = _typed(values, "options", dict)
+    if kind == "tensorrt":
+        _check_options(options, target)
     return {
         "kind": kind,
         "dtype": DTYPES[dtype],
@@ -278,7 +282,7 @@ def _parsed(values: dict[str, Any]) -> dict[str, Any]:
         "files": files,
         "versions": {str(k): str(v) for k, v in _typed(values, "versions", dict).items()},
         "source": _typed(values, "source", dict),
-        "options": _typed(values, "options", dict),
+        "options": options,
         "verification": _typed(values, "verification", dict),
     }
 
@@ -321,6 +325,15 @@ def _check_part(name: str, part: Any, files: Mapping[str, Any]) -> None:
             raise InputError(f"part {name} has the ranges {shown(ranges)}")
 
 
+def _check_options(options: Mapping[str, Any], target: Mapping[str, Any]) -> None:
+    given = [name for name in ONLY_IN_0_1 if options.get(name)]
+    if target.get("hardware_compatibility") is not None:
+        given.append("hardware_compatibility")
+    if given:
+        switches = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"it was made with {switches}, which only lavin-rt 0.1 had")
+
+
 def _typed(values: Mapping[str, Any], name: str, kind: type) -> Any:
     if not isinstance(values.get(name), kind):
         raise InputError(f"{name} is {shown(values.get(name))}, expected {kind.__name__}")
@@ -328,7 +341,6 @@ def _typed(values: Mapping[str, Any], name: str, kind: type) -> Any:
 
 
 def _target_text(target: Mapping[str, Any]) -> str:
-    capability, level = target.get("compute_capability"), target.get("hardware_compatibility")
+    capability = target.get("compute_capability")
     text = "any device" if target["device"] == "any" else target["device"]
-    text += f", compute capability {capability[0]}.{capability[1]}" if capability else ""
-    return text + (f", {level}" if level else "")
+    return text + (f", compute capability {capability[0]}.{capability[1]}" if capability else "")

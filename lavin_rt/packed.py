@@ -151,7 +151,7 @@ class PackedStep:
             residual, normed = ops.gated_residual_ada_rms_norm(
                 residual, update, split, modulation[index, :, GATE_MLP], next_scale, NORM_EPS
             )
-        tokens = dit.head.linear(normed).unflatten(0, (len(layout.branches.cond_lens), -1))
+        tokens = dit.head.linear(normed).unflatten(0, (layout.branches.table.shape[0], -1))
         return unpatchify(tokens, shape.target_frames, shape.height, shape.width)
 
     def _attend(

@@ -1,4 +1,4 @@
-"""What running and building TensorRT plans share: the module, its versions, its logger, its parser's errors."""
+"""What running and building TensorRT plans share: the module, its versions, its logger."""
 
 from __future__ import annotations
 
@@ -42,17 +42,16 @@ def version_numbers(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def check_version(built: str | None, installed: str, version_compatible: bool) -> None:
+def check_version(built: str | None, installed: str) -> None:
     """Refuses a plan of another TensorRT before it is opened.
 
-    A plan runs on the version that built it, up to the patch; a version-compatible one on later ones of its major too.
+    A plan runs on the version that built it, up to the patch.
 
     Raises:
         InputError: one line with what the plan needs, what is there and what to do.
     """
-    needs, here = version_numbers(built or ""), version_numbers(installed)
-    later = version_compatible and here[:1] == needs[:1] and here >= needs
-    if not needs or not (later or here[:3] == needs[:3]):
+    needs = version_numbers(built or "")
+    if not needs or version_numbers(installed)[:3] != needs[:3]:
         raise InputError(
             f"the plan was built with TensorRT {built if needs else 'of unknown version'}; {installed} is installed; "
             "install that version, or export it again on this machine: lavin-rt export tensorrt"
@@ -93,14 +92,3 @@ def create(kind: Callable[[Any], Any], logger: Any) -> Any:
         return kind(logger)
     except (TypeError, RuntimeError) as error:
         raise RuntimeError(f"TensorRT cannot start: {(logger.errors or [str(error)])[-1]}") from error
-
-
-def parser_errors(parser: Any) -> str:
-    """All errors of an ONNX parser in one line, each with its node."""
-    lines = []
-    for index in range(parser.num_errors):
-        error = parser.get_error(index)
-        node = f"{error.node_operator()} {error.node_name()}".strip()
-        where = f"{node}: " if node else ""
-        lines.append(f"{where}{' '.join(error.desc().split())} ({error.code().name})")
-    return "; ".join(lines) or "it gave no reason"

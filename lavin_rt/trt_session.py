@@ -17,8 +17,7 @@ import torch
 
 from lavin_rt.errors import InputError
 from lavin_rt.manifest import Manifest
-from lavin_rt.onnx_file import check_external_files
-from lavin_rt.trt_library import check_version, create, import_tensorrt, make_logger, parser_errors
+from lavin_rt.trt_library import check_version, create, import_tensorrt, make_logger
 
 DTYPES = {
     "FLOAT": torch.float32,
@@ -72,49 +71,30 @@ class Session:
 
     Args:
         folder: of the artifact; hashes of its files have been checked.
-        part: the manifest's entry: `file`, `weights`, `inputs`, `outputs` (`name`, `dtype`, `shape`).
+        part: the manifest's entry: `file`, `inputs`, `outputs` (`name`, `dtype`, `shape`).
         manifest: the artifact's.
         device: a CUDA device.
-        weight_streaming_budget: bytes of weights to keep on the GPU, for a plan built for weight streaming; None lets
-            TensorRT choose.
 
     Attributes:
         engine: TensorRT's.
-        capturable: whether a CUDA graph may capture calls; not while weights stream.
 
     Raises:
         InputError: TensorRT is missing, the plan is of another version or GPU or cannot be read, or its inputs and
             outputs are not those of the manifest.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        part: dict,
-        manifest: Manifest,
-        device: torch.device,
-        *,
-        weight_streaming_budget: int | None = None,
-    ):
+    def __init__(self, folder: Path, part: dict, manifest: Manifest, device: torch.device):
         if device.type != "cuda":
             raise InputError(f"a TensorRT plan runs on CUDA; the device is {device}; use --device cuda")
         self.device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
         self.path = Path(folder) / part["file"]
         self._trt = trt = import_tensorrt("running a TensorRT artifact")
         manifest.check_device(self.device)
-        self._version_compatible = bool(manifest.options.get("version_compatible"))
-        check_version(manifest.versions.get("tensorrt"), trt.__version__, self._version_compatible)
+        check_version(manifest.versions.get("tensorrt"), trt.__version__)
         self.logger = make_logger(trt)
-        self.capturable = True
         with torch.cuda.device(device):
             self._runtime = create(trt.Runtime, self.logger)
-            # The folder has been trusted with code of its own, which a version-compatible plan carries.
-            self._runtime.engine_host_code_allowed = self._version_compatible
             self.engine = self._deserialise()
-            if manifest.options.get("strip_plan"):
-                self._fill(Path(folder), part)
-            if self.engine.streamable_weights_size:
-                self._stream_weights(weight_streaming_budget)
         self._inputs = self._tensors(part["inputs"], trt.TensorIOMode.INPUT)
         self._outputs = self._tensors(part["outputs"], trt.TensorIOMode.OUTPUT)
         self._bound: dict[tuple[tuple[int, ...], ...], _Bound] = {}
@@ -128,44 +108,6 @@ class Session:
         if engine is None:
             raise InputError(f"{self.path.name}: TensorRT cannot read the plan: {self.logger.why}; export it again")
         return engine
-
-    def _fill(self, folder: Path, part: dict) -> None:
-        """Gives a plan without weights those of the ONNX file that lies beside it."""
-        graphs = [name for name in part["weights"] if name.endswith(".onnx")]
-        if len(graphs) != 1:
-            raise InputError(
-                f"{self.path.name} has no weights, and its manifest no ONNX file with them; export it again"
-            )
-        check_external_files(folder / graphs[0], part["weights"])
-        self.refit(folder / graphs[0])
-
-    def refit(self, onnx_file: Path) -> None:
-        """Gives the plan the weights of an ONNX file of the same graph, external data beside it.
-
-        Raises:
-            InputError: the plan was built without `--refit` or `--strip-plan`, or TensorRT does not take the weights.
-        """
-        trt = self._trt
-        if not self.engine.refittable:
-            raise InputError(f"{self.path.name} cannot take other weights; export it with --refit or --strip-plan")
-        refitter = trt.Refitter(self.engine, self.logger)
-        parser = trt.OnnxParserRefitter(refitter, self.logger)
-        if not parser.refit_from_file(str(onnx_file)):
-            raise InputError(f"{onnx_file.name}: TensorRT does not take its weights: {parser_errors(parser)}")
-        missing = refitter.get_missing_weights()
-        if missing:
-            raise InputError(f"{onnx_file.name}: no weights for {', '.join(missing[:5])} ({len(missing)} in all)")
-        if not refitter.refit_cuda_engine():
-            raise InputError(f"{self.path.name}: TensorRT cannot refit the plan: {self.logger.why}")
-
-    def _stream_weights(self, budget: int | None) -> None:
-        # Only possible while no execution context exists.
-        if budget is None:
-            budget = self.engine.get_weight_streaming_automatic_budget()
-        whole = self.engine.streamable_weights_size
-        self.engine.weight_streaming_budget_v2 = min(budget, whole)
-        # Whether copies of weights from the host may be captured is not documented.
-        self.capturable = budget >= whole
 
     def _tensors(self, declared: Sequence[dict], mode: Any) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, dtype, shape with -1 where it varies) in the manifest's order, compared with the plan's own."""

@@ -65,7 +65,7 @@ def write_small_artifact(folder: Path) -> Path:
         "config": dataclasses.asdict(CONFIG),
         "size": 64,
         "latent_scaling": {"shift": 0.032470703125, "scale": 1.08936170213},
-        "target": {"device": "any", "compute_capability": None, "hardware_compatibility": None},
+        "target": {"device": "any", "compute_capability": None},
         "vae_fingerprint": "0" * 32,
         "versions": {},
         "source": {"name": "by hand"},

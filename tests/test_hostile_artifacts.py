@@ -174,16 +174,31 @@ def test_another_version_format_kind_and_device(folder, monkeypatch):
     assert "kind" in refusal(artifact.load, with_value(kind="pickle"))
     assert "dtype" in refusal(artifact.load, with_value(dtype="int8"))
     assert "size is 100" in refusal(artifact.load, with_value(size=100))
-    cuda = {"device": "cuda", "compute_capability": [9, 0], "hardware_compatibility": None}
+    cuda = {"device": "cuda", "compute_capability": [9, 0]}
     assert "choose --device cuda" in refusal(artifact.load, with_value(target=cuda))
     assert "scales latents" in refusal(artifact.load, with_value(latent_scaling={"shift": 0.0, "scale": 1.0}))
     with_value(target=cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     read = manifest.Manifest.read(folder)
     assert "compute capability 9.0, cuda:0 has 8.6" in refusal(read.check_device, torch.device("cuda:0"))
-    ampere = {"device": "cuda", "compute_capability": [8, 0], "hardware_compatibility": "ampere_plus"}
-    with_value(target=ampere)
-    manifest.Manifest.read(folder).check_device(torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    read.check_device(torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize("option", ["plugins", "refit", "strip_plan", "weight_streaming", "version_compatible"])
+def test_a_tensorrt_plan_of_0_1_with_an_option_that_is_gone(folder, option):
+    before = dict.fromkeys(manifest.ONLY_IN_0_1, False)
+    edited(folder, lambda values: values.update(kind="tensorrt", options=before))
+    manifest.Manifest.read(folder)
+    edited(folder, lambda values: values.update(options={**before, option: True}))
+    said = refusal(artifact.load, folder, trust=True)
+    assert f"made with --{option.replace('_', '-')}, which only lavin-rt 0.1 had; export it again" in said
+
+
+def test_a_tensorrt_plan_of_0_1_for_several_kinds_of_gpu(folder):
+    target = {"device": "cuda", "compute_capability": [8, 0], "hardware_compatibility": "ampere_plus"}
+    edited(folder, lambda values: values.update(kind="tensorrt", target=target, options={"refit": True}))
+    assert "made with --refit and --hardware-compatibility, which" in refusal(artifact.load, folder, trust=True)
 
 
 @pytest.mark.parametrize("kind", ["tensorrt", "aoti"])

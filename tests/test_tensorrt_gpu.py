@@ -10,9 +10,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 PROFILE = "batch=1:1:3,cond_frames=3:5:9,target_frames=1:1:2,height=16:32:96,width=16:32:96"
 
 
-@pytest.mark.parametrize("plugins", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exported_verified_and_captured(tmp_path, dtype, plugins):
+def test_exported_verified_and_captured(tmp_path, dtype):
     pytest.importorskip("tensorrt", reason="needs TensorRT")
     from onnx_exports import golden_checkpoint
 
@@ -23,12 +22,11 @@ def test_exported_verified_and_captured(tmp_path, dtype, plugins):
 
     checkpoint = golden_checkpoint(tmp_path / "checkpoint", "dit_c")
     options = BuildOptions(optimization_level=1)
-    given = {"dtype": dtype, "profiles": [parse(PROFILE)], "plugins": plugins, "options": options, "steps": (4,)}
+    given = {"dtype": dtype, "profiles": [parse(PROFILE)], "options": options, "steps": (4,)}
     manifest = export_tensorrt(checkpoint, tmp_path / "artifact", quiet=True, **given)
     assert manifest.verification["passed"]
     build = manifest.parts["denoiser"]["build"]
     assert build["attention"]["nodes"] == manifest.config.depth
-    assert bool(build["plugins"]) == plugins
     device = torch.device("cuda", 0)
     session = Session(manifest.folder, manifest.parts["denoiser"], manifest, device)
     config = manifest.config

@@ -2,8 +2,8 @@
 
 The wheel of the bindings is fetched into a cache folder and never becomes part of the repository. Its extension wants
 nine C functions of three libraries at import; small libraries that define them, compiled on the spot, make everything
-importable that does not need the real ones: enums, `Dims`, `Weights`, loggers, and all of `tensorrt.plugin`, which is
-Python. What lives in the libraries (builder, parser, runtime) is stood in for by `trt_stand_in`.
+importable that does not need the real ones: enums, `Dims`, `Weights`, loggers. What lives in the libraries (builder,
+parser, runtime) is stood in for by `trt_stand_in`.
 
 One process can hold one version, so the checks run in processes of their own: `python trt_scenarios.py FOLDER NAME`.
 """
@@ -81,14 +81,6 @@ def import_bindings(folder: Path) -> ModuleType:
     sys.path.insert(0, str(folder))
     module = importlib.import_module("tensorrt_bindings")
     sys.modules["tensorrt"] = module
-    return module
-
-
-def import_plugin() -> ModuleType:
-    """`tensorrt.plugin`, after `import_bindings`."""
-    module = importlib.import_module("tensorrt_bindings.plugin")
-    sys.modules["tensorrt.plugin"] = module
-    sys.modules["tensorrt"].plugin = module
     return module
 
 

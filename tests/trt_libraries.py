@@ -23,7 +23,7 @@ LAYERS = {
     "Layers": [
         {"Name": "__myl_MulSum_0", "LayerType": "kgen"},
         {"Name": "attention_0", "LayerType": "kgen", "TacticName": "__mye_fused_mha_sm90"},
-        {"Name": "node__LavinSwiglu", "LayerType": "PluginV3"},
+        {"Name": "shuffle_0", "LayerType": "shuffle"},
     ],
     "Bindings": ["latents"],
 }
@@ -36,21 +36,19 @@ class Libraries:
     computes, at the addresses that it was given. It has two profiles: 1 to 2 rows, and 2 to 8 rows.
 
     Attributes:
-        fault: "parse", "profile", "build", "run", "refit" or "missing" (weights): what goes wrong.
-        streamable: bytes of weights that may stream.
+        fault: "parse", "profile", "build" or "run": what goes wrong.
     """
 
     PROFILES = ((1, 1, 2), (2, 4, 8))
 
-    def __init__(self, real: ModuleType, fault: str = "", streamable: int = 0, refittable: bool = False):
-        self.real, self.fault, self.streamable, self.refittable = real, fault, streamable, refittable
+    def __init__(self, real: ModuleType, fault: str = ""):
+        self.real, self.fault = real, fault
         self.flags: set[Any] = set()
         self.profiles: list[dict] = []
         self.network_flags = 0
         self.attention: list[Any] = []
         self.contexts: list[Any] = []
         self.streams: list[int] = []
-        self.refitted = ""
         self.timing = b""
         self.config = self.parser = None
 
@@ -59,7 +57,6 @@ class Libraries:
             "OnnxParser": lambda parser, network, logger: setattr(self, "parser", weakref.ref(parser)),
             "Builder": self._logger,
             "Runtime": self._logger,
-            "Refitter": lambda *arguments: None,
         }
         own = {name.replace("__", "."): getattr(self, name) for name in dir(self) if name[0].isupper() and "__" in name}
         return {**named, **own, **self._values()}
@@ -69,17 +66,12 @@ class Libraries:
             "INetworkDefinition.num_layers": 3,
             "IAttentionBoundaryLayer.attention": self._attention,
             "OnnxParser.num_errors": 2,
-            "OnnxParserRefitter.num_errors": 1,
             "ParserError.code": lambda error: _Code("UNSUPPORTED_NODE"),
             "ParserError.desc": lambda error: "No importer registered\n for op",
             "ParserError.node_name": lambda error: "node_7",
             "ParserError.node_operator": lambda error: "Frobnicate",
             "ICudaEngine.num_io_tensors": 3,
             "ICudaEngine.num_optimization_profiles": len(self.PROFILES),
-            "ICudaEngine.streamable_weights_size": self.streamable,
-            "ICudaEngine.refittable": self.refittable,
-            "ICudaEngine.weight_streaming_budget_v2=": self._budget,
-            "Refitter.get_missing_weights": lambda refitter: ["blocks.0.x.down"] if self.fault == "missing" else [],
         }
 
     def _logger(self, owner: Any, logger: Any) -> None:
@@ -150,9 +142,6 @@ class Libraries:
         if "cache" in config.state:
             assert config.state["cache"]() is not None, "the timing cache must outlive the build"
             self.timing = config.state["cache"]().state["held"] + b" and more"
-        kinds = self.real.BuilderFlag
-        assert not (kinds.REFIT in self.flags and kinds.REFIT_IDENTICAL in self.flags)
-        assert kinds.STRIP_PLAN not in self.flags or self.flags & {kinds.REFIT, kinds.REFIT_IDENTICAL}
         self.config = config
         monitor = config.progress_monitor
         if isinstance(monitor, self.real.IProgressMonitor):
@@ -194,13 +183,6 @@ class Libraries:
     def ICudaEngine__get_tensor_profile_shape(self, engine, name, profile_index):
         assert name == "latents", "a tensor whose shape is fixed has no profile"
         return [self.real.Dims([rows, 3]) for rows in self.PROFILES[profile_index]]
-
-    def ICudaEngine__get_weight_streaming_automatic_budget(self, engine):
-        return self.streamable // 2
-
-    def _budget(self, engine, value):
-        assert not self.contexts, "the budget can only be set while there is no context"
-        assert 0 <= value <= self.streamable
 
     def ICudaEngine__create_execution_context(self, engine, strategy):
         assert strategy == self.real.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -252,15 +234,6 @@ class Libraries:
         latents, velocity = (floats(state["addresses"][name], shape) for name in ("latents", "velocity"))
         velocity[:] = latents * floats(state["addresses"]["scale"], (3,))
         return True
-
-    # Refitting.
-
-    def OnnxParserRefitter__refit_from_file(self, parser, model):
-        self.refitted = model
-        return self.fault != "refit"
-
-    def OnnxParserRefitter__get_error(self, parser, index):
-        return parser._stand_in.made("ParserError")
 
 
 class _Code:

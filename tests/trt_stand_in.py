@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-CONSTRUCTED = ("Builder", "Runtime", "OnnxParser", "Refitter", "OnnxParserRefitter")
+CONSTRUCTED = ("Builder", "Runtime", "OnnxParser")
 REAL = (int, float)
 NUMBERS = {"SupportsInt": int, "int": int, "SupportsFloat": REAL, "float": REAL, "bool": bool, "str": str}
 CONTAINERS = {"tuple": tuple, "list": list}

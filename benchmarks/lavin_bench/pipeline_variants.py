@@ -12,7 +12,6 @@ import torch
 
 from lavin_bench import authors_way
 from lavin_bench.authors_way import AuthorsWay
-from lavin_bench.packed_rows import PackedRowsNetwork
 from lavin_bench.speed_flops import speed_flops
 from lavin_bench.vae_forms import resident_bytes
 from lavin_rt import images, sampler
@@ -162,9 +161,7 @@ def variants(dit: JDiT, setting: Setting, baselines: Baselines) -> dict[str, Var
 
         return Variant(make, modulates=True)
 
-    def ours(
-        network: Callable[[], Network], graphs: bool = False, modulates: bool = False, speed: str = "exact"
-    ) -> Variant:
+    def ours(network: Callable[[], Network], graphs: bool = False, speed: str = "exact") -> Variant:
         chosen = SPEEDS[speed]
         shape = dataclasses.replace(setting.shape, kept=chosen.keeps)
 
@@ -181,12 +178,11 @@ def variants(dit: JDiT, setting: Setting, baselines: Baselines) -> dict[str, Var
 
             return sample
 
-        return Variant(make, modulates, speed)
+        return Variant(make, modulates=False, speed=speed)
 
     found = {
         AUTHORS_EAGER: authors(compile=False),
         AUTHORS_COMPILED: authors(compile=True),
-        "packed rows": ours(lambda: PackedRowsNetwork(dit), modulates=True),
         "exact savings": ours(lambda: PackedNetwork(dit, "torch")),
     }
     cuda = dit.device.type == "cuda"

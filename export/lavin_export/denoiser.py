@@ -18,7 +18,6 @@ from lavin_rt.official_layout import STREAMS, Place, resident_layout
 from lavin_rt.rope import rotary_tables
 
 POSITIONS = 1024  # frames of the joint sequence, token rows and token columns that the rotary table has
-INPUTS = ("latents", "cond_latents", "modulation", "head_scale")
 RANGES = {"batch": (1, 64), "target_frames": (1, 512), "cond_frames": (1, 512), "height": (2, 2048), "width": (2, 2048)}
 
 
@@ -178,7 +177,7 @@ def rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 def dynamic_shapes(ranges: dict[str, tuple[int, int]] = RANGES) -> dict[str, dict[int, object]]:
-    """What of `INPUTS` may vary, as `torch.export.export(..., dynamic_shapes=...)` wants it."""
+    """What of the inputs may vary, as `torch.export.export(..., dynamic_shapes=...)` wants it."""
     from torch.export import Dim
 
     batch, target, cond = (Dim(name, min=ranges[name][0], max=ranges[name][1]) for name in list(RANGES)[:3])
@@ -229,10 +228,6 @@ class Source:
 
     shape: tuple[int, ...]
     places: tuple[Place, ...]
-
-    @property
-    def official(self) -> list[str]:
-        return [place.official for place in self.places]
 
 
 def sources(config: DiTConfig) -> dict[str, Source]:

@@ -44,7 +44,7 @@ from lavin_rt.official_layout import official_layout, resident_layout
 from lavin_rt.safetensors_io import SafetensorsFile, write_safetensors
 from lavin_rt.vae import LATENT_SCALE, LATENT_SHIFT, STVAE
 
-ANY_DEVICE: dict[str, Any] = {"device": "any", "compute_capability": None, "hardware_compatibility": None}
+ANY_DEVICE: dict[str, Any] = {"device": "any", "compute_capability": None}
 
 
 @contextlib.contextmanager

@@ -64,7 +64,6 @@ CONSTANT_INPUTS = {
     "ConvTranspose": (1,),
 }
 MAX_RANK = 8
-PLUGIN_DOMAIN = "lavin"  # of nodes that are our own kernels in TensorRT
 OPSET = 23
 
 
@@ -90,8 +89,6 @@ def check_support(model: onnx_ir.Model) -> Report:
     since = OLD
     for node in model.graph:
         where = f"{node.op_type} {node.outputs[0].name}"
-        if node.domain == PLUGIN_DOMAIN and "plugin_namespace" in node.attributes:
-            continue
         known = OPERATORS.get(node.op_type)
         if known is None or node.domain not in ("", "ai.onnx"):
             faults.append(f"{where}: not among the operators that TensorRT is known to support")

@@ -41,12 +41,12 @@ def check_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
             network = vae_parts.in_dtype(vae_parts.network_of(name, vae), manifest.dtype)
             weight = dict(network.named_parameters()).__getitem__
         for value in _external(_load(manifest, part["file"], part["weights"])):
-            transposed = part.get("initialisers", {}).get(value.name, {}).get("transposed", name == "denoiser")
             try:
                 wanted = weight(value.name)
             except KeyError:
                 raise VerificationError(f"{manifest.folder}: {name} has a weight {value.name}, of no model") from None
-            if transposed and wanted.ndim == 2 and value.name not in ("rotary_cos", "rotary_sin"):
+            # Linears are written transposed, as a MatMul wants them.
+            if wanted.ndim == 2 and any(use.node.op_type == "MatMul" for use in value.uses()):
                 wanted = wanted.T
             wanted = wanted.detach().contiguous().view(-1).view(torch.uint8)
             found = torch.frombuffer(bytearray(value.const_value.tobytes()), dtype=torch.uint8)

@@ -81,7 +81,7 @@ def export_aoti(
     if cpu != "native" and platform.machine() != "x86_64":
         raise InputError(f"cpu is {cpu!r}, this is an {platform.machine()} machine; use native")
     lengths = vae_parts.clip_lengths(clip_frames)
-    target = {"device": device.type, "compute_capability": None, "hardware_compatibility": None}
+    target: dict[str, Any] = {"device": device.type, "compute_capability": None}
     if device.type == "cuda":
         target["compute_capability"] = list(torch.cuda.get_device_capability(device))
     options = {"cpu": cpu, "clip_frames": list(clip_frames)}

@@ -17,7 +17,6 @@ from lavin_export.cli import common_options
 from lavin_export.denoiser import Denoiser, Source
 from lavin_export.manifest import ArtifactWriter, writing
 from lavin_export.onnx_support import Report
-from lavin_export.plugin_graph import PluginDenoiser, add_functions
 from lavin_rt.checkpoint import Checkpoint, find_checkpoint
 from lavin_rt.config import DiTConfig
 from lavin_rt.devices import resolve_device, resolve_dtype
@@ -40,8 +39,6 @@ class Part:
         file, weights: the file's name, and those of the files with its weights.
         inputs, outputs, ranges: as the manifest has them.
         support: what the graph asks of TensorRT.
-        initialisers: the official tensors behind every weight of the denoiser, joined along their first dimension, and
-            whether the weight is stored transposed: what refitting with another checkpoint needs.
     """
 
     name: str
@@ -51,7 +48,6 @@ class Part:
     outputs: list[dict[str, Any]]
     ranges: dict[str, list[int]]
     support: Report
-    initialisers: dict[str, dict[str, Any]]
 
 
 def export_onnx(
@@ -96,10 +92,7 @@ def export_onnx(
         artifact.versions |= {"onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
         for part in write_graphs(artifact, artifact.folder, lengths, progress):
             needs = {"tensorrt": ".".join(map(str, part.support.tensorrt)), "operators": part.support.operators}
-            more = {"initialisers": part.initialisers} if part.initialisers else {}
-            artifact.add_part(
-                part.name, part.file, part.weights, part.inputs, part.outputs, part.ranges, needs=needs, **more
-            )
+            artifact.add_part(part.name, part.file, part.weights, part.inputs, part.outputs, part.ranges, needs=needs)
         artifact.write_modulation()
         if verify:
             artifact.verify(device)
@@ -120,28 +113,17 @@ def write_graphs(
     return parts
 
 
-def write_denoiser(
-    artifact: ArtifactWriter, folder: Path, progress: Progress | None = None, plugins: bool = False
-) -> Part:
-    """Writes `denoiser.onnx` and `denoiser.onnx.data`; with `plugins` our row-wise kernels are nodes of it, see
-    `plugin_graph`.
-    """
+def write_denoiser(artifact: ArtifactWriter, folder: Path, progress: Progress | None = None) -> Part:
+    """Writes `denoiser.onnx` and `denoiser.onnx.data`."""
     config, dtype = artifact.config, artifact.dtype
     specification = denoiser_part.specification(config, artifact.dtype_name)
     inputs, outputs, ranges = specification
     with torch.device("meta"):
-        module = (PluginDenoiser if plugins else Denoiser)(JDiT(config).to(dtype))
+        module = Denoiser(JDiT(config).to(dtype))
     examples = [tensor.to("meta") for tensor in denoiser_part.example_inputs(config, dtype)]
     graph = onnx_graph.trace(module, examples, denoiser_part.dynamic_shapes(), inputs, outputs)
-    if plugins:
-        add_functions(graph.model, config)
     onnx_graph.write(graph, folder / "denoiser.onnx", denoiser_weights(artifact.file, config, dtype), progress)
-    initialisers = {
-        name: {"from": source.official, "transposed": name in graph.transposed}
-        for name, source in denoiser_part.sources(config).items()
-    }
-    weights = ["denoiser.onnx.data"]
-    return Part("denoiser", "denoiser.onnx", weights, inputs, outputs, ranges, graph.support, initialisers)
+    return Part("denoiser", "denoiser.onnx", ["denoiser.onnx.data"], inputs, outputs, ranges, graph.support)
 
 
 def write_vae(artifact: ArtifactWriter, folder: Path, part: str, frames: int) -> Part:
@@ -152,7 +134,7 @@ def write_vae(artifact: ArtifactWriter, folder: Path, part: str, frames: int) ->
     examples = [tensor.to("meta") for tensor in vae_parts.example_inputs(part, artifact.dtype, frames)]
     graph = onnx_graph.trace(module, examples, vae_parts.dynamic_shapes(part), inputs, outputs)
     onnx_graph.write(graph, folder / f"{name}.onnx", values.__getitem__)
-    return Part(name, f"{name}.onnx", [f"{name}.onnx.data"], inputs, outputs, ranges, graph.support, {})
+    return Part(name, f"{name}.onnx", [f"{name}.onnx.data"], inputs, outputs, ranges, graph.support)
 
 
 def vae_module(artifact: ArtifactWriter, part: str, frames: int) -> torch.nn.Module:

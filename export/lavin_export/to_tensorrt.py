@@ -20,19 +20,18 @@ from lavin_export import to_onnx
 from lavin_export.cli import common_options
 from lavin_export.denoiser import RANGES
 from lavin_export.manifest import ArtifactWriter, writing
-from lavin_export.trt_build import HARDWARE, BuildOptions, build_plan
+from lavin_export.trt_build import BuildOptions, build_plan
 from lavin_export.trt_profiles import Profile, for_vae, parse, with_null_branches
 from lavin_export.vae_parts import ROWS, clip_lengths
 from lavin_rt.checkpoint import Checkpoint, find_checkpoint
 from lavin_rt.devices import resolve_device, resolve_dtype
-from lavin_rt.errors import InputError, missing_extra
+from lavin_rt.errors import InputError
 from lavin_rt.files import Progress
 from lavin_rt.manifest import Manifest
 from lavin_rt.trt_library import import_tensorrt, version_numbers
 
 DEFAULT_PROFILE = "batch=1,pairs=4,height=512,width=512"
 GIB = 2**30
-HEAD_SIZES = 24  # of `lavin_kernels.qk_norm_rope`
 
 
 def export_tensorrt(
@@ -42,7 +41,6 @@ def export_tensorrt(
     dtype: torch.dtype = torch.bfloat16,
     profiles: Sequence[Profile] = (),
     options: BuildOptions | None = None,
-    plugins: bool = False,
     keep_onnx: bool = False,
     steps: Sequence[int] = (20,),
     clip_frames: Sequence[int] = (),
@@ -65,8 +63,7 @@ def export_tensorrt(
         profiles: sizes to build for; 512 pixels and 4 pairs by default. Guidance's null branch gets one of its own for
             each.
         options: of the builder; see `BuildOptions`.
-        plugins: put our row-wise Triton kernels into the denoiser.
-        keep_onnx: keep the graphs beside the plans; those of stripped plans are kept anyway.
+        keep_onnx: keep the graphs beside the plans.
         steps: schedules to tabulate the modulation of.
         clip_frames: frame counts `1 + 4 k` of clips to build the VAE for, besides pictures.
         templates: copy the checkpoint's templates.
@@ -87,31 +84,19 @@ def export_tensorrt(
     lengths = clip_lengths(clip_frames)
     wanted = with_null_branches(profiles or [parse(DEFAULT_PROFILE)])
     _check_profiles(wanted)
-    capability = torch.cuda.get_device_capability(device)
-    target = {
-        "device": "cuda",
-        "compute_capability": list(capability),
-        "hardware_compatibility": None if options.hardware == "none" else options.hardware,
-    }
+    target = {"device": "cuda", "compute_capability": list(torch.cuda.get_device_capability(device))}
     with (
         torch.cuda.device(device),
-        writing(output, "tensorrt", checkpoint, dtype, target, _record(options, plugins), steps, templates) as artifact,
+        writing(output, "tensorrt", checkpoint, dtype, target, _record(options), steps, templates) as artifact,
         tempfile.TemporaryDirectory(prefix=".lavin-rt-onnx-", dir=artifact.folder.parent) as graphs,
     ):
-        if plugins:
-            if artifact.config.head_size % HEAD_SIZES:
-                raise InputError(
-                    f"our kernels take head sizes that are a multiple of {HEAD_SIZES}; this model's is "
-                    f"{artifact.config.head_size}; export it without --plugins"
-                )
-            register_plugins(trt, capability, options)
         artifact.versions |= {"tensorrt": trt.__version__, "gpu": torch.cuda.get_device_name(device)}
-        keep = artifact.folder if keep_onnx or options.strip_plan else None
-        for part in _graphs(artifact, keep or Path(graphs), lengths, plugins, progress):
-            build_part(trt, artifact, part, keep or Path(graphs), wanted, options, plugins=plugins, quiet=quiet)
-            if keep is None:
+        folder = artifact.folder if keep_onnx else Path(graphs)
+        for part in _graphs(artifact, folder, lengths, progress):
+            build_part(trt, artifact, part, folder, wanted, options, quiet=quiet)
+            if not keep_onnx:
                 for name in (part.file, *part.weights):
-                    (Path(graphs) / name).unlink()
+                    (folder / name).unlink()
         artifact.write_modulation()
         if verify:
             artifact.verify(device)
@@ -130,21 +115,11 @@ def _check_profiles(profiles: Sequence[Profile]) -> None:
                 )
 
 
-def register_plugins(trt: ModuleType, capability: tuple[int, int], options: BuildOptions) -> None:
-    """Registers our plugins for the GPUs that the plan is for."""
-    try:
-        from lavin_export import trt_plugins
-    except ImportError as error:
-        raise missing_extra(error.name or "triton", "tensorrt", "building our kernels into an engine") from None
-    major, minor = (8, 0) if options.hardware == "ampere_plus" else capability
-    trt_plugins.register(trt, 10 * major + minor)
-
-
 def _graphs(
-    artifact: ArtifactWriter, folder: Path, lengths: Sequence[int], plugins: bool, progress: Progress | None
+    artifact: ArtifactWriter, folder: Path, lengths: Sequence[int], progress: Progress | None
 ) -> Iterator[to_onnx.Part]:
     """The ONNX graphs one after another, each written when the one before has been built."""
-    yield to_onnx.write_denoiser(artifact, folder, progress, plugins=plugins)
+    yield to_onnx.write_denoiser(artifact, folder, progress)
     for frames in lengths:
         for part in ("encoder", "decoder"):
             yield to_onnx.write_vae(artifact, folder, part, frames)
@@ -158,44 +133,29 @@ def build_part(
     profiles: Sequence[Profile],
     options: BuildOptions,
     *,
-    plugins: bool = False,
     quiet: bool = False,
 ) -> None:
     """Builds the plan of one graph in `folder` and enters it into the artifact."""
     if version_numbers(trt.__version__)[:2] < part.support.tensorrt:
         needs = ".".join(map(str, part.support.tensorrt))
         raise InputError(f"{part.name} needs TensorRT {needs} or newer; {trt.__version__} is installed")
-    denoiser = part.name == "denoiser"
-    wanted = profiles if denoiser else for_vae(profiles)
+    wanted = profiles if part.name == "denoiser" else for_vae(profiles)
     report = build_plan(
         trt,
         folder / part.file,
         artifact.folder / f"{part.name}.plan",
         [profile.bounds(part.inputs) for profile in wanted],
         options,
-        plugins=plugins and denoiser,
         layer_file=artifact.folder / f"{part.name}.layers.json",
         quiet=quiet,
     )
-    weights = [part.file, *part.weights] if options.strip_plan else []
     ranges = [profile.ranges(part.inputs) for profile in wanted]
-    more = {"initialisers": part.initialisers} if part.initialisers and folder == artifact.folder else {}
-    artifact.add_part(
-        part.name, f"{part.name}.plan", weights, part.inputs, part.outputs, ranges, build=report.as_dict(), **more
-    )
+    artifact.add_part(part.name, f"{part.name}.plan", [], part.inputs, part.outputs, ranges, build=report.as_dict())
 
 
-def _record(options: BuildOptions, plugins: bool) -> dict[str, Any]:
+def _record(options: BuildOptions) -> dict[str, Any]:
     """What the manifest keeps of the options; no path of this machine."""
-    return {
-        "plugins": plugins,
-        "optimization_level": options.optimization_level,
-        "version_compatible": options.version_compatible,
-        "refit": options.refit,
-        "strip_plan": options.strip_plan,
-        "weight_streaming": options.weight_streaming,
-        "tf32": options.tf32,
-    }
+    return {"optimization_level": options.optimization_level, "tf32": options.tf32}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -210,18 +170,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"queries; again for another profile (default: {DEFAULT_PROFILE})",
     )
     build = parser.add_argument_group("engine")
-    build.add_argument("--plugins", action="store_true", help="our row-wise Triton kernels inside the engine")
-    build.add_argument("--refit", action="store_true", help="the plan takes other weights later")
-    build.add_argument("--strip-plan", action="store_true", help="a plan without weights, the ONNX file beside it")
     build.add_argument("--keep-onnx", action="store_true", help="keep the ONNX graphs in the artifact")
-    build.add_argument("--weight-streaming", action="store_true", help="weights may stream from host memory")
-    build.add_argument(
-        "--hardware-compatibility",
-        choices=[name.replace("_", "-") for name in HARDWARE],
-        default="none",
-        help="GPUs that may run the plan: this kind, this compute capability, or Ampere and newer (default: none)",
-    )
-    build.add_argument("--version-compatible", action="store_true", help="runs on later minor versions of TensorRT")
     build.add_argument("--tf32", action="store_true", help="float32 products may round their inputs to TF32")
     build.add_argument(
         "--optimization-level",
@@ -245,11 +194,6 @@ def from_arguments(arguments: argparse.Namespace) -> Manifest:
     options = BuildOptions(
         optimization_level=arguments.optimization_level,
         workspace=None if arguments.workspace is None else int(arguments.workspace * GIB),
-        hardware=arguments.hardware_compatibility.replace("-", "_"),
-        version_compatible=arguments.version_compatible,
-        refit=arguments.refit,
-        strip_plan=arguments.strip_plan,
-        weight_streaming=arguments.weight_streaming,
         tf32=arguments.tf32,
         timing_cache=arguments.timing_cache,
     )
@@ -262,7 +206,6 @@ def from_arguments(arguments: argparse.Namespace) -> Manifest:
             dtype=resolve_dtype(arguments.dtype, device),
             profiles=profiles,
             options=options,
-            plugins=arguments.plugins,
             keep_onnx=arguments.keep_onnx,
             device=device,
             quiet=arguments.quiet,

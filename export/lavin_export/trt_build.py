@@ -21,13 +21,11 @@ from typing import Any
 
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
-from lavin_rt.trt_library import create, make_logger, parser_errors
+from lavin_rt.trt_library import create, make_logger
 
 Bounds = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
 """Of every input with a shape that varies: its smallest, its tuned and its largest shape."""
 
-# Of `HardwareCompatibilityLevel`, in lower case.
-HARDWARE = ("none", "same_compute_capability", "ampere_plus")
 # In the names of TensorRT's fused attention kernels and of the layers that they run in.
 FUSED_ATTENTION = re.compile(r"mha|attention", re.IGNORECASE)
 
@@ -39,32 +37,18 @@ class BuildOptions:
     Attributes:
         optimization_level: 0 (quick) to 5 (slow build, fastest engine).
         workspace: most bytes of scratch memory for a layer; None leaves it to TensorRT.
-        hardware: `"none"`, `"same_compute_capability"` or `"ampere_plus"`, which GPUs may run the plan.
-        version_compatible: the plan runs on later minor versions of TensorRT, some kernels apart.
-        refit: the plan takes other weights later.
-        strip_plan: the plan holds no weights; the ONNX file stays in the artifact and fills it on loading.
-        weight_streaming: weights may stay in host memory and stream to a GPU that is too small for them.
         tf32: float32 matrix products may round their inputs to TF32.
         timing_cache: file that keeps the timings of kernels from one build to the next.
-        max_threads: of the builder; None leaves it to TensorRT.
     """
 
     optimization_level: int = 4
     workspace: int | None = None
-    hardware: str = "none"
-    version_compatible: bool = False
-    refit: bool = False
-    strip_plan: bool = False
-    weight_streaming: bool = False
     tf32: bool = False
     timing_cache: Path | None = None
-    max_threads: int | None = None
 
     def __post_init__(self):
         if not 0 <= self.optimization_level <= 5:
             raise InputError(f"optimization level is {self.optimization_level}; expected 0 to 5")
-        if self.hardware not in HARDWARE:
-            raise InputError(f"hardware compatibility is {self.hardware!r}; expected one of {', '.join(HARDWARE)}")
         if self.workspace is not None and self.workspace <= 0:
             raise InputError(f"workspace is {self.workspace} bytes; expected a positive number")
 
@@ -78,7 +62,6 @@ class BuildReport:
         plan_bytes: of the file.
         attention: `nodes`, how many attention operators the network holds, all marked decomposable, and `fused`, the
             engine's layers that name an attention kernel. Fewer of these than nodes: some run decomposed.
-        plugins: layers that run one of our kernels.
         layers: of the engine, after fusion.
         warnings: of parser and builder.
     """
@@ -86,7 +69,6 @@ class BuildReport:
     seconds: float
     plan_bytes: int
     attention: Mapping[str, int]
-    plugins: int
     layers: int
     warnings: tuple[str, ...]
 
@@ -101,7 +83,6 @@ def build_plan(
     profiles: Sequence[Bounds],
     options: BuildOptions,
     *,
-    plugins: bool = False,
     layer_file: Path | None = None,
     quiet: bool = False,
 ) -> BuildReport:
@@ -113,7 +94,6 @@ def build_plan(
         plan_file: written whole.
         profiles: one set of shapes per optimisation profile.
         options: how to build.
-        plugins: whether the graph has nodes of ours, whose plugins have been registered.
         layer_file: JSON of the engine's layers, as its inspector tells them.
         quiet: no progress bars.
 
@@ -124,15 +104,11 @@ def build_plan(
     start = time.perf_counter()
     logger = make_logger(trt)
     builder = create(trt.Builder, logger)
-    if options.max_threads is not None:
-        builder.max_threads = options.max_threads
-    network = builder.create_network(_network_flags(trt, plugins))
+    network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
-    if plugins:
-        parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
     # The form that takes a path finds external data beside the file, of any size.
     if not parser.parse_from_file(str(onnx_file)):
-        raise InputError(f"{onnx_file.name}: TensorRT cannot take the graph: {parser_errors(parser)}")
+        raise InputError(f"{onnx_file.name}: TensorRT cannot take the graph: {_parser_errors(parser)}")
     attention = _mark_attention_decomposable(trt, network)
     config = builder.create_builder_config()
     _configure(trt, config, options)
@@ -154,7 +130,7 @@ def build_plan(
             path.write_bytes(config.get_timing_cache().serialize())
     with written_whole(plan_file) as path, path.open("wb") as file:
         file.write(plan)
-    layers = layer_report(trt, plan, logger, options)
+    layers = layer_report(trt, plan, logger)
     if layer_file is not None:
         with written_whole(layer_file) as path:
             path.write_text(json.dumps(layers, indent=1) + "\n")
@@ -163,17 +139,26 @@ def build_plan(
         seconds=time.perf_counter() - start,
         plan_bytes=plan.nbytes,
         attention={"nodes": attention, "fused": sum(bool(FUSED_ATTENTION.search(text)) for text in texts)},
-        plugins=sum("lavin" in text.lower() for text in texts),
         layers=len(texts),
         warnings=tuple(message for severity, message in logger.lines if severity == "warning"),
     )
 
 
-def _network_flags(trt: ModuleType, plugins: bool) -> int:
+def _network_flags(trt: ModuleType) -> int:
     """Strong typing, so that dtypes are the graph's. TensorRT 11 knows no other and keeps the flag for old code."""
-    known = trt.NetworkDefinitionCreationFlag.__members__
-    names = ["STRONGLY_TYPED", *(["PREFER_AOT_PYTHON_PLUGINS"] if plugins else [])]
-    return sum(1 << int(known[name]) for name in names if name in known)
+    flag = trt.NetworkDefinitionCreationFlag.__members__.get("STRONGLY_TYPED")
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _parser_errors(parser: Any) -> str:
+    """All errors of an ONNX parser in one line, each with its node."""
+    lines = []
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        node = f"{error.node_operator()} {error.node_name()}".strip()
+        where = f"{node}: " if node else ""
+        lines.append(f"{where}{' '.join(error.desc().split())} ({error.code().name})")
+    return "; ".join(lines) or "it gave no reason"
 
 
 def _mark_attention_decomposable(trt: ModuleType, network: Any) -> int:
@@ -193,20 +178,9 @@ def _mark_attention_decomposable(trt: ModuleType, network: Any) -> int:
 
 
 def _configure(trt: ModuleType, config: Any, options: BuildOptions) -> None:
-    flags = {
-        "TF32": options.tf32,
-        "REFIT": options.refit,
-        "STRIP_PLAN": options.strip_plan,
-        # Stripped of weights that come back unchanged; a refit with other ones asks for REFIT.
-        "REFIT_IDENTICAL": options.strip_plan and not options.refit,
-        "WEIGHT_STREAMING": options.weight_streaming,
-        "VERSION_COMPATIBLE": options.version_compatible,
-    }
-    for name, wanted in flags.items():
-        flag = getattr(trt.BuilderFlag, name)
-        config.set_flag(flag) if wanted else config.clear_flag(flag)
+    tf32 = trt.BuilderFlag.TF32
+    config.set_flag(tf32) if options.tf32 else config.clear_flag(tf32)
     config.builder_optimization_level = options.optimization_level
-    config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, options.hardware.upper())
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
@@ -235,10 +209,9 @@ def _timing_cache(config: Any, path: Path | None) -> Any:
     return cache
 
 
-def layer_report(trt: ModuleType, plan: Any, logger: Any, options: BuildOptions) -> dict:
+def layer_report(trt: ModuleType, plan: Any, logger: Any) -> dict:
     """The engine's layers after fusion, as its inspector tells them: `{"Layers": [...], "Bindings": [...]}`."""
     runtime = create(trt.Runtime, logger)
-    runtime.engine_host_code_allowed = options.version_compatible
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise RuntimeError(f"TensorRT cannot read the plan that it has just built: {logger.why}")

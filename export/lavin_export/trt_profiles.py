@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lavin_rt.errors import InputError
-from lavin_rt.manifest import parse_size
+from lavin_rt.part_sizes import parse_size
 
 SIZES = ("batch", "pairs", "cond_frames", "target_frames", "height", "width")
 _RANGE = re.compile(r"(\d+)(?::(\d+))?(?::(\d+))?")
