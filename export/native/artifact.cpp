@@ -18,8 +18,8 @@ constexpr size_t kMaxBytes = 16 << 20;
 
 bool plain_name(const std::string& name) {
   static constexpr char kKnown[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-";
-  return !name.empty() && name.size() <= 200 && std::isalnum(static_cast<unsigned char>(name[0])) && name != kManifest &&
-         name.find_first_not_of(kKnown) == std::string::npos;
+  return !name.empty() && name.size() <= 200 && std::isalnum(static_cast<unsigned char>(name[0])) &&
+         name != kManifest && name.find_first_not_of(kKnown) == std::string::npos;
 }
 
 void check_file(const fs::path& path, int64_t size) {
@@ -73,9 +73,13 @@ Manifest Manifest::read(const fs::path& folder) {
   manifest.folder = folder;
   const fs::path path = folder / kManifest;
   std::error_code error;
-  if (fs::is_symlink(path, error)) throw InputError(path.string() + " is a link; an artifact holds none: copy the file");
+  if (fs::is_symlink(path, error)) {
+    throw InputError(path.string() + " is a link; an artifact holds none: copy the file");
+  }
   auto file = MappedFile::open(path, "the manifest of an artifact");
-  if (file->size() > kMaxBytes) throw InputError(path.string() + " is too large for a manifest; export the artifact again");
+  if (file->size() > kMaxBytes) {
+    throw InputError(path.string() + " is too large for a manifest; export the artifact again");
+  }
   try {
     manifest.values = Json::parse(file->text());
     const Json& values = manifest.values;
@@ -157,7 +161,8 @@ void Manifest::check_target(at::Device device) const {
   const std::string torch = exported ? exported->string() : "none";
   if (release(torch) != release(TORCH_VERSION)) {
     throw InputError(folder.string() + " was compiled for torch " + one_line(torch, 40) + ", this program has " +
-                     TORCH_VERSION + "; export it again, or build this program with torch " + one_line(release(torch), 40));
+                     TORCH_VERSION + "; export it again, or build this program with torch " +
+                     one_line(release(torch), 40));
   }
 }
 

@@ -16,7 +16,8 @@ namespace lavin {
 namespace {
 
 // What Python takes for pictures; this program reads some of them.
-constexpr const char* kPictures[] = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"};
+constexpr const char* kPictures[] = {".png", ".jpg",  ".jpeg", ".webp", ".gif", ".bmp",
+                                     ".tif", ".tiff", ".ppm",  ".pgm",  ".avif"};
 
 bool is_picture(const fs::path& path) {
   return std::find(std::begin(kPictures), std::end(kPictures), suffix(path)) != std::end(kPictures);
@@ -51,13 +52,16 @@ std::map<std::string, Pair> read_template(const fs::path& folder) {
     place = path;
   }
   if (error) throw InputError(where + ": cannot be read (" + error.message() + "); check its permissions");
-  if (pairs.empty()) throw InputError(where + ": no *_input, *_target pictures here; expected pairs as 0_input.png, 0_target.png");
+  if (pairs.empty()) {
+    throw InputError(where + ": no *_input, *_target pictures here; expected pairs as 0_input.png, 0_target.png");
+  }
   for (const auto& [key, pair] : pairs) {
     if (pair.input.empty() || pair.target.empty()) {
       const fs::path& lonely = pair.input.empty() ? pair.target : pair.input;
-      throw InputError(where + ": no partner for " + lonely.filename().string() +
-                       "; expected one _input and one _target for every text before the first _; add what is missing or "
-                       "take these away");
+      throw InputError(
+          where + ": no partner for " + lonely.filename().string() +
+          "; expected one _input and one _target for every text before the first _; add what is missing or "
+          "take these away");
     }
   }
   return pairs;
@@ -90,28 +94,33 @@ EncodedContext EncodedContext::load(const fs::path& path, const std::string& vae
     return found == file.metadata.end() ? std::string() : found->second;
   };
   if (described("format") != "lavin-rt encoded context") {
-    throw InputError(name + ": not an encoded context of lavin-rt (its metadata do not say so); expected a file saved as one");
+    throw InputError(name +
+                     ": not an encoded context of lavin-rt (its metadata do not say so); expected a file saved as one");
   }
   if (described("version") != "1") {
-    throw InputError(name + ": is of version " + one_line(described("version"), 20) + ", this program reads 1; encode it again");
+    throw InputError(name + ": is of version " + one_line(described("version"), 20) +
+                     ", this program reads 1; encode it again");
   }
   if (described("vae_fingerprint") != vae_fingerprint) {
     throw InputError(name + ": encoded by another VAE (fingerprint " + one_line(described("vae_fingerprint"), 12) +
-                     ", this one has " + vae_fingerprint.substr(0, 12) + "); encode the task's context again with this VAE");
+                     ", this one has " + vae_fingerprint.substr(0, 12) +
+                     "); encode the task's context again with this VAE");
   }
   if (described("frames_per_clip") != "1") {
     throw InputError(name + ": holds clips of " + one_line(described("frames_per_clip"), 20) +
                      " frames; this program takes pictures, run clips with lavin-rt run");
   }
   if (described("posterior") != "mean") {
-    throw InputError(name + ": holds the posterior's " + one_line(described("posterior"), 20) + ", this program takes its mean; encode it again");
+    throw InputError(name + ": holds the posterior's " + one_line(described("posterior"), 20) +
+                     ", this program takes its mean; encode it again");
   }
   EncodedContext context;
   std::tie(context.height, context.width) = parse_size(described("size"));
   context.pairs = parse_integer(described("pairs"), "number of pairs in " + name, 1, 100'000);
   const std::vector<int64_t> shape{1, 16, 2 * context.pairs, context.height / 8, context.width / 8};
   const at::Tensor& latents = file.at("latents");
-  if (latents.sizes() != at::IntArrayRef(shape) || !latents.is_floating_point() || !latents.isfinite().all().item<bool>()) {
+  if (latents.sizes() != at::IntArrayRef(shape) || !latents.is_floating_point() ||
+      !latents.isfinite().all().item<bool>()) {
     throw InputError(name + ": its latents are not the finite numbers that its metadata announce; encode it again");
   }
   context.latents = latents.to(at::kFloat);
@@ -138,7 +147,8 @@ std::pair<int64_t, int64_t> parse_size(const std::string& text) {
   } catch (const InputError&) {
   }
   if (height < 16 || width < 16 || height % 16 || width % 16) {
-    throw InputError("size " + one_line(text, 40) + ": expected positive multiples of 16, as 512 or as 384x640 (height x width)");
+    throw InputError("size " + one_line(text, 40) +
+                     ": expected positive multiples of 16, as 512 or as 384x640 (height x width)");
   }
   return {height, width};
 }

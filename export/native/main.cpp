@@ -70,9 +70,12 @@ std::pair<uint64_t, std::string> parse_seed(const std::string& text) {
   char* end = nullptr;
   errno = 0;
   const bool negative = !text.empty() && text[0] == '-';
-  const uint64_t value = negative ? static_cast<uint64_t>(std::strtoll(text.c_str(), &end, 10)) : std::strtoull(text.c_str(), &end, 10);
+  const uint64_t value =
+      negative ? static_cast<uint64_t>(std::strtoll(text.c_str(), &end, 10)) : std::strtoull(text.c_str(), &end, 10);
   const bool digits = text.size() > negative && text.find_first_not_of("0123456789", negative) == std::string::npos;
-  if (!digits || errno || *end) throw InputError("--seed is " + lavin::one_line(text, 40) + "; expected a whole number from -2**63 to 2**64 - 1");
+  if (!digits || errno || *end) {
+    throw InputError("--seed is " + lavin::one_line(text, 40) + "; expected a whole number from -2**63 to 2**64 - 1");
+  }
   return {value, negative ? std::to_string(static_cast<int64_t>(value)) : std::to_string(value)};
 }
 
@@ -99,26 +102,45 @@ Options parse(int count, char** words) {
       if (i + 1 >= count) throw InputError(name + " needs a value; see lavin-native --help");
       return words[++i];
     };
-    if (name == "--artifact") options.artifact = value();
-    else if (name == "--task") options.task = value();
-    else if (name == "--query") options.query = value();
-    else if (name == "-o" || name == "--output") options.output = value();
-    else if (name == "--pairs") options.pairs = lavin::parse_integer(value(), name, 1, 100'000);
-    else if (name == "--size") options.size = value();
-    else if (name == "--steps") options.steps = lavin::parse_integer(value(), name, 2, 1000);
-    else if (name == "--guidance") options.guidance = parse_number(value(), name);
-    else if (name == "--seed") std::tie(options.seed, options.seed_text) = parse_seed(value());
-    else if (name == "--noise") options.noise = value();
-    else if (name == "--device") options.device = value();
-    else if (name == "--threads") options.threads = lavin::parse_integer(value(), name, 1, 4096);
-    else if (name == "--save-latents") options.save_latents = value();
-    else if (name == "--repeat") options.repeat = lavin::parse_integer(value(), name, 1, 1'000'000);
-    else if (name == "--time") options.time = true;
-    else if (name == "-q" || name == "--quiet") options.quiet = true;
-    else throw InputError("unknown option " + lavin::one_line(name, 60) + "; see lavin-native --help");
+    if (name == "--artifact")
+      options.artifact = value();
+    else if (name == "--task")
+      options.task = value();
+    else if (name == "--query")
+      options.query = value();
+    else if (name == "-o" || name == "--output")
+      options.output = value();
+    else if (name == "--pairs")
+      options.pairs = lavin::parse_integer(value(), name, 1, 100'000);
+    else if (name == "--size")
+      options.size = value();
+    else if (name == "--steps")
+      options.steps = lavin::parse_integer(value(), name, 2, 1000);
+    else if (name == "--guidance")
+      options.guidance = parse_number(value(), name);
+    else if (name == "--seed")
+      std::tie(options.seed, options.seed_text) = parse_seed(value());
+    else if (name == "--noise")
+      options.noise = value();
+    else if (name == "--device")
+      options.device = value();
+    else if (name == "--threads")
+      options.threads = lavin::parse_integer(value(), name, 1, 4096);
+    else if (name == "--save-latents")
+      options.save_latents = value();
+    else if (name == "--repeat")
+      options.repeat = lavin::parse_integer(value(), name, 1, 1'000'000);
+    else if (name == "--time")
+      options.time = true;
+    else if (name == "-q" || name == "--quiet")
+      options.quiet = true;
+    else
+      throw InputError("unknown option " + lavin::one_line(name, 60) + "; see lavin-native --help");
   }
-  const std::pair<const char*, const std::string*> needed[] = {
-      {"--artifact", &options.artifact}, {"--task", &options.task}, {"--query", &options.query}, {"--output", &options.output}};
+  const std::pair<const char*, const std::string*> needed[] = {{"--artifact", &options.artifact},
+                                                               {"--task", &options.task},
+                                                               {"--query", &options.query},
+                                                               {"--output", &options.output}};
   for (const auto& [name, text] : needed) {
     if (text->empty()) throw InputError(std::string(name) + " is missing; see lavin-native --help");
   }
@@ -133,7 +155,10 @@ class ProgressLine {
  public:
   explicit ProgressLine(bool quiet) : shown_(!quiet && ::isatty(STDERR_FILENO)) {}
   void operator()(int64_t done, int64_t total) const {
-    if (shown_) std::fprintf(stderr, done == total ? "\r\033[K" : "\rsampling %ld/%ld", static_cast<long>(done), static_cast<long>(total));
+    if (shown_) {
+      std::fprintf(stderr, done == total ? "\r\033[K" : "\rsampling %ld/%ld", static_cast<long>(done),
+                   static_cast<long>(total));
+    }
   }
 
  private:
@@ -169,7 +194,8 @@ void run(const Options& options) {
   if (!options.save_latents.empty()) lavin::check_writable(options.save_latents);
   std::error_code error;
   if (std::filesystem::equivalent(options.query, options.output, error)) {
-    throw InputError(lavin::one_line(options.query) + ": the output would replace the query itself; give another --output");
+    throw InputError(lavin::one_line(options.query) +
+                     ": the output would replace the query itself; give another --output");
   }
   if (options.threads) at::set_num_threads(static_cast<int>(options.threads));
 
@@ -183,7 +209,8 @@ void run(const Options& options) {
 
   start = std::chrono::steady_clock::now();
   std::vector<at::Tensor> frames;
-  auto [height, width] = lavin::parse_size(options.size.empty() ? std::to_string(runner.manifest().size) : options.size);
+  auto [height, width] =
+      lavin::parse_size(options.size.empty() ? std::to_string(runner.manifest().size) : options.size);
   if (encoded) {
     const auto context = lavin::EncodedContext::load(options.task, runner.manifest().vae_fingerprint);
     if (!options.size.empty() && (context.height != height || context.width != width)) {
@@ -194,7 +221,8 @@ void run(const Options& options) {
     height = context.height, width = context.width;
     frames.push_back(context.latents);
   }
-  const at::Tensor noise = options.noise.empty() ? lavin::draw_noise(options.seed, height, width) : read_noise(options.noise, height, width);
+  const at::Tensor noise =
+      options.noise.empty() ? lavin::draw_noise(options.seed, height, width) : read_noise(options.noise, height, width);
   for (const lavin::Pair& pair : pairs) {
     for (const auto& path : {pair.input, pair.target}) {
       frames.push_back(runner.encode(lavin::resize(lavin::load_picture(path), height, width)).cpu());
@@ -209,7 +237,8 @@ void run(const Options& options) {
     std::vector<at::Tensor> condition = frames;
     condition.push_back(runner.encode(lavin::resize(query, height, width)).cpu());
     const auto began = std::chrono::steady_clock::now();
-    latents = runner.sample(at::cat(condition, 2), noise, options.steps, options.guidance, ProgressLine(options.quiet)).cpu();
+    latents =
+        runner.sample(at::cat(condition, 2), noise, options.steps, options.guidance, ProgressLine(options.quiet)).cpu();
     sampling.push_back(seconds_since(began));
     picture = runner.decode(latents);
     answering.push_back(seconds_since(start));
@@ -217,12 +246,12 @@ void run(const Options& options) {
   lavin::save_picture(picture, options.output);
   if (!options.save_latents.empty()) lavin::save_tensor(options.save_latents, "latents", latents);
   if (options.time) {
-    std::printf("{\"loading\": %.6f, \"context\": %.6f, \"sampling\": %s, \"query\": %s, \"threads\": %d}\n", loading, context,
-                listed(sampling).c_str(), listed(answering).c_str(), at::get_num_threads());
+    std::printf("{\"loading\": %.6f, \"context\": %.6f, \"sampling\": %s, \"query\": %s, \"threads\": %d}\n", loading,
+                context, listed(sampling).c_str(), listed(answering).c_str(), at::get_num_threads());
   } else if (!options.quiet) {
     std::printf("%s  %s\nloading %.2f s, context %.2f s, query %.2f s\n", options.output.c_str(),
-                options.noise.empty() ? ("seed " + options.seed_text).c_str() : ("noise of " + options.noise).c_str(), loading, context,
-                answering.back());
+                options.noise.empty() ? ("seed " + options.seed_text).c_str() : ("noise of " + options.noise).c_str(),
+                loading, context, answering.back());
   }
 }
 

@@ -23,7 +23,9 @@ void check_processor(const Json& part, const std::string& file) {
                      " processors, this is " + system.machine + "; export it again");
   }
   static constexpr const char* kLevels[] = {"DEFAULT", "AVX2", "AVX512"};
-  const auto rank = [](const std::string& level) { return std::find(std::begin(kLevels), std::end(kLevels), level) - kLevels; };
+  const auto rank = [](const std::string& level) {
+    return std::find(std::begin(kLevels), std::end(kLevels), level) - kLevels;
+  };
   const std::string found = at::get_cpu_capability(), wanted = part["cpu_level"].string();
   if (rank(wanted) < 3 && rank(found) < rank(wanted)) {
     throw InputError(file + " was compiled for processors with " + wanted + ", this one has " + found +
@@ -90,14 +92,18 @@ Network::Network(const Manifest& manifest, const std::string& part, at::Device d
   try {
     check_processor(part_, path.string());
     for (const Json& input : part_["inputs"].array()) dtypes_.push_back(scalar_type(input["dtype"].string()));
-    for (const Json& file : part_["weights"].array()) weights_.merge(read_weights(manifest.folder / file.string(), device));
-    loader_ = std::make_unique<torch::inductor::AOTIModelPackageLoader>(
-        path.string(), "model", /*run_single_threaded=*/true, /*num_runners=*/1, device.has_index() ? device.index() : -1);
+    for (const Json& file : part_["weights"].array()) {
+      weights_.merge(read_weights(manifest.folder / file.string(), device));
+    }
+    loader_ = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path.string(), "model",
+                                                                        /*run_single_threaded=*/true, /*num_runners=*/1,
+                                                                        device.has_index() ? device.index() : -1);
     std::unordered_map<std::string, at::Tensor> wanted;
     for (const std::string& name : loader_->get_constant_fqns()) {
       auto found = weights_.find(name);
       if (found == weights_.end()) {
-        throw InputError(path.string() + ": its weights are not all there, e.g. " + name + " is missing; export the artifact again");
+        throw InputError(path.string() + ": its weights are not all there, e.g. " + name +
+                         " is missing; export the artifact again");
       }
       wanted.insert(*found);
     }
@@ -106,9 +112,11 @@ Network::Network(const Manifest& manifest, const std::string& part, at::Device d
   } catch (const InputError&) {
     throw;
   } catch (const c10::Error& error) {
-    throw InputError(path.string() + " cannot be loaded (" + one_line(error.what_without_backtrace()) + "); export it again on this machine");
+    throw InputError(path.string() + " cannot be loaded (" + one_line(error.what_without_backtrace()) +
+                     "); export it again on this machine");
   } catch (const std::exception& error) {
-    throw InputError(path.string() + " cannot be loaded (" + one_line(error.what()) + "); export it again on this machine");
+    throw InputError(path.string() + " cannot be loaded (" + one_line(error.what()) +
+                     "); export it again on this machine");
   }
 }
 
@@ -116,7 +124,9 @@ Network::~Network() = default;
 
 void Network::check_shapes(const std::vector<at::Tensor>& inputs) const {
   const auto& described = part_["inputs"].array();
-  if (inputs.size() != described.size()) throw InputError(name_ + ": " + std::to_string(inputs.size()) + " inputs given");
+  if (inputs.size() != described.size()) {
+    throw InputError(name_ + ": " + std::to_string(inputs.size()) + " inputs given");
+  }
   std::map<std::string, int64_t> sizes;
   for (size_t i = 0; i < inputs.size(); ++i) {
     const auto& shape = described[i]["shape"].array();

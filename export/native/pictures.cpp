@@ -32,7 +32,9 @@ int64_t header_number(const char*& at, const char* end) {
   }
   int64_t value = 0;
   const char* first = at;
-  for (; at != end && std::isdigit(static_cast<unsigned char>(*at)) && at - first < 9; ++at) value = 10 * value + (*at - '0');
+  for (; at != end && std::isdigit(static_cast<unsigned char>(*at)) && at - first < 9; ++at) {
+    value = 10 * value + (*at - '0');
+  }
   return at == first ? -1 : value;
 }
 

@@ -101,7 +101,8 @@ at::Tensor read_png(std::string_view bytes, const fs::path& path, int64_t max_pi
   }
   png_destroy_read_struct(&png, &info, nullptr);
   if (!sound) {
-    throw InputError(one_line(path.string()) + ": cannot be read as a picture (" + one_line(source.message) + "); give a sound file");
+    throw InputError(one_line(path.string()) + ": cannot be read as a picture (" + one_line(source.message) +
+                     "); give a sound file");
   }
   at::Tensor picture = at::empty({3, header.height, header.width}, at::kByte);
   const uint8_t* from = pixels.const_data_ptr<uint8_t>();

@@ -49,7 +49,8 @@ at::Tensor read_tensor(const Json& entry, const std::shared_ptr<MappedFile>& fil
   if (reinterpret_cast<uintptr_t>(data) % c10::elementSize(dtype->type)) {
     throw InputError("it has a tensor that is not aligned");
   }
-  return at::from_blob(data, shape, [file](void*) {}, at::TensorOptions().dtype(dtype->type));
+  return at::from_blob(
+      data, shape, [file](void*) {}, at::TensorOptions().dtype(dtype->type));
 }
 
 }  // namespace
@@ -72,7 +73,8 @@ Safetensors Safetensors::open(const fs::path& path) {
       }
     }
   } catch (const InputError& error) {
-    throw InputError(one_line(path.string()) + " is not a sound safetensors file (" + error.what() + "); fetch or write it again");
+    throw InputError(one_line(path.string()) + " is not a sound safetensors file (" + error.what() +
+                     "); fetch or write it again");
   }
   return result;
 }
@@ -87,8 +89,8 @@ const at::Tensor& Safetensors::at(const std::string& name) const {
 
 void save_tensor(const fs::path& path, const std::string& name, const at::Tensor& tensor) {
   const at::Tensor values = tensor.detach().to(at::kCPU, at::kFloat).contiguous();
-  std::string header = "{\"" + name + "\":{\"dtype\":\"F32\",\"shape\":[" + joined(values.sizes()) + "],\"data_offsets\":[0," +
-                       std::to_string(values.nbytes()) + "]}}";
+  std::string header = "{\"" + name + "\":{\"dtype\":\"F32\",\"shape\":[" + joined(values.sizes()) +
+                       "],\"data_offsets\":[0," + std::to_string(values.nbytes()) + "]}}";
   header.resize((header.size() + 7) / 8 * 8, ' ');
   written_whole(path, [&](const fs::path& partial) {
     std::ofstream out(partial, std::ios::binary);
