@@ -31,20 +31,32 @@ def compiled(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def native(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
-    """`native(*arguments)` runs the program, built once."""
+def configure() -> Callable[..., subprocess.CompletedProcess]:
+    """`configure(folder, *options)` has CMake prepare a build there."""
     for tool in ("cmake", "g++"):
         if shutil.which(tool) is None:
             pytest.skip(f"no {tool} on this machine")
-    build = tmp_path_factory.mktemp("native")
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(build), *generator, prefix],
-        ["cmake", "--build", str(build), "-j2"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
+
+    def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
+        command = ["cmake", "-S", str(ROOT), "-B", str(folder), *generator, prefix, *options]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def native(configure, tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
+    """`native(*arguments)` runs the program, built once."""
+    build = tmp_path_factory.mktemp("native")
+    configured = configure(build)
+    if missing := re.search("lavin-native lacks .*", configured.stderr):
+        pytest.skip(missing[0])
+    assert configured.returncode == 0, configured.stderr
+    command = ["cmake", "--build", str(build), "-j2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
 
     def run(*arguments: object) -> subprocess.CompletedProcess:
         words = [str(build / "lavin-native"), *map(str, arguments)]
@@ -212,6 +224,12 @@ def test_bad_input_is_one_line(native, compiled, tasks, tmp_path, change, said):
 def test_options_that_are_missing(native):
     assert "--artifact is missing" in refused(native())
     assert "--query needs a value" in refused(native("--artifact", "a", "--query"))
+
+
+def test_libraries_that_are_missing(configure, tmp_path):
+    done = configure(tmp_path, "-DCMAKE_DISABLE_FIND_PACKAGE_OpenSSL=1")
+    assert done.returncode != 0
+    assert re.search("lavin-native lacks .*: apt-get install libssl-dev", done.stderr)
 
 
 def corrupted(name: str, keep: int | None) -> Callable[[Path, dict], None]:

@@ -7,7 +7,6 @@
 #include <future>
 
 #include "error.h"
-#include "sha256.h"
 
 namespace lavin {
 
@@ -127,8 +126,7 @@ void Manifest::check_files() const {
   for (const auto& [name, entry] : files) check_file(folder / name, entry["bytes"].integer());
   for (const auto& [name, entry] : files) {
     digests.push_back(std::async(std::launch::async, [path = folder / name] {
-      auto file = MappedFile::open(path, "a file of the artifact");
-      return sha256_hex(file->data(), file->size());
+      return sha256_hex(MappedFile::open(path, "a file of the artifact")->text());
     }));
   }
   size_t index = 0;

@@ -1,7 +1,6 @@
 #include "context.h"
 
 #include <algorithm>
-#include <array>
 #include <charconv>
 #include <map>
 #include <tuple>
@@ -9,7 +8,6 @@
 #include "error.h"
 #include "pictures.h"
 #include "safetensors.h"
-#include "sha256.h"
 
 namespace lavin {
 
@@ -75,14 +73,11 @@ std::vector<Pair> choose_pairs(const fs::path& folder, int64_t count, const std:
     throw InputError(std::to_string(count) + " context pairs asked for, " + std::to_string(pairs.size()) +
                      " are there; ask for " + std::to_string(pairs.size()) + " at most");
   }
-  std::vector<std::pair<std::array<uint8_t, 32>, Pair>> ranked;
-  for (const auto& [name, pair] : pairs) {
-    const std::string text = seed + ":" + name;
-    ranked.emplace_back(sha256(text.data(), text.size()), pair);
-  }
-  std::sort(ranked.begin(), ranked.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::map<std::string, Pair> ranked;
+  for (const auto& [name, pair] : pairs) ranked.emplace(sha256_hex(seed + ":" + name), pair);
   std::vector<Pair> chosen;
-  for (int64_t i = 0; i < count; ++i) chosen.push_back(ranked[i].second);
+  for (const auto& [hash, pair] : ranked) chosen.push_back(pair);
+  chosen.resize(count);
   return chosen;
 }
 
