@@ -33,9 +33,7 @@ what to do
                        `lavin-rt run --save-context` wrote (.safetensors)
   --query PICTURE      the picture to answer
   -o, --output OUT     the answer
-  Pictures are )";
-
-constexpr char kOptions[] = R"(.
+  Pictures are PNG.
 
 how to do it
   --pairs N            pairs chosen from the task's folder (default: 4)
@@ -266,7 +264,7 @@ int main(int count, char** words) {
   for (int i = 1; i < count; ++i) {
     const std::string word = words[i];
     if (word == "--help" || word == "-h") {
-      std::printf("%s%s%s", kUsage, lavin::known_suffixes().c_str(), kOptions);
+      std::printf("%s", kUsage);
       return 0;
     }
     if (word == "--version") {
