@@ -240,9 +240,9 @@ def test_options_that_are_missing(native):
 
 
 def test_libraries_that_are_missing(configure, tmp_path):
-    done = configure(tmp_path, "-DCMAKE_DISABLE_FIND_PACKAGE_OpenSSL=1", "-DCMAKE_DISABLE_FIND_PACKAGE_PNG=1")
+    done = configure(tmp_path, "-DCMAKE_DISABLE_FIND_PACKAGE_PNG=1", "-DCMAKE_DISABLE_FIND_PACKAGE_nlohmann_json=1")
     assert done.returncode != 0
-    assert re.search("lavin-native lacks .*: apt-get install libpng-dev libssl-dev", done.stderr)
+    assert re.search("lavin-native lacks .*: apt-get install libpng-dev nlohmann-json3-dev", done.stderr)
 
 
 def corrupted(name: str, keep: int | None) -> Callable[[Path, dict], None]:
@@ -264,6 +264,14 @@ def with_foreign(**entries: object) -> Callable[[Path, dict], None]:
     return lambda folder, values: values.update(entries)
 
 
+def without_inputs(folder: Path, values: dict) -> None:
+    del values["parts"]["denoiser"]["inputs"]
+
+
+def with_half_a_size(folder: Path, values: dict) -> None:
+    values["parts"]["denoiser"]["ranges"]["height"] = [1, 8.5]
+
+
 def outside(folder: Path, values: dict) -> None:
     values["files"]["../denoiser.pt2"] = values["files"]["denoiser.pt2"]
 
@@ -275,6 +283,10 @@ def outside(folder: Path, values: dict) -> None:
         (corrupted("denoiser.pt2", 1000), "cannot be loaded"),
         (corrupted("vae_decoder.weights.safetensors", 5000), "truncated"),
         (corrupted("vae_decoder.weights.safetensors", 4), "no header"),
+        (without_inputs, "(/parts/denoiser) key 'inputs' not found"),
+        (with_half_a_size, "expected a whole number, not 8.5"),
+        (with_foreign(size=512.0), "expected a whole number, not 512.0"),
+        (with_foreign(schedules={"20": 20}), "expected a list of whole numbers"),
         (with_foreign(kind="onnx"), "this program runs aoti"),
         (with_foreign(version=2), "its version is another one"),
         (with_foreign(format="else"), "not of a lavin-rt artifact"),
@@ -303,8 +315,28 @@ def test_other_files_than_were_exported(native, compiled, tasks, tmp_path):
     assert "no such file" in said()
     (folder / "vae_encoder.pt2").symlink_to(compiled / "vae_encoder.pt2")
     assert "no plain file" in said()
-    (folder / "manifest.json").write_text('{"format": "lavin-rt artifact", "format": 1}')
-    assert "a name appears twice" in said()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"format": "lavin-rt artifact", "format": 1}', "a name appears twice"),
+        ('{"a": {"b": 1}, "c": {"b": 1, "b": 2}}', "a name appears twice"),
+        ("[" * 66 + "]" * 66, "it nests too deeply"),
+        ("[" * 10**6, "it nests too deeply"),
+        ("[" * 60 + "]" * 60, "cannot use value() with array"),
+        ('{"size": 01}', "no JSON: parse error"),
+        ('{"size": NaN}', "no JSON: parse error"),
+        ('{"size": 1e999}', "no JSON: number overflow"),
+        ("{} {}", "no JSON: parse error"),
+        ("", "no JSON: parse error"),
+        ("{}\0", "no JSON: it has a byte order mark or a zero byte"),
+        ("\ufeff{}", "no JSON: it has a byte order mark or a zero byte"),
+    ],
+)
+def test_manifest_is_read_strictly(native, tasks, tmp_path, text, said):
+    (tmp_path / "manifest.json").write_text(text)
+    assert said in refused(native("--artifact", tmp_path, *tasks[1]["arguments"], "-o", tmp_path / "out.png"))
 
 
 def test_context_of_another_vae(native, compiled, tasks, tmp_path):
