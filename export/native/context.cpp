@@ -134,18 +134,14 @@ int64_t parse_integer(const std::string& text, const std::string& what, int64_t 
 
 std::pair<int64_t, int64_t> parse_size(const std::string& text) {
   const size_t cross = text.find_first_of("xX");
-  const std::string first = text.substr(0, cross), second = cross == std::string::npos ? first : text.substr(cross + 1);
-  int64_t height = 0, width = 0;
   try {
-    height = parse_integer(first, "", 16, 999'999);
-    width = parse_integer(second, "", 16, 999'999);
+    const int64_t height = parse_integer(text.substr(0, cross), "", 16, 999'999);
+    const int64_t width = cross == std::string::npos ? height : parse_integer(text.substr(cross + 1), "", 16, 999'999);
+    if (height % 16 == 0 && width % 16 == 0) return {height, width};
   } catch (const InputError&) {
   }
-  if (height < 16 || width < 16 || height % 16 || width % 16) {
-    throw InputError("size " + one_line(text, 40) +
-                     ": expected positive multiples of 16, as 512 or as 384x640 (height x width)");
-  }
-  return {height, width};
+  throw InputError("size " + one_line(text, 40) +
+                   ": expected positive multiples of 16, as 512 or as 384x640 (height x width)");
 }
 
 }  // namespace lavin
