@@ -10,6 +10,7 @@ import struct
 import subprocess
 import zlib
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -337,6 +338,25 @@ def test_other_files_than_were_exported(native, compiled, tasks, tmp_path):
 def test_manifest_is_read_strictly(native, tasks, tmp_path, text, said):
     (tmp_path / "manifest.json").write_text(text)
     assert said in refused(native("--artifact", tmp_path, *tasks[1]["arguments"], "-o", tmp_path / "out.png"))
+
+
+def test_tasks_by_name(native, compiled, tasks, tmp_path):
+    """A task of the artifact's templates, by its name or a beginning of it that no other has."""
+    folder, task = tmp_path / "artifact", tasks[1]
+    shutil.copytree(compiled, folder)
+    for name in ("depth", "depth_more", "normal_estimation"):
+        shutil.copytree(task["folder"] / "task", folder / "template" / name)
+
+    def run(name: str) -> subprocess.CompletedProcess:
+        arguments = [name if before == "--task" else word for before, word in pairwise([None, *task["arguments"]])]
+        return native("--artifact", folder, *arguments, "-o", tmp_path / "out.png")
+
+    for name in ("depth", "normal"):
+        done = run(name)
+        assert done.returncode == 0, done.stderr
+    assert "task dep fits depth, depth_more; give more of the name" in refused(run("dep"))
+    assert "nowhere: no such folder or task; expected" in refused(run("nowhere"))
+    assert "one of depth, depth_more, normal_estimation" in refused(run("nowhere"))
 
 
 def test_context_of_another_vae(native, compiled, tasks, tmp_path):

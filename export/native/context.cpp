@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <charconv>
+#include <iterator>
 #include <map>
+#include <set>
 #include <tuple>
 
 #include "error.h"
@@ -66,6 +68,25 @@ std::map<std::string, Pair> read_template(const fs::path& folder) {
 }
 
 }  // namespace
+
+fs::path find_task(const std::string& task, const fs::path& templates) {
+  std::error_code error;
+  if (fs::is_directory(task, error)) return task;
+  std::set<std::string> known, fitting;
+  for (const auto& entry : fs::directory_iterator(templates, error)) {
+    const std::string name = entry.path().filename().string();
+    if (name[0] != '.' && entry.is_directory(error)) known.insert(name);
+  }
+  if (known.count(task)) return templates / task;
+  std::copy_if(known.begin(), known.end(), std::inserter(fitting, fitting.end()),
+               [&](const std::string& name) { return !task.empty() && name.starts_with(task); });
+  if (fitting.size() == 1) return templates / *fitting.begin();
+  if (!fitting.empty()) {
+    throw InputError("task " + one_line(task, 60) + " fits " + joined(fitting) + "; give more of the name");
+  }
+  throw InputError(one_line(task) + ": no such folder or task; expected a folder with *_input and *_target pictures" +
+                   (known.empty() ? ", the artifact has no tasks" : " or one of " + joined(known)));
+}
 
 std::vector<Pair> choose_pairs(const fs::path& folder, int64_t count, const std::string& seed) {
   const auto pairs = read_template(folder);

@@ -63,7 +63,9 @@ void add_options(CLI::App& app, Options& options) {
 
   app.option_defaults()->take_last()->group("what to do");
   text("--artifact", "DIR", options.artifact, "the artifact's folder")->required();
-  text("--task", "DIR|FILE", options.task, "folder of *_input and *_target pictures, or a saved context")->required();
+  text("--task", "DIR|NAME|FILE", options.task,
+       "*_input and *_target pictures, a task of the artifact, or a saved context")
+      ->required();
   text("--query", "PICTURE", options.query, "the picture to answer")->required();
   text("-o,--output", "OUT", options.output, "the answer")->required();
 
@@ -117,7 +119,8 @@ void run(const Options& options) {
   const bool encoded = std::filesystem::path(options.task).extension() == ".safetensors";
   std::vector<lavin::Pair> pairs;
   if (!encoded) {
-    pairs = lavin::choose_pairs(options.task, options.pairs, options.seed_text);
+    const auto folder = lavin::find_task(options.task, std::filesystem::path(options.artifact) / "template");
+    pairs = lavin::choose_pairs(folder, options.pairs, options.seed_text);
   }
   const at::Tensor query = lavin::load_picture(options.query);
   const lavin::Runner runner(options.artifact, at::Device(options.device));
