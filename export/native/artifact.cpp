@@ -4,10 +4,12 @@
 #include <sys/stat.h>
 #include <torch/version.h>
 
+#include <algorithm>
+#include <charconv>
 #include <future>
 
 #include "error.h"
-#include "sha256.h"
+#include "json.h"
 
 namespace lavin {
 
@@ -18,8 +20,8 @@ constexpr size_t kMaxBytes = 16 << 20;
 
 bool plain_name(const std::string& name) {
   static constexpr char kKnown[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-";
-  return !name.empty() && name.size() <= 200 && std::isalnum(static_cast<unsigned char>(name[0])) && name != kManifest &&
-         name.find_first_not_of(kKnown) == std::string::npos;
+  return !name.empty() && name.size() <= 200 && std::isalnum(static_cast<unsigned char>(name[0])) &&
+         name != kManifest && name.find_first_not_of(kKnown) == std::string::npos;
 }
 
 void check_file(const fs::path& path, int64_t size) {
@@ -59,8 +61,6 @@ std::pair<int, int> compute_capability(at::Device device) {
   throw InputError("the compute capability of " + device.str() + " cannot be read; is there a GPU, and its driver?");
 }
 
-}  // namespace
-
 at::ScalarType scalar_type(const std::string& name) {
   if (name == "float32") return at::kFloat;
   if (name == "bfloat16") return at::kBFloat16;
@@ -68,68 +68,116 @@ at::ScalarType scalar_type(const std::string& name) {
   throw InputError("dtype is " + one_line(name, 40) + ", expected float32, float16 or bfloat16");
 }
 
+Ranges ranges_of(const Json& json) {
+  Ranges ranges;
+  for (const auto& [name, bounds] : json.get<std::map<std::string, Json>>()) {
+    const std::vector<int64_t> ends = wholes(bounds);
+    if (ends.size() != 2) throw InputError("the range of " + one_line(name, 40) + " has no two ends");
+    ranges[name] = {ends[0], ends[1]};
+  }
+  return ranges;
+}
+
+}  // namespace
+
+static void from_json(const Json& json, Dimension& size) {
+  if (!json.is_string()) {
+    size = {whole(json), ""};
+    return;
+  }
+  const auto text = json.get<std::string>();
+  const size_t star = text.find('*');
+  if (star != std::string::npos) {
+    size.multiple = 0;
+    std::from_chars(text.data(), text.data() + star, size.multiple);
+  }
+  size.name = text.substr(star + 1);  // all of it where there is no star
+  if (size.multiple < 1 || size.name.empty()) throw InputError("a shape has " + one_line(text, 40));
+}
+
+static void from_json(const Json& json, Input& input) {
+  json.at("name").get_to(input.name);
+  input.dtype = scalar_type(json.at("dtype").get<std::string>());
+  json.at("shape").get_to(input.shape);
+}
+
+static void from_json(const Json& json, Part& part) {
+  json.at("file").get_to(part.file);
+  json.at("machine").get_to(part.machine);
+  json.at("cpu_level").get_to(part.cpu_level);
+  json.at("weights").get_to(part.weights);
+  json.at("inputs").get_to(part.inputs);
+  const Json& ranges = json.at("ranges");
+  for (const Json& one : ranges.is_array() ? ranges : Json::array({ranges})) part.ranges.push_back(ranges_of(one));
+}
+
+static void from_json(const Json& json, FileEntry& entry) {
+  entry.bytes = whole(json.at("bytes"));
+  json.at("sha256").get_to(entry.sha256);
+}
+
+static void from_json(const Json& json, Manifest& manifest) {
+  if (json.value("format", Json()) != "lavin-rt artifact") throw InputError("it is not of a lavin-rt artifact");
+  if (json.at("version") != 1) throw InputError("its version is another one than 1, which this program reads");
+  const auto kind = json.at("kind").get<std::string>();
+  if (kind != "aoti") throw InputError("it is of kind " + one_line(kind, 40) + ", this program runs aoti");
+  json.at("vae_fingerprint").get_to(manifest.vae_fingerprint);
+  json.at("latent_scaling").at("shift").get_to(manifest.latent_shift);
+  json.at("latent_scaling").at("scale").get_to(manifest.latent_scale);
+  manifest.size = whole(json.at("size"));
+  manifest.schedules = wholes(json.at("schedules"));
+  json.at("files").get_to(manifest.files);
+  json.at("parts").get_to(manifest.parts);
+  const Json& target = json.at("target");
+  target.at("device").get_to(manifest.device);
+  const Json capability = target.value("compute_capability", Json());
+  if (!capability.is_null()) manifest.capability = wholes(capability);
+  manifest.torch = json.at("versions").value("torch", "none");
+}
+
 Manifest Manifest::read(const fs::path& folder) {
-  Manifest manifest;
-  manifest.folder = folder;
   const fs::path path = folder / kManifest;
   std::error_code error;
-  if (fs::is_symlink(path, error)) throw InputError(path.string() + " is a link; an artifact holds none: copy the file");
+  if (fs::is_symlink(path, error)) throw InputError(path.string() + " is a link; artifacts hold none: copy the file");
   auto file = MappedFile::open(path, "the manifest of an artifact");
-  if (file->size() > kMaxBytes) throw InputError(path.string() + " is too large for a manifest; export the artifact again");
+  if (file->size() > kMaxBytes) throw InputError(path.string() + " is too large for a manifest; export it again");
   try {
-    manifest.values = Json::parse(file->text());
-    const Json& values = manifest.values;
-    if (!values.find("format") || !values["format"].is_string() || values["format"].string() != "lavin-rt artifact") {
-      throw InputError("it is not of a lavin-rt artifact");
-    }
-    if (!values["version"].is_integer() || values["version"].integer() != 1) {
-      throw InputError("its version is another one than 1, which this program reads");
-    }
-    const std::string& kind = values["kind"].string();
-    if (kind != "aoti") throw InputError("it is of kind " + one_line(kind, 40) + ", this program runs aoti");
-    manifest.dtype = scalar_type(values["dtype"].string());
-    manifest.vae_fingerprint = values["vae_fingerprint"].string();
-    manifest.latent_shift = values["latent_scaling"]["shift"].number();
-    manifest.latent_scale = values["latent_scaling"]["scale"].number();
-    manifest.size = values["size"].integer();
+    auto manifest = parse_json(file->text()).get<Manifest>();
+    manifest.folder = folder;
     if (manifest.size < 16 || manifest.size % 16 != 0) {
       throw InputError("its size is " + std::to_string(manifest.size) + ", no positive multiple of 16");
     }
-    for (const Json& steps : values["schedules"].array()) manifest.schedules.push_back(steps.integer());
-    const auto& files = values["files"].object();
-    for (const auto& [name, entry] : files) {
+    for (const auto& [name, entry] : manifest.files) {
       if (!plain_name(name)) throw InputError("the file name " + one_line(name, 60) + " is no plain one");
-      if (entry["bytes"].integer() < 0 || entry["sha256"].string().size() != 64) {
-        throw InputError("the entry of " + name + " has no size and hash");
+      if (entry.bytes < 0 || entry.sha256.size() != 64) throw InputError("file " + name + " has no size and hash");
+    }
+    const auto listed = [&](const std::string& file) { return manifest.files.count(file) > 0; };
+    for (const auto& [name, part] : manifest.parts) {
+      if (!listed(part.file) || !std::all_of(part.weights.begin(), part.weights.end(), listed)) {
+        throw InputError("part " + one_line(name, 40) + " needs a file that is not listed");
       }
     }
-    for (const auto& [name, part] : values["parts"].object()) {
-      if (!files.count(part["file"].string())) throw InputError("part " + name + " needs a file that is not listed");
-      for (const Json& weights : part["weights"].array()) {
-        if (!files.count(weights.string())) throw InputError("part " + name + " needs a file that is not listed");
-      }
+    for (const char* name : {"denoiser", "vae_encoder", "vae_decoder"}) {
+      if (!manifest.parts.count(name)) throw InputError(std::string("it has no part ") + name);
     }
-    for (const char* name : {"denoiser", "vae_encoder", "vae_decoder"}) values["parts"][name];
-    if (!files.count("modulation.safetensors")) throw InputError("it lists no modulation.safetensors");
-  } catch (const InputError& failure) {
-    throw InputError(path.string() + ": " + failure.what() + "; export the artifact again");
+    if (!listed("modulation.safetensors")) throw InputError("it lists no modulation.safetensors");
+    return manifest;
+  } catch (const std::exception& failure) {
+    throw InputError(path.string() + ": " + reason(failure) + "; export the artifact again");
   }
-  return manifest;
 }
 
 void Manifest::check_files() const {
   std::vector<std::future<std::string>> digests;
-  const auto& files = values["files"].object();
-  for (const auto& [name, entry] : files) check_file(folder / name, entry["bytes"].integer());
+  for (const auto& [name, entry] : files) check_file(folder / name, entry.bytes);
   for (const auto& [name, entry] : files) {
     digests.push_back(std::async(std::launch::async, [path = folder / name] {
-      auto file = MappedFile::open(path, "a file of the artifact");
-      return sha256_hex(file->data(), file->size());
+      return sha256_hex(MappedFile::open(path, "a file of the artifact")->text());
     }));
   }
   size_t index = 0;
   for (const auto& [name, entry] : files) {
-    if (digests[index++].get() != entry["sha256"].string()) {
+    if (digests[index++].get() != entry.sha256) {
       throw InputError((folder / name).string() +
                        " is not the file that was exported (another SHA-256 than the manifest's); export or fetch the "
                        "artifact again");
@@ -137,27 +185,24 @@ void Manifest::check_files() const {
   }
 }
 
-void Manifest::check_target(at::Device device) const {
-  const std::string wanted = values["target"]["device"].string();
-  const std::string found = device.is_cuda() ? "cuda" : "cpu";
-  if (wanted != "any" && wanted != found) {
-    throw InputError(folder.string() + " was exported for " + one_line(wanted, 40) + " and cannot run on " + found +
-                     "; choose --device " + one_line(wanted, 40) + " or export it for " + found);
+void Manifest::check_target(at::Device on) const {
+  const std::string found = on.is_cuda() ? "cuda" : "cpu";
+  if (device != "any" && device != found) {
+    throw InputError(folder.string() + " was exported for " + one_line(device, 40) + " and cannot run on " + found +
+                     "; choose --device " + one_line(device, 40) + " or export it for " + found);
   }
-  const Json* capability = values["target"].find("compute_capability");
-  if (device.is_cuda() && capability && !capability->is_null()) {
-    const auto [major, minor] = compute_capability(device);
-    const std::vector<Json>& made_for = capability->array();
-    if (made_for.size() != 2 || made_for[0].integer() != major || made_for[1].integer() != minor) {
-      throw InputError(folder.string() + " was exported for a GPU of another compute capability than " + device.str() +
-                       " has, " + std::to_string(major) + "." + std::to_string(minor) + "; export it on this machine");
+  if (on.is_cuda() && !capability.empty()) {
+    const auto [major, minor] = compute_capability(on);
+    if (capability != std::vector<int64_t>{major, minor}) {
+      throw InputError(folder.string() + " was exported for a GPU of compute capability " + joined(capability, ".") +
+                       ", " + on.str() + " has " + joined(std::vector{major, minor}, ".") +
+                       "; export it on this machine");
     }
   }
-  const Json* exported = values["versions"].find("torch");
-  const std::string torch = exported ? exported->string() : "none";
   if (release(torch) != release(TORCH_VERSION)) {
     throw InputError(folder.string() + " was compiled for torch " + one_line(torch, 40) + ", this program has " +
-                     TORCH_VERSION + "; export it again, or build this program with torch " + one_line(release(torch), 40));
+                     TORCH_VERSION + "; export it again, or build this program with torch " +
+                     one_line(release(torch), 40));
   }
 }
 

@@ -1,22 +1,23 @@
 #include "context.h"
 
 #include <algorithm>
-#include <array>
 #include <charconv>
+#include <iterator>
 #include <map>
+#include <set>
 #include <tuple>
 
 #include "error.h"
 #include "pictures.h"
 #include "safetensors.h"
-#include "sha256.h"
 
 namespace lavin {
 
 namespace {
 
 // What Python takes for pictures; this program reads some of them.
-constexpr const char* kPictures[] = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"};
+constexpr const char* kPictures[] = {".png", ".jpg",  ".jpeg", ".webp", ".gif", ".bmp",
+                                     ".tif", ".tiff", ".ppm",  ".pgm",  ".avif"};
 
 bool is_picture(const fs::path& path) {
   return std::find(std::begin(kPictures), std::end(kPictures), suffix(path)) != std::end(kPictures);
@@ -51,13 +52,16 @@ std::map<std::string, Pair> read_template(const fs::path& folder) {
     place = path;
   }
   if (error) throw InputError(where + ": cannot be read (" + error.message() + "); check its permissions");
-  if (pairs.empty()) throw InputError(where + ": no *_input, *_target pictures here; expected pairs as 0_input.png, 0_target.png");
+  if (pairs.empty()) {
+    throw InputError(where + ": no *_input, *_target pictures here; expected pairs as 0_input.png, 0_target.png");
+  }
   for (const auto& [key, pair] : pairs) {
     if (pair.input.empty() || pair.target.empty()) {
       const fs::path& lonely = pair.input.empty() ? pair.target : pair.input;
-      throw InputError(where + ": no partner for " + lonely.filename().string() +
-                       "; expected one _input and one _target for every text before the first _; add what is missing or "
-                       "take these away");
+      throw InputError(
+          where + ": no partner for " + lonely.filename().string() +
+          "; expected one _input and one _target for every text before the first _; add what is missing or "
+          "take these away");
     }
   }
   return pairs;
@@ -65,20 +69,36 @@ std::map<std::string, Pair> read_template(const fs::path& folder) {
 
 }  // namespace
 
+fs::path find_task(const std::string& task, const fs::path& templates) {
+  std::error_code error;
+  if (fs::is_directory(task, error)) return task;
+  std::set<std::string> known, fitting;
+  for (const auto& entry : fs::directory_iterator(templates, error)) {
+    const std::string name = entry.path().filename().string();
+    if (name[0] != '.' && entry.is_directory(error)) known.insert(name);
+  }
+  if (known.count(task)) return templates / task;
+  std::copy_if(known.begin(), known.end(), std::inserter(fitting, fitting.end()),
+               [&](const std::string& name) { return !task.empty() && name.starts_with(task); });
+  if (fitting.size() == 1) return templates / *fitting.begin();
+  if (!fitting.empty()) {
+    throw InputError("task " + one_line(task, 60) + " fits " + joined(fitting) + "; give more of the name");
+  }
+  throw InputError(one_line(task) + ": no such folder or task; expected a folder with *_input and *_target pictures" +
+                   (known.empty() ? ", the artifact has no tasks" : " or one of " + joined(known)));
+}
+
 std::vector<Pair> choose_pairs(const fs::path& folder, int64_t count, const std::string& seed) {
   const auto pairs = read_template(folder);
   if (count > static_cast<int64_t>(pairs.size())) {
     throw InputError(std::to_string(count) + " context pairs asked for, " + std::to_string(pairs.size()) +
                      " are there; ask for " + std::to_string(pairs.size()) + " at most");
   }
-  std::vector<std::pair<std::array<uint8_t, 32>, Pair>> ranked;
-  for (const auto& [name, pair] : pairs) {
-    const std::string text = seed + ":" + name;
-    ranked.emplace_back(sha256(text.data(), text.size()), pair);
-  }
-  std::sort(ranked.begin(), ranked.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::map<std::string, Pair> ranked;
+  for (const auto& [name, pair] : pairs) ranked.emplace(sha256_hex(seed + ":" + name), pair);
   std::vector<Pair> chosen;
-  for (int64_t i = 0; i < count; ++i) chosen.push_back(ranked[i].second);
+  for (const auto& [hash, pair] : ranked) chosen.push_back(pair);
+  chosen.resize(count);
   return chosen;
 }
 
@@ -90,28 +110,33 @@ EncodedContext EncodedContext::load(const fs::path& path, const std::string& vae
     return found == file.metadata.end() ? std::string() : found->second;
   };
   if (described("format") != "lavin-rt encoded context") {
-    throw InputError(name + ": not an encoded context of lavin-rt (its metadata do not say so); expected a file saved as one");
+    throw InputError(name +
+                     ": not an encoded context of lavin-rt (its metadata do not say so); expected a file saved as one");
   }
   if (described("version") != "1") {
-    throw InputError(name + ": is of version " + one_line(described("version"), 20) + ", this program reads 1; encode it again");
+    throw InputError(name + ": is of version " + one_line(described("version"), 20) +
+                     ", this program reads 1; encode it again");
   }
   if (described("vae_fingerprint") != vae_fingerprint) {
     throw InputError(name + ": encoded by another VAE (fingerprint " + one_line(described("vae_fingerprint"), 12) +
-                     ", this one has " + vae_fingerprint.substr(0, 12) + "); encode the task's context again with this VAE");
+                     ", this one has " + vae_fingerprint.substr(0, 12) +
+                     "); encode the task's context again with this VAE");
   }
   if (described("frames_per_clip") != "1") {
     throw InputError(name + ": holds clips of " + one_line(described("frames_per_clip"), 20) +
                      " frames; this program takes pictures, run clips with lavin-rt run");
   }
   if (described("posterior") != "mean") {
-    throw InputError(name + ": holds the posterior's " + one_line(described("posterior"), 20) + ", this program takes its mean; encode it again");
+    throw InputError(name + ": holds the posterior's " + one_line(described("posterior"), 20) +
+                     ", this program takes its mean; encode it again");
   }
   EncodedContext context;
   std::tie(context.height, context.width) = parse_size(described("size"));
   context.pairs = parse_integer(described("pairs"), "number of pairs in " + name, 1, 100'000);
   const std::vector<int64_t> shape{1, 16, 2 * context.pairs, context.height / 8, context.width / 8};
   const at::Tensor& latents = file.at("latents");
-  if (latents.sizes() != at::IntArrayRef(shape) || !latents.is_floating_point() || !latents.isfinite().all().item<bool>()) {
+  if (latents.sizes() != at::IntArrayRef(shape) || !latents.is_floating_point() ||
+      !latents.isfinite().all().item<bool>()) {
     throw InputError(name + ": its latents are not the finite numbers that its metadata announce; encode it again");
   }
   context.latents = latents.to(at::kFloat);
@@ -130,17 +155,14 @@ int64_t parse_integer(const std::string& text, const std::string& what, int64_t 
 
 std::pair<int64_t, int64_t> parse_size(const std::string& text) {
   const size_t cross = text.find_first_of("xX");
-  const std::string first = text.substr(0, cross), second = cross == std::string::npos ? first : text.substr(cross + 1);
-  int64_t height = 0, width = 0;
   try {
-    height = parse_integer(first, "", 16, 999'999);
-    width = parse_integer(second, "", 16, 999'999);
+    const int64_t height = parse_integer(text.substr(0, cross), "", 16, 999'999);
+    const int64_t width = cross == std::string::npos ? height : parse_integer(text.substr(cross + 1), "", 16, 999'999);
+    if (height % 16 == 0 && width % 16 == 0) return {height, width};
   } catch (const InputError&) {
   }
-  if (height < 16 || width < 16 || height % 16 || width % 16) {
-    throw InputError("size " + one_line(text, 40) + ": expected positive multiples of 16, as 512 or as 384x640 (height x width)");
-  }
-  return {height, width};
+  throw InputError("size " + one_line(text, 40) +
+                   ": expected positive multiples of 16, as 512 or as 384x640 (height x width)");
 }
 
 }  // namespace lavin

@@ -16,6 +16,10 @@ struct Pair {
   fs::path input, target;
 };
 
+// The folder of a task: the folder given, else that of `templates` which has the name or, alone, begins with it.
+// Throws InputError: neither, with the tasks there are, or a beginning that fits several.
+fs::path find_task(const std::string& task, const fs::path& templates);
+
 // `count` pairs of a folder of `*_input` and `*_target` pictures, chosen and ordered by seed as in Python.
 // Throws InputError: no such folder, no pairs, a picture without its partner, two with one name, or too few.
 std::vector<Pair> choose_pairs(const fs::path& folder, int64_t count, const std::string& seed);

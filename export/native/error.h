@@ -1,6 +1,7 @@
 // What a user is told when something they gave cannot be used.
 #pragma once
 
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -8,11 +9,6 @@ namespace lavin {
 
 // One line with what was found, what was expected and what to do; the program prints it and exits with code 2.
 struct InputError : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-// The sampler's latents stopped being finite numbers.
-struct NonFiniteError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
@@ -24,15 +20,15 @@ inline std::string one_line(std::string text, size_t most = 300) {
   return text.size() > most ? text.substr(0, most) + "..." : text;
 }
 
-// Numbers with commas between them, for messages.
-template <typename Numbers>
-std::string joined(const Numbers& numbers) {
-  std::string text;
-  for (const auto number : numbers) {
-    if (!text.empty()) text += ", ";
-    text += std::to_string(number);
+// Numbers or texts with commas between them, for messages.
+template <typename Items>
+std::string joined(const Items& items, const char* between = ", ") {
+  std::ostringstream text;
+  for (const char* before = ""; const auto& item : items) {
+    text << before << item;
+    before = between;
   }
-  return text;
+  return text.str();
 }
 
 }  // namespace lavin

@@ -1,6 +1,7 @@
 #include "files.h"
 
 #include <fcntl.h>
+#include <openssl/evp.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -41,6 +42,18 @@ std::shared_ptr<MappedFile> MappedFile::open(const fs::path& path, const std::st
 
 MappedFile::~MappedFile() {
   if (size_) ::munmap(const_cast<char*>(data_), size_);
+}
+
+std::string sha256_hex(std::string_view bytes) {
+  unsigned char digest[EVP_MAX_MD_SIZE];
+  unsigned size = 0;
+  if (!EVP_Digest(bytes.data(), bytes.size(), digest, &size, EVP_sha256(), nullptr)) {
+    throw std::runtime_error("OpenSSL has no SHA-256 here");
+  }
+  static constexpr char kDigits[] = "0123456789abcdef";
+  std::string text;
+  for (unsigned i = 0; i < size; ++i) text += {kDigits[digest[i] >> 4], kDigits[digest[i] & 15]};
+  return text;
 }
 
 namespace {

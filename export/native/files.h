@@ -1,4 +1,4 @@
-// Files: mapped to be read, written whole or not at all.
+// Files: mapped to be read, told apart by their hash, written whole or not at all.
 #pragma once
 
 #include <cstddef>
@@ -31,6 +31,9 @@ class MappedFile {
   const char* data_ = "";
   size_t size_ = 0;
 };
+
+// SHA-256 as 64 hexadecimal digits in lower case.
+std::string sha256_hex(std::string_view bytes);
 
 // Calls `write` with a free name beside `path`, then renames that file to `path`; removes it where anything fails.
 void written_whole(const fs::path& path, const std::function<void(const fs::path&)>& write);

@@ -32,10 +32,9 @@ class Network {
  private:
   void check_shapes(const std::vector<at::Tensor>& inputs) const;
 
-  const Json& part_;
+  const Part& part_;
   std::string name_;
   at::Device device_;
-  std::vector<at::ScalarType> dtypes_;
   std::unordered_map<std::string, at::Tensor> weights_;
   std::unique_ptr<torch::inductor::AOTIModelPackageLoader> loader_;
 };

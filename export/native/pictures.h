@@ -10,14 +10,11 @@ namespace lavin {
 // A file name's suffix in lower case, with its dot.
 std::string suffix(const fs::path& path);
 
-// What this build reads and writes, for messages: .ppm, and .png where it has libpng.
-std::string known_suffixes();
-
-// One picture as uint8 [3, H, W]: binary PPM or PGM, or PNG. Transparency is composited on white, 16 bits become 8.
-// EXIF orientation is not applied. Throws InputError: no such file, not such a picture, truncated, or too large.
+// A PNG as uint8 [3, H, W]. Transparency is composited on white, 16 bits become 8, EXIF orientation is not applied.
+// Throws InputError: no such file, not such a picture, truncated, or too large.
 at::Tensor load_picture(const fs::path& path);
 
-// Writes uint8 [3, H, W] as .ppm or .png, whole or not at all.
+// Writes uint8 [3, H, W] as .png, whole or not at all.
 void save_picture(const at::Tensor& picture, const fs::path& path);
 
 // Throws InputError for a name or a place that save_picture cannot write to; makes the folder where it is missing.

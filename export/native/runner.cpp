@@ -48,7 +48,8 @@ at::Tensor Runner::sample(const at::Tensor& condition, const at::Tensor& noise, 
     auto found = modulation_.find(name + std::to_string(steps));
     if (found == modulation_.end()) {
       throw InputError("steps is " + std::to_string(steps) + "; the artifact has the schedules of " +
-                       joined(manifest_.schedules) + "; choose one, or export it with --steps " + std::to_string(steps));
+                       joined(manifest_.schedules) + "; choose one, or export it with --steps " +
+                       std::to_string(steps));
     }
     return found->second;
   };
@@ -74,8 +75,9 @@ at::Tensor Runner::sample(const at::Tensor& condition, const at::Tensor& noise, 
     const float step = (knots[i + 1] - knots[i]).item<float>();
     latents = at::add(latents, velocity, step);
     if (!latents.isfinite().all().item<bool>()) {
-      throw NonFiniteError("latents became NaN or infinite in step " + std::to_string(i + 1) + " of " +
-                           std::to_string(evaluations) + "; check the weights, or export the artifact in float32 if they are sound");
+      throw std::runtime_error("latents became NaN or infinite in step " + std::to_string(i + 1) + " of " +
+                               std::to_string(evaluations) +
+                               "; check the weights, or export the artifact in float32 if they are sound");
     }
     progress(i + 1, evaluations);
   }
@@ -83,7 +85,7 @@ at::Tensor Runner::sample(const at::Tensor& condition, const at::Tensor& noise, 
 }
 
 at::Tensor draw_noise(uint64_t seed, int64_t height, int64_t width) {
-  return at::randn({1, 16, 1, height / 8, width / 8}, at::detail::createCPUGenerator(seed), at::TensorOptions().dtype(at::kFloat));
+  return at::randn({1, 16, 1, height / 8, width / 8}, at::detail::createCPUGenerator(seed), at::kFloat);
 }
 
 }  // namespace lavin
