@@ -29,7 +29,8 @@ POLICY = (
 )
 LOGIN = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>lavin-rt</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>:root{{color-scheme:light dark}}body{{font:16px system-ui,sans-serif;max-width:22rem;margin:15vh auto;padding:0 1rem}}
+<style>:root{{color-scheme:light dark}}
+body{{font:16px system-ui,sans-serif;max-width:22rem;margin:15vh auto;padding:0 1rem}}
 input,button{{font:inherit;padding:.6rem;width:100%;box-sizing:border-box;margin-top:.6rem}}p{{color:#c33}}</style></head>
 <body><h1>lavin-rt</h1><form method="post" action="login"><label for="token">Token of this service</label>
 <input id="token" name="token" type="password" autocomplete="current-password" autofocus required>

@@ -113,5 +113,5 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--checkpoint",
         metavar="PATH|HUB-ID|ARTIFACT",
-        help="folder, weights.tar.gz, exported artifact, or Hugging Face id (default: the small model that comes along)",
+        help="folder, weights.tar.gz, exported artifact, or Hugging Face id (default: the small model)",
     )
