@@ -1,7 +1,5 @@
 """`lavin-rt map`: queries found, pictures that are those of a run, lost workers, second calls."""
 
-# ruff: noqa: E402 (what needs an extra comes behind the question whether it is there)
-
 from __future__ import annotations
 
 import json
@@ -9,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from lavin_rt.cli import main
 from lavin_rt.errors import InputError
 
 pytest.importorskip("fsspec", reason="needs the extra ray")
-pyarrow = pytest.importorskip("pyarrow", reason="needs the extra ray")
+pytest.importorskip("pyarrow", reason="needs the extra ray")
 
 import pyarrow.parquet
 
@@ -81,7 +80,7 @@ def actor_processes() -> list[int]:
     found = []
     for name in os.listdir("/proc"):
         try:
-            if name.isdigit() and b"MapWorker" in open(f"/proc/{name}/cmdline", "rb").read():
+            if name.isdigit() and b"MapWorker" in Path(f"/proc/{name}/cmdline").read_bytes():
                 found.append(int(name))
         except OSError:
             continue
