@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import html
 import secrets
 import shutil
@@ -62,10 +63,9 @@ class Page:
     def __init__(self, service: Service):
         self.service = service
         self._tickets: OrderedDict[str, Ticket] = OrderedDict()
-        self._downloads = Path(tempfile.mkdtemp(prefix="lavin-rt-page-"))
+        self.downloads = Path(tempfile.mkdtemp(prefix="lavin-rt-page-"))
 
-    def close(self) -> None:
-        shutil.rmtree(self._downloads, ignore_errors=True)
+        atexit.register(shutil.rmtree, self.downloads, ignore_errors=True)
 
     def names(self) -> list[str]:
         return [entry.name for entry in self.service.library.all()]
@@ -137,9 +137,9 @@ class Page:
 
     def _download(self, frames: torch.Tensor, task: str, seed: int) -> str:
         kind = "png" if len(frames) == 1 else "webp"
-        for old in sorted(self._downloads.iterdir(), key=lambda path: path.stat().st_mtime)[:-DOWNLOADS]:
+        for old in sorted(self.downloads.iterdir(), key=lambda path: path.stat().st_mtime)[:-DOWNLOADS]:
             shutil.rmtree(old, ignore_errors=True)
-        folder = self._downloads / secrets.token_hex(8)
+        folder = self.downloads / secrets.token_hex(8)
         folder.mkdir()
         path = folder / f"{task}-{seed}.{kind}"
         path.write_bytes(pictures.encode(frames, kind))
@@ -190,6 +190,8 @@ def mount_page(app: FastAPI, service: Service) -> FastAPI:
         blocks,
         path="/",
         footer_links=["settings"],
+        # The examples' own queries, beside what the page's visitors made.
+        allowed_paths=[*(str(path) for _, path in page.examples()), str(page.downloads)],
         max_file_size=service.limits.body_bytes,
         show_error=False,
         ssr_mode=False,
@@ -276,8 +278,6 @@ def build(page: Page) -> gr.Blocks:
         for button, (name, path) in zip(buttons, examples, strict=True):
             choose = button.click(lambda name=name, path=path: (name, str(path)), None, [task, query], **private)
             choose.then(page.run, asked, answered, **private)
-    # The examples' own queries are the only files that the page hands out beside what its visitors made.
-    blocks.allowed_paths = [str(path) for _, path in examples]
     return blocks
 
 
