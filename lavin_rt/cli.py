@@ -1,4 +1,4 @@
-"""The command line: `lavin-rt run`, `info`, `export` and `bench`.
+"""The command line: `lavin-rt run`, `serve`, `map`, `task`, `info`, `export` and `bench`.
 
 Exit codes: 0 done, 1 the run failed, 2 something given cannot be used, 130 interrupted. Errors are one line on stderr.
 """
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from lavin_rt.errors import InputError
+from lavin_rt.serve.options import add_map, add_serve, add_task
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_export(commands)
     _add_bench(commands)
+    add_serve(commands, _add_checkpoint_options)
+    add_map(commands, _add_checkpoint_options)
+    add_task(commands, _Parser, _add_checkpoint_options)
     return root
 
 
@@ -276,6 +280,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from lavin_rt.run import run as command
             elif options.main == "info":
                 from lavin_rt.info import info as command
+            elif options.main == "serve":
+                from lavin_rt.serve.command import serve as command
+            elif options.main == "map":
+                from lavin_rt.serve.fleet import run_map as command
+            elif options.main == "task add":
+                from lavin_rt.task_command import add as command
+            elif options.main == "task show":
+                from lavin_rt.task_command import show as command
             elif options.main == "export":
                 from lavin_export.cli import export as command
             elif options.main == "bench tune":

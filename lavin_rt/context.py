@@ -19,6 +19,7 @@ from lavin_rt.files import written_whole
 
 _ROLES = ("input", "target")
 _FORMAT, _VERSION = "lavin-rt encoded context", "1"
+THUMBNAILS = "thumbnails"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,7 @@ def find_task(name: str | os.PathLike, template_roots: Iterable[str | os.PathLik
         return Path(text)
     if os.sep in text:
         raise InputError(f"{shown}: no such folder; expected one with *_input and *_target pictures, or a task's name")
-    tasks = [{path.name: path for path in _entries(Path(root)) if path.is_dir()} for root in template_roots]
+    tasks = [{path.name: path for path in task_folders(root)} for root in template_roots]
     for of_root in tasks:
         if text in of_root:
             return of_root[text]
@@ -145,6 +146,11 @@ def find_task(name: str | os.PathLike, template_roots: Iterable[str | os.PathLik
     known = sorted({task for of_root in tasks for task in of_root}, key=images.natural_key)
     expected = f"expected a folder or one of {', '.join(known)}" if known else "no templates here; give a folder"
     raise InputError(f"unknown task {text!r}; {expected}")
+
+
+def task_folders(root: str | os.PathLike) -> list[Path]:
+    """The folders in a folder of templates, in natural order; none where there is no such folder."""
+    return [path for path in _entries(Path(root)) if path.is_dir()]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -258,6 +264,10 @@ class EncodedContext:
         Raises:
             InputError: the file cannot be written.
         """
+        self.save_with(path, {}, {})
+
+    def save_with(self, path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], more: Mapping[str, str]) -> None:
+        """Writes the file of `save` with more tensors and metadata, as a task pack has them."""
         from safetensors.torch import save
 
         described = {
@@ -269,7 +279,7 @@ class EncodedContext:
             "pairs": str(self.pairs),
             "frames_per_clip": str(self.frames_per_clip),
         }
-        content = save({"latents": self.latents.detach().cpu().contiguous()}, metadata=described)
+        content = save({"latents": self.latents.detach().cpu().contiguous(), **tensors}, metadata={**more, **described})
         images.check_writable(path)
         with written_whole(path) as partial:
             partial.write_bytes(content)
@@ -293,7 +303,8 @@ class EncodedContext:
                 version = described.get("version", "none")
                 if version != _VERSION:
                     raise InputError(f"{name}: is of version {version}, this package reads {_VERSION}; encode it again")
-                if list(file.keys()) != ["latents"]:
+                # A task pack has small pictures of its pairs beside them (lavin_rt.packs).
+                if "latents" not in file.keys() or set(file.keys()) - {"latents", THUMBNAILS}:  # noqa: SIM118
                     raise InputError(f"{name}: holds {sorted(file.keys())}, expected latents alone; encode it again")
                 latents = file.get_tensor("latents").clone()
         except FileNotFoundError:
