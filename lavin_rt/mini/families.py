@@ -218,7 +218,7 @@ def _in_colours(number: int, palette: np.ndarray) -> Member:
     return Member(f"palette {number}", coloured)
 
 
-def _coloured(colours: int, seed: int, trained: int = 48, held_out: int = 6) -> Family:
+def _coloured(colours: int, seed: int, trained: int = 32, held_out: int = 6) -> Family:
     members = [_in_colours(i, palette) for i, palette in enumerate(_palettes(trained + held_out, colours, seed))]
     return Family(tuple(members[:trained]), tuple(members[trained:]))
 
