@@ -19,6 +19,7 @@ from lavin_rt.mini.sources import photograph_crop, split_of
 SKY, GROUND, SPHERE, BOX, CYLINDER = range(5)
 FIELD_OF_VIEW = 50.0  # degrees
 TEXTURE_SIZE = 128
+FLOW_SIGNS = np.array([-1, 1], np.float32)  # from what is divided by minus the depth to right and down
 VARIED = 8  # one seed in so many has a sphere, a box and a cylinder, and a camera so low that there is sky
 
 
@@ -108,7 +109,7 @@ class _Solid:
     def own_normals(self, points: np.ndarray) -> np.ndarray:
         """Exact unit normals `[N, 3]` at points `[N, 3]`, both in the object's own axes, float32."""
         if self.kind == SPHERE:
-            return points / np.linalg.norm(points, axis=1, keepdims=True)
+            return points / np.sqrt((points * points).sum(1, keepdims=True))
         normals = np.zeros_like(points)
         if self.kind == BOX:
             axis, rows = (np.abs(points) / self.half).argmax(1), np.arange(len(points))
@@ -210,14 +211,15 @@ class Scene:
             albedo[samples] = solid.texture.albedo(scaled, own_normals[first:])
             shine[samples] = solid.shine
         dark, light = self._shaded(caster, rays[pixels:], points[pixels:], normals[pixels:], albedo, shine)
-        sky = self._sky(rays[pixels:])
-        far = np.clip((distance[pixels:] - 9) / 14, 0, 1)  # haze: the ground's edge fades into the horizon
-        far[owner[pixels:] < 0] = 1
+        # Haze: the ground's edge fades into the horizon.
+        far = np.where(owner[pixels:] < 0, 1, np.clip((distance[pixels:] - 9) / 14, 0, 1))
+        hazy = np.flatnonzero(far)
+        far, sky = far[hazy, None], self._sky(rays[pixels:][hazy])
 
         def seen(lit: np.ndarray) -> np.ndarray:
             """Shaded samples over the sky, four a pixel, to uint8 `[size, size, 3]`."""
-            colour = lit + (sky - lit) * far[:, None]
-            return np.uint8(np.clip(colour.reshape(4, size, size, 3).mean(0), 0, 1) * 255 + 0.5)
+            lit[hazy] += (sky - lit[hazy]) * far
+            return np.uint8(np.clip(lit.reshape(4, size, size, 3).mean(0), 0, 1) * 255 + 0.5)
 
         owner = owner[:pixels]
         of_owner = np.array([GROUND] + [s.kind for s in self.solids] + [SKY], np.uint8)  # the last is that of -1
@@ -250,8 +252,9 @@ class Scene:
         reached = np.zeros(len(points), np.float32)
         reached[facing] = caster.run(origins, np.broadcast_to(light, origins.shape), query="OCCLUDED") < 0
         glossy = np.flatnonzero(shine * lambert > 0)
-        half = light - rays[glossy] / np.linalg.norm(rays[glossy], axis=1, keepdims=True)
-        half /= np.linalg.norm(half, axis=1, keepdims=True)
+        away = rays[glossy]
+        half = light - away / np.sqrt((away * away).sum(1, keepdims=True))
+        half /= np.sqrt((half * half).sum(1, keepdims=True))
         direct = albedo * (np.float32(1.1 - self.ambient) * lambert)[:, None]
         direct[glossy] += (shine[glossy] * np.maximum((normals[glossy] * half).sum(1), 0) ** 30)[:, None]
         ambient = albedo * np.float32(self.ambient)
@@ -259,7 +262,7 @@ class Scene:
 
     def _sky(self, rays: np.ndarray) -> np.ndarray:
         """Colours `[N, 3]` float32 of the sky along rays `[N, 3]`."""
-        up = np.clip(rays[:, 1] / np.linalg.norm(rays, axis=1), 0, 1)[:, None] ** np.float32(0.7)
+        up = np.maximum(rays[:, 1] / np.sqrt((rays * rays).sum(1)), 0)[:, None] ** np.float32(0.7)
         horizon, above = self.sky.astype(np.float32)
         return horizon + (above - horizon) * up
 
@@ -267,25 +270,23 @@ class Scene:
         """Where points `[N, 3]` of the objects `owner` are seen a moment later, less where they are now: float32
         `[N, 2]`, right and down, as shares of the picture's side; 0 for sky.
         """
-        velocities = np.stack([np.zeros(3)] + [s.velocity for s in self.solids] + [np.zeros(3)])
+        velocities = np.array([[0] * 3] + [s.velocity for s in self.solids] + [[0] * 3], np.float32)
         places = []
         for later in (0, 1):
-            position, axes = self._camera(moment + later)
+            position, axes = (part.astype(np.float32) for part in self._camera(moment + later))
             seen = (points + later * velocities[owner] - position) @ axes
-            places.append(seen[:, :2] / np.minimum(seen[:, 2:], -1e-3))
-        flow = (places[1] - places[0]) * [-0.5, 0.5] / np.tan(np.radians(FIELD_OF_VIEW / 2))
+            places.append(seen[:, :2] / np.minimum(seen[:, 2:], np.float32(-1e-3)))
+        flow = (places[1] - places[0]) * np.float32(0.5 / np.tan(np.radians(FIELD_OF_VIEW / 2))) * FLOW_SIGNS
         flow[owner < 0] = 0
-        return flow.astype(np.float32)
+        return flow
 
     def _camera(self, moment: float) -> tuple[np.ndarray, np.ndarray]:
         """Position `[3]` and axes `[3, 3]`, whose columns are right, up and back."""
         azimuth, elevation, distance = self.camera
         azimuth = azimuth + moment * self.orbit
-        back = np.array([np.sin(azimuth) * np.cos(elevation), np.sin(elevation), np.cos(azimuth) * np.cos(elevation)])
-        position = self.target + distance * back
-        right = np.cross([0, 1, 0], back)
-        right /= np.linalg.norm(right)
-        return position, np.stack([right, np.cross(back, right), back], axis=1)
+        sa, ca, se, ce = np.sin(azimuth), np.cos(azimuth), np.sin(elevation), np.cos(elevation)
+        axes = np.array([[ca, -se * sa, ce * sa], [0, ce, se], [-sa, -se * ca, ce * ca]])
+        return self.target + distance * axes[:, 2], axes
 
 
 class _Placed(NamedTuple):
