@@ -1,9 +1,15 @@
-"""What both trainings share: averaged weights, the learning rate, a log, and a state to go on from."""
+"""What the trainings share: averaged weights, the learning rate, a log, and a state to go on from.
+
+Nothing here waits for the device in a step: figures are summed there and fetched when a line is logged.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,21 +45,34 @@ class AveragedWeights:
 
 
 @dataclasses.dataclass(frozen=True)
+class Length:
+    """How long a training lasts: `steps`, or `seconds` of training, whichever ends first; one may be None."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The share that is done, from 0 to 1."""
+        of_steps = step / self.steps if self.steps else 0.0
+        of_seconds = seconds / self.seconds if self.seconds is not None and self.seconds > 0 else 0.0
+        return 1.0 if self.seconds is not None and self.seconds <= 0 else min(1.0, max(of_steps, of_seconds))
+
+
+@dataclasses.dataclass(frozen=True)
 class Rate:
-    """The learning rate: a linear rise over `warmup` steps, constant, a linear fall over the last `fall` of `steps`
-    (a share), to a hundredth of the peak.
+    """The learning rate: a linear rise over `warmup` steps, constant, a linear fall over the last `fall` of the
+    training (a share), to a hundredth of the peak.
 
     Constant in between, so that a run can be prolonged, or ended early, without having been planned so.
     """
 
     peak: float
-    steps: int
     warmup: int
-    fall: float = 0.3
+    fall: float = 0.4
 
-    def at(self, step: int) -> float:
+    def at(self, step: int, progress: float) -> float:
         rising = min(1.0, (step + 1) / self.warmup)
-        falling = min(1.0, (self.steps - step) / max(1, round(self.fall * self.steps)))
+        falling = min(1.0, (1 - progress) / self.fall)
         return self.peak * rising * max(falling, 0.01)
 
 
@@ -63,16 +82,27 @@ class Trainer:
     Args:
         network: float32, its parameters requiring gradients.
         rate: the learning rate.
+        length: of the training.
         folder: for `<name>-state.pt`, which a later run goes on from, and `<name>-log.jsonl`.
         name: of the network, in files.
         decay: of the averaged weights.
         save_every: seconds between saves.
+        log_every: steps between lines of the log.
     """
 
     def __init__(
-        self, network: nn.Module, rate: Rate, folder: Path, name: str, decay: float = 0.999, save_every: float = 120.0
+        self,
+        network: nn.Module,
+        rate: Rate,
+        length: Length,
+        folder: Path,
+        name: str,
+        decay: float = 0.999,
+        save_every: float = 60.0,
+        log_every: int = 200,
     ):
-        self.network, self.rate, self.folder, self.name, self.save_every = network, rate, folder, name, save_every
+        self.network, self.rate, self.length, self.folder, self.name = network, rate, length, folder, name
+        self.save_every, self.log_every = save_every, log_every
         matrices = [p for p in network.parameters() if p.dim() > 1]
         others = [p for p in network.parameters() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
@@ -80,14 +110,20 @@ class Trainer:
         self.averaged = AveragedWeights(network, decay)
         self.step = 0
         self.seconds = 0.0
-        self.log_every = min(50, max(1, rate.steps // 10))
-        self._sums: dict[str, float] = {}
+        self.samples = 0
+        self.slower = 1.0  # factor of the rate, smaller after a loss that was no number
+        self._sums: dict[str, torch.Tensor] = {}
         self._count = 0
+        self._logged = (0.0, 0)
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def state_file(self) -> Path:
         return self.folder / f"{self.name}-state.pt"
+
+    @property
+    def progress(self) -> float:
+        return self.length.progress(self.step, self.seconds)
 
     def resume(self) -> bool:
         """Goes on from the folder's state, if there is one.
@@ -108,7 +144,8 @@ class Trainer:
             ) from error
         for name, value in state["averaged"].items():
             self.averaged.values[name].copy_(value)
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.samples = state["step"], state["seconds"], state["samples"]
+        self._logged = (self.seconds, self.samples)
         return True
 
     def save(self) -> None:
@@ -118,6 +155,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
+            "samples": self.samples,
         }
         with written_whole(self.state_file) as partial:
             torch.save(state, partial)
@@ -126,9 +164,9 @@ class Trainer:
         """The steps that are left, with progress; saves now and then and at the end, interrupted or not."""
         saved = began = time.monotonic()
         before = self.seconds
-        bar = tqdm(total=self.rate.steps, initial=self.step, desc=self.name, unit="step", mininterval=2.0)
+        bar = tqdm(total=self.length.steps, initial=self.step, desc=self.name, unit="step", mininterval=10.0)
         try:
-            while self.step < self.rate.steps:
+            while self.progress < 1:
                 yield self.step
                 self.seconds = before + time.monotonic() - began
                 bar.update()
@@ -144,19 +182,19 @@ class Trainer:
     def on_save(self) -> None:
         """Called after every save; may be replaced."""
 
-    def update(self, loss: torch.Tensor, before_step: Callable[[], None] | None = None, **logged: float) -> None:
-        """One optimiser step down a loss; logs the means of the loss and `logged` every 50 steps, or every
-        tenth of a shorter run.
+    def update(
+        self,
+        loss: torch.Tensor,
+        samples: int = 0,
+        before_step: Callable[[], None] | None = None,
+        **logged: torch.Tensor,
+    ) -> None:
+        """One optimiser step down a loss; logs the means of the loss and of `logged` now and then.
 
-        `before_step` is called between gradients and step.
-
-        Raises:
-            InputError: the loss is no longer a finite number.
+        `before_step` is called between gradients and step. A loss that is no finite number is met when a line is
+        logged: training goes back to the state on disk, at half the rate.
         """
-        value = float(loss.detach())
-        if not value < float("inf"):
-            raise InputError(f"{self.name}: the loss became {value} in step {self.step}; lower the learning rate")
-        rate = self.rate.at(self.step)
+        rate = self.rate.at(self.step, self.progress) * self.slower
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss.backward()
@@ -166,15 +204,41 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.averaged.update(self.network, self.step)
-        for key, amount in {"loss": value, "gradient": float(norm), **logged}.items():
-            self._sums[key] = self._sums.get(key, 0.0) + amount
+        for key, amount in {"loss": loss, "gradient": norm, **logged}.items():
+            amount = amount.detach().float()
+            self._sums[key] = self._sums[key] + amount if key in self._sums else amount
         self._count += 1
         self.step += 1
-        if self.step % self.log_every == 0 or self.step == self.rate.steps:
-            means = {key: round(total / self._count, 5) for key, total in self._sums.items()}
-            self.log({"network": self.name, "step": self.step, **means, "rate": rate, "seconds": round(self.seconds)})
-            self._sums, self._count = {}, 0
+        self.samples += samples
+        if self.step % self.log_every == 0 or self.progress >= 1:
+            self._log_means(rate)
+
+    def _log_means(self, rate: float) -> None:
+        means = {key: total / self._count for key, total in self._sums.items()}
+        values = {key: round(float(value), 5) for key, value in means.items() if value.dim() == 0}
+        self._sums, self._count = {}, 0
+        if not math.isfinite(values["loss"]):
+            self.slower /= 2
+            if self.slower < 0.05 or not self.resume():
+                raise InputError(f"{self.name}: the loss is no finite number in step {self.step}; lower the rate")
+            print(
+                f"warning: {self.name}: the loss was no number; back to step {self.step} at half the rate", flush=True
+            )
+            return
+        seconds, samples = self.seconds - self._logged[0], self.samples - self._logged[1]
+        self._logged = (self.seconds, self.samples)
+        speed = {"samples": self.samples, "samples/s": round(samples / seconds)} if samples and seconds > 0 else {}
+        now = {"rate": rate, **speed, "seconds": round(self.seconds, 1)}
+        self.log({"network": self.name, "step": self.step, **values, **now})
 
     def log(self, record: dict[str, Any]) -> None:
         with open(self.folder / f"{self.name}-log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        print(json.dumps(record), file=sys.stderr, flush=True)
+
+
+def autocast(device: torch.device | str) -> contextlib.AbstractContextManager:
+    """bfloat16 where it is fast: on a GPU, and on a processor with AMX; float32 elsewhere."""
+    kind = torch.device(device).type
+    enabled = kind == "cuda" or (kind == "cpu" and torch.cpu._is_amx_tile_supported())
+    return torch.autocast(kind, torch.bfloat16, enabled=enabled)
