@@ -13,7 +13,16 @@ pytest.importorskip("trimesh", reason="needs the extra train")
 
 from lavin_bench import report
 from lavin_bench.pipeline_variants import CPU_VAE, QUICK_CONFIG, random_model, random_vae
-from lavin_bench.quality import Answered, across_tasks, answer, context_record, figures, run, task_record
+from lavin_bench.quality import (
+    Answered,
+    across_tasks,
+    answer,
+    border_steps,
+    context_record,
+    figures,
+    run,
+    task_record,
+)
 from lavin_bench.quality_answers import Answers, Sampling
 from lavin_bench.quality_queries import CONTEXTS_FROM, Scenery, TaskQueries, alike, draw
 from lavin_bench.quality_report import quality_table, summary
@@ -81,6 +90,38 @@ def test_tasks_of_the_same_pictures_are_asked_about_the_same_scenes(drawn):
         assert not {query.tobytes() for query in asked.queries} & {pair[0].tobytes() for pair in asked.pool}
         assert all(len(set(row)) == 2 for row in asked.picks.tolist())
     assert np.array_equal(by_name["depth_estimation"].queries, by_name["edge_detection"].queries[:SCENES])
+
+
+def test_families_are_asked_about_members_that_are_trained_and_that_are_not():
+    """Every query has the context of its own member, shuffled or not, and both kinds ask about the same inputs."""
+    task = TASKS["mask_colours"]
+    trained, held_out = draw(SIZE, 5, 2, [task], show=False)
+    assert (trained.name, held_out.name) == ("mask_colours", "mask_colours, held out")
+    assert trained.members[0] is task.members[0] and not set(trained.members) & set(held_out.members)
+    assert set(held_out.members) <= set(task.held_out) and np.array_equal(trained.queries, held_out.queries)
+    for asked in (trained, held_out):
+        assert len(asked.members) == 4
+
+        def colours(pictures: np.ndarray) -> set[tuple[int, ...]]:
+            return {tuple(colour) for colour in np.unique(pictures.reshape(-1, 3), axis=0).tolist()}
+
+        for item, rows in enumerate(asked.picks):
+            of_query = colours(asked.targets[item])
+            assert len(of_query) == 2
+            for context in (rows, asked.partner(rows)):
+                assert colours(asked.pool[context, 1]) == of_query
+            assert not set(rows) & set(asked.partner(rows))
+    record, _ = task_record(answered(held_out, held_out.targets))
+    assert record["held_out"] and len(record["members"]) == 4 and record["clear"]
+
+
+def test_steps_at_borders_of_patches():
+    """1 where nothing is special about borders; more where patches are shifted against each other."""
+    smooth = np.add.outer(np.arange(64), np.arange(64))[None, None, ..., None].repeat(3, axis=-1).astype(np.uint8)
+    assert border_steps(smooth) == 1
+    shifted = smooth + 4 * (np.arange(64) // 16).astype(np.uint8)[:, None]
+    assert border_steps(shifted) == 3  # steps of 5 instead of 1 across half of the borders
+    assert border_steps(np.zeros_like(smooth)) is None
 
 
 def test_drawing_again_gives_the_same_and_more_pairs_begin_with_fewer(drawn):
