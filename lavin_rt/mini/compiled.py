@@ -45,6 +45,7 @@ class Compiled:
         """Compiles forward and backward for these shapes; returns the seconds it took. A failure is a warning."""
         if not self.enabled:
             return 0.0
+        tensors = tuple(map(_plain, tensors))
         began = time.monotonic()
         try:
             with autocast(tensors[0].device):
@@ -64,9 +65,19 @@ class Compiled:
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
         if self.enabled and _shapes(tensors) in self.shapes:
-            return self.whole(self.network, *tensors)
+            return self.whole(self.network, *map(_plain, tensors))
         with torch.compiler.set_stance("force_eager"):
             return self.function(self.network, *tensors)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in plain memory, strides of size-1 dimensions included: others would be compiled for again."""
+    plain = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta").stride()
+    return (
+        tensor
+        if tensor.stride() == plain
+        else torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
+    )
 
 
 def _shapes(tensors: tuple[torch.Tensor, ...]) -> tuple:

@@ -13,7 +13,7 @@ import torch
 from lavin_rt.mini.pieces import CLIPS, PICTURES, Piece, PieceMaker
 from lavin_rt.vae import STVAE, scale_latents
 
-ENCODE_BATCH = {"cuda": 4096, "cpu": 64}  # frames at once
+ENCODE_BATCH = {"cuda": 2048, "cpu": 64}  # frames at once
 AHEAD = 4  # pieces read while others are encoded
 
 

@@ -135,6 +135,8 @@ def train(
         if pictures is None:
             raise InputError(f"{cache}: no pieces with pictures; see the warnings above")
         del vae
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         counts = {"pictures": len(pictures.latents), "clips": 0 if clips is None else len(clips.latents)}
         stages.note("encoded", **counts)
         weights = {name: task.weight for name, task in TASKS.items()}

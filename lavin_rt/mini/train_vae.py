@@ -51,7 +51,7 @@ class VAEPlan:
     steps: int | None
     seconds: float | None = None
     batch: int = 256
-    peak: float = 1.2e-3
+    peak: float = 1e-3
     capacity: int = 200_000
     first_pieces: int = 12
     seed: int = 0

@@ -112,8 +112,7 @@ class Trainer:
         self.seconds = 0.0
         self.samples = 0
         self.slower = 1.0  # factor of the rate, smaller after a loss that was no number
-        self._sums: dict[str, torch.Tensor] = {}
-        self._count = 0
+        self._sums: dict[str, tuple[torch.Tensor, int]] = {}
         self._logged = (0.0, 0)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -205,18 +204,16 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.averaged.update(self.network, self.step)
         for key, amount in {"loss": loss, "gradient": norm, **logged}.items():
-            amount = amount.detach().float()
-            self._sums[key] = self._sums[key] + amount if key in self._sums else amount
-        self._count += 1
+            total, count = self._sums.get(key, (0.0, 0))
+            self._sums[key] = total + amount.detach().float(), count + 1
         self.step += 1
         self.samples += samples
         if self.step % self.log_every == 0 or self.progress >= 1:
             self._log_means(rate)
 
     def _log_means(self, rate: float) -> None:
-        means = {key: total / self._count for key, total in self._sums.items()}
-        values = {key: round(float(value), 5) for key, value in means.items() if value.dim() == 0}
-        self._sums, self._count = {}, 0
+        values = {key: round(float(total) / count, 5) for key, (total, count) in self._sums.items()}
+        self._sums = {}
         if not math.isfinite(values["loss"]):
             self.slower /= 2
             if self.slower < 0.05 or not self.resume():
