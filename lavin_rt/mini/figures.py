@@ -35,7 +35,7 @@ JOINT_COLOURS = np.array(
     np.uint8,
 )
 BONE_GREY = 80
-DISC, BONE = 0.042, 0.012  # radii of joints and bones in pictures of joints
+DISC, BONE = 0.055, 0.012  # radii of joints and bones in pictures of joints
 MANNEQUIN = np.array([[0.9, 0.75, 0.6], [0.25, 0.45, 0.8], [0.3, 0.3, 0.35]])  # skin, shirt, trousers
 MANNEQUIN_BEHIND = 0.55
 _NECK = 0.3  # of the way from the head to the hip
@@ -143,7 +143,7 @@ def decode_joints(picture: np.ndarray) -> np.ndarray:
     size = len(picture)
     known = np.concatenate([JOINT_COLOURS, [[0] * 3, [BONE_GREY] * 3]]).astype(int)
     apart = np.square(picture[..., None, :].astype(int) - known).sum(-1)
-    nearest = np.where(apart.min(-1) < 100**2, apart.argmin(-1), -1)
+    nearest = np.where(apart.min(-1) < 125**2, apart.argmin(-1), -1)
     joints = np.full((len(JOINTS), 2), np.nan)
     for joint in range(len(JOINTS)):
         rows, columns = np.nonzero(nearest == joint)

@@ -66,7 +66,7 @@ def detection(picture: Picture, rng: np.random.Generator) -> Pair:
     box = box_of(picture.mask)
     if box is not None:
         top, left, bottom, right = box
-        width = max(1, len(target) // 24)
+        width = max(1, len(target) // 20)
         target[top : top + width, left:right] = target[max(top, bottom - width) : bottom, left:right] = BOX_RED
         target[top:bottom, left : left + width] = target[top:bottom, max(left, right - width) : right] = BOX_RED
     return picture.colour, target
