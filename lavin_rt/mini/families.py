@@ -7,6 +7,7 @@ inputs have been through a mapping of the same kind before, so that neither inpu
 
 from __future__ import annotations
 
+import colorsys
 import dataclasses
 import itertools
 from collections.abc import Callable
@@ -111,13 +112,21 @@ HUE = Family(
 
 
 def colourful(picture: Picture, rng: np.random.Generator) -> np.ndarray:
-    """The picture's colours, uint8; of grey pictures the luma between two random colours, a dark and a light one."""
+    """The picture's colours, uint8; where they are dull, further from grey, and where there are none, the luma between
+    a dark and a light colour of other hues. Without colours nothing would tell a hue, or an order of channels.
+    """
     colour = picture.colour
-    apart = int(colour.max(-1).astype(int).mean() - colour.min(-1).astype(int).mean())
-    if apart > 25:
+    apart = float(np.mean(colour.max(-1) - colour.min(-1)))
+    if apart > 60:
         return colour
-    ends = np.stack([rng.uniform(0, 0.5, 3), rng.uniform(0.4, 1, 3)]) * 255
-    return np.uint8(ends[0] + grey(colour)[..., None] * (ends[1] - ends[0]) + 0.5)
+    if apart > 20:
+        middle = colour.mean(-1, keepdims=True, dtype=np.float32)
+        return np.uint8(np.clip(middle + (colour - middle) * np.float32(60 / apart) + 0.5, 0, 255))
+    first = rng.random()
+    dark = colorsys.hsv_to_rgb(first, 0.9, rng.uniform(0.2, 0.5))
+    light = colorsys.hsv_to_rgb((first + rng.uniform(0.25, 0.75)) % 1, 0.6, rng.uniform(0.8, 1))
+    ends = 255 * np.array([dark, light], np.float32)
+    return np.uint8(ends[0] + grey(colour).astype(np.float32)[..., None] * (ends[1] - ends[0]) + 0.5)
 
 
 def hue(picture: Picture, rng: np.random.Generator) -> Pair:
