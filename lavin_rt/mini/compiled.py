@@ -55,7 +55,8 @@ class Compiled:
                 torch.cuda.synchronize()
             self.shapes.add(_shapes(tensors))
         except torch.OutOfMemoryError:
-            raise
+            print("warning: out of memory while compiling for a shape", file=sys.stderr, flush=True)
+            torch.cuda.empty_cache()
         except Exception as error:  # compilers fail in many ways, none of which is worth a training run
             reason = (str(error) or type(error).__name__).splitlines()[0][:300]
             print(f"warning: not compiled, slower from here on: {reason}", file=sys.stderr, flush=True)

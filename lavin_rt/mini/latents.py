@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ class LatentPool:
 
     def draw(
         self,
-        shares: Sequence[float],
+        edges: torch.Tensor,
         pairs: int,
         batch: int,
         generator: torch.Generator,
@@ -45,7 +46,7 @@ class LatentPool:
         """Random contexts, drawn where the latents lie and without waiting for the device.
 
         Args:
-            shares: of the tasks, in any scale.
+            edges: running sums of the tasks' shares of the samples, up to 1, `[tasks]` on the latents' device.
             pairs: of every context.
             batch: contexts.
             generator: of the latents' device.
@@ -56,9 +57,8 @@ class LatentPool:
             contexts' tasks, int64 `[batch]`.
         """
         table, offsets, members, counts = self._index
-        edges = torch.tensor(list(itertools.accumulate(shares)), device=table.device)
         draws = torch.rand(batch, pairs + 5, generator=generator, device=table.device)
-        chosen = torch.searchsorted(edges / edges[-1], draws[:, 0].contiguous()).clamp_(max=len(self.tasks) - 1)
+        chosen = torch.searchsorted(edges, draws[:, 0].contiguous()).clamp_(max=len(self.tasks) - 1)
         member = (draws[:, 1] * members[chosen]).long().clamp_(max=members[chosen] - 1)
         count = counts[chosen, None]
         picked = torch.minimum((draws[:, 5:].double() * count).long(), count - 1)
@@ -118,17 +118,14 @@ def to_device(frames: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @torch.no_grad()
 def encode(vae: STVAE, frames: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Scaled latents `[N, 16, t, S/8, S/8]` float16 on the device, of uint8 frames `[N, T, S, S, 3]`; `vae` is float32.
-
-    On a GPU in float16 arithmetic, in float32 where that overflows; a batch that does not fit is halved.
+    """Scaled latents `[N, 16, t, S/8, S/8]` float16 on the device, of uint8 frames `[N, T, S, S, 3]`, in the arithmetic
+    of `vae`. A batch that does not fit is halved.
     """
-    batch, done = max(1, ENCODE_BATCH[device.type] // frames.shape[1] ** 2), []
-    start, half = 0, device.type == "cuda"
+    batch, done, start = max(1, ENCODE_BATCH[device.type] // frames.shape[1] ** 2), [], 0
     while start < len(frames):
         part = to_device(frames[start : start + batch], device)
         try:
-            with torch.autocast(device.type, torch.float16, enabled=half):
-                moments = vae.encoder(part)
+            moments = vae.encoder(part.to(vae.dtype))
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
@@ -137,13 +134,7 @@ def encode(vae: STVAE, frames: torch.Tensor, device: torch.device) -> torch.Tens
             continue
         done.append(scale_latents(moments.float()[:, : vae.config.latent_channels]).half())
         start += batch
-    latents = torch.cat(done)
-    if half and not bool(latents.isfinite().all()):
-        print("warning: latents overflowed in float16; encoding again in float32", flush=True)
-        with torch.autocast(device.type, enabled=False):
-            parts = [scale_latents(vae.encoder(to_device(part, device))[:, :16]) for part in frames.split(batch)]
-        latents = torch.cat(parts).clamp(-60, 60).half()
-    return latents
+    return torch.cat(done)
 
 
 def loaded(paths: Iterable[Path]) -> Iterator[tuple[Path, Piece]]:
@@ -164,9 +155,16 @@ def loaded(paths: Iterable[Path]) -> Iterator[tuple[Path, Piece]]:
 def encode_pieces(
     maker: PieceMaker, vae: STVAE, device: torch.device, patience: float
 ) -> tuple[LatentPool, LatentPool | None]:
-    """Latents of pictures and of clips, of all pieces that arrive (see `PieceMaker.arriving`)."""
+    """Latents of pictures and of clips, of all pieces that arrive (see `PieceMaker.arriving`).
+
+    On a GPU in float16 arithmetic, and in float32 where that overflows.
+    """
+    fast = copy.deepcopy(vae).half() if device.type == "cuda" else vae
     collected = {PICTURES: _Collector(), CLIPS: _Collector()}
     for path, piece in loaded(maker.arriving(patience)):
-        latents = encode(vae, torch.from_numpy(piece.frames), device)
+        latents = encode(fast, torch.from_numpy(piece.frames), device)
+        if not bool(latents.isfinite().all()):
+            print(f"warning: {path.name} overflowed in float16; encoded again in float32", flush=True)
+            latents = encode(vae, torch.from_numpy(piece.frames), device).clamp(-60, 60)
         collected[maker.kind(path)].add(latents, piece)
     return collected[PICTURES].pool(), collected[CLIPS].pool()

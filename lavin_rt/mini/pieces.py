@@ -24,7 +24,7 @@ import numpy as np
 from lavin_rt.files import written_whole
 from lavin_rt.mini.data import CLIP_MOMENTS, render_arrays
 from lavin_rt.mini.scenes import Picture
-from lavin_rt.mini.sources import SCENE_SEEDS, photograph_crop
+from lavin_rt.mini.sources import PHOTOGRAPHS, SCENE_SEEDS, photograph, photograph_crop
 
 PHOTOGRAPHS_SHARE = 0.4  # of the pictures of a task that photographs serve for as well
 CLIPS_FROM = 500_000  # clips' scenes begin here within their split
@@ -259,8 +259,16 @@ class Arrivals:
 
 
 def _be_modest() -> None:
-    """Workers leave the processor to what feeds the GPU."""
+    """Workers leave the processor to what feeds the GPU, and do without photographs that are not there."""
     os.nice(5)
+    there = []
+    for name in PHOTOGRAPHS["train"]:
+        try:
+            photograph(name)
+            there.append(name)
+        except Exception as error:  # another version of the library may lack the file
+            print(f"warning: no photograph {name}: {error}", file=sys.stderr, flush=True)
+    PHOTOGRAPHS["train"] = tuple(there)
 
 
 def _write_piece(path: Path, kind: str, number: int, size: int, amounts: Amounts, seed: int) -> None:

@@ -224,9 +224,7 @@ def _chosen(given: argparse.Namespace, device: torch.device) -> Preset:
 
 def _prepare_gpu() -> None:
     """Fast float32 products where autocast leaves any, and attention by the kernels that know grouped heads."""
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
-    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 

@@ -132,7 +132,10 @@ class Contexts:
 
     def __init__(self, pictures: LatentPool, clips: LatentPool | None, weights: Mapping[str, float], plan: Plan):
         self.plan, self.pools = plan, {False: pictures} | ({} if clips is None else {True: clips})
-        self.shares = {kind: task_shares(pool, weights, plan.families) for kind, pool in self.pools.items()}
+        self.edges = {}
+        for kind, pool in self.pools.items():
+            sums = torch.tensor(task_shares(pool, weights, plan.families)).cumsum(0)
+            self.edges[kind] = (sums / sums[-1]).to(pool.latents.device)
         self.names = [task.name for pool in self.pools.values() for task in pool.tasks]
         self.families = {task.name for pool in self.pools.values() for task in pool.tasks if len(task.rows) > 1}
 
@@ -155,7 +158,7 @@ class Contexts:
         """Conditions, targets, noise, times and the samples' tasks (places in `names`), all on the device."""
         pool = self.pools[shape.clips]
         batch, frames, _ = self.sizes(shape, tokens)
-        cond, data, tasks = pool.draw(self.shares[shape.clips], max(1, shape.pairs), batch, generator, self.plan.repeat)
+        cond, data, tasks = pool.draw(self.edges[shape.clips], max(1, shape.pairs), batch, generator, self.plan.repeat)
         if not shape.pairs:
             cond = null_condition(cond, query_frames=frames)
         noise = torch.randn(data.shape, generator=generator, device=data.device)

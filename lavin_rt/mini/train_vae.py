@@ -6,6 +6,7 @@ would be moved alike, which blurs clips in time: pictures train the present tap 
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import dataclasses
 import os
@@ -30,6 +31,7 @@ KL_WEIGHT = 0.004  # of the mean over a latent's elements
 NOISE = 0.04  # of latents, besides the posterior's own: the decoder has to forgive the transformer's errors
 PHOTOGRAPHS, PHOTOGRAPHS_SHARE = "photographs", 0.3
 CLIP_EVERY, CLIPS_BEGIN = 6, 0.25  # steps between batches of clips, and when they begin (share of the training)
+FEED_EVERY = 10  # steps between new pieces
 CLIP_COST = 16  # a clip costs as much as so many pictures
 TARGETS_A_TASK, INPUTS_A_TASK = 30, 10  # frames that the VAE takes of a task in a piece
 EVALUATION_PHOTOGRAPHS = 96
@@ -135,10 +137,11 @@ class FrameStore:
 
     def add_piece(self, kind: str, piece: Piece) -> None:
         """Some inputs and more targets of every task."""
+        chosen = []
         for rows in piece.rows.values():
-            targets, inputs = np.unique(rows[..., 1]), np.unique(rows[..., 0])
-            for found, count in ((targets, TARGETS_A_TASK), (inputs, INPUTS_A_TASK)):
-                self.add(kind, piece.frames[self.rng.permutation(found)[:count]])
+            for column, count in ((0, INPUTS_A_TASK), (1, TARGETS_A_TASK)):
+                chosen.append(self.rng.permutation(np.unique(rows[..., column]))[:count])
+        self.add(kind, piece.frames[np.concatenate(chosen)])
         self.add(PHOTOGRAPHS, piece.photographs[:, None])
 
     def draw(self, kind: str, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -247,11 +250,13 @@ def train_vae(
         finished.float()
 
     trainer.on_save = write
+    torch.backends.cudnn.benchmark = device.type == "cuda"
     trainer.log({"network": "vae", "from": trainer.step, "plan": dataclasses.asdict(plan), "config": str(config)})
-    generator = torch.Generator(device)
+    generator, coming = torch.Generator(device), None
+    reader = concurrent.futures.ThreadPoolExecutor(1)
     for step in trainer.steps():
-        if step % 20 == 0:
-            _take(store, maker, arriving, 1, wait=False)
+        if step % FEED_EVERY == 0:
+            coming = _feed(store, maker, arriving, coming, reader)
         generator.manual_seed(plan.seed * 1_000_003 + step)
         clip = CLIPS in store.frames and step % CLIP_EVERY == 0 and trainer.progress > CLIPS_BEGIN
         if clip:
@@ -278,11 +283,32 @@ def train_vae(
             batch = max(16, batch // 2)
             print(f"warning: out of memory; batches of {batch} from now on", flush=True)
 
+    torch.backends.cudnn.benchmark = False  # the shapes that follow differ
+    reader.shutdown()
 
-def _take(store: FrameStore, maker: PieceMaker, arriving: Arrivals, count: int, wait: bool = True) -> int:
+
+def _feed(
+    store: FrameStore,
+    maker: PieceMaker,
+    arriving: Arrivals,
+    coming: tuple[Path, concurrent.futures.Future] | None,
+    reader: concurrent.futures.ThreadPoolExecutor,
+) -> tuple[Path, concurrent.futures.Future] | None:
+    """Puts a piece that was read in the background into the store, and has the next one read."""
+    if coming is not None:
+        path, future = coming
+        if not future.done():
+            return coming
+        if future.result() is not None:
+            store.add_piece(maker.kind(path), future.result())
+    path = arriving.next(wait=False)
+    return None if path is None else (path, reader.submit(Piece.load, path))
+
+
+def _take(store: FrameStore, maker: PieceMaker, arriving: Arrivals, count: int) -> int:
     """Puts the next pieces into the store, and says how many."""
     taken = 0
-    while taken < count and (path := arriving.next(wait)) is not None:
+    while taken < count and (path := arriving.next()) is not None:
         piece = Piece.load(path)
         if piece is not None:
             store.add_piece(maker.kind(path), piece)
