@@ -30,9 +30,9 @@ SQUARED_WEIGHT, ABSOLUTE_WEIGHT, EDGE_WEIGHT = 10.0, 0.5, 0.5
 KL_WEIGHT = 0.004  # of the mean over a latent's elements
 NOISE = 0.04  # of latents, besides the posterior's own: the decoder has to forgive the transformer's errors
 PHOTOGRAPHS, PHOTOGRAPHS_SHARE = "photographs", 0.3
-CLIP_EVERY, CLIPS_BEGIN = 6, 0.25  # steps between batches of clips, and when they begin (share of the training)
+CLIP_EVERY, CLIPS_BEGIN = 6, 0.6  # steps between batches of clips, and when they begin (share of the training)
 FEED_EVERY = 10  # steps between new pieces
-CLIP_COST = 16  # a clip costs as much as so many pictures
+CLIP_COST = 8  # a clip costs as much as so many pictures
 TARGETS_A_TASK, INPUTS_A_TASK = 30, 10  # frames that the VAE takes of a task in a piece
 EVALUATION_PHOTOGRAPHS = 96
 
