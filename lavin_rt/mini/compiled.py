@@ -57,18 +57,27 @@ class Compiled:
         except torch.OutOfMemoryError:
             print("warning: out of memory while compiling for a shape", file=sys.stderr, flush=True)
             torch.cuda.empty_cache()
-        except Exception as error:  # compilers fail in many ways, none of which is worth a training run
-            reason = (str(error) or type(error).__name__).splitlines()[0][:300]
-            print(f"warning: not compiled, slower from here on: {reason}", file=sys.stderr, flush=True)
-            self.enabled = False
+        except Exception as error:
+            self._give_up(error)
         self.network.zero_grad(set_to_none=True)
         return time.monotonic() - began
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
         if self.enabled and _shapes(tensors) in self.shapes:
-            return self.whole(self.network, *map(_plain, tensors))
+            try:
+                return self.whole(self.network, *map(_plain, tensors))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                self._give_up(error)
         with torch.compiler.set_stance("force_eager"):
             return self.function(self.network, *tensors)
+
+    def _give_up(self, error: Exception) -> None:
+        """Compilers fail in many ways, none of which is worth a training run."""
+        reason = (str(error) or type(error).__name__).splitlines()[0][:300]
+        print(f"warning: not compiled, slower from here on: {reason}", file=sys.stderr, flush=True)
+        self.enabled = False
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
