@@ -54,7 +54,7 @@ PRESETS = {
         size=64,
         amounts=Amounts(scenes=40_000, clips=2_500, ordinary=40_000, family=6_000, photographs=30_000),
         vae=VAEConfig(block_out_channels=(64, 64, 64, 64), layers_per_block=1),
-        dit=DiTConfig(hidden_size=240, depth=8, num_heads=10, kv_group=5),
+        dit=DiTConfig(hidden_size=216, depth=10, num_heads=9, kv_group=3),
         vae_plan=VAEPlan(steps=8_000),
         plan=Plan(steps=16_000),
     ),
