@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("embreex", reason="needs the extra train")
 pytest.importorskip("trimesh", reason="needs the extra train")
 
-from lavin_bench import report
+from lavin_bench import quality_strangers, report
 from lavin_bench.pipeline_variants import CPU_VAE, QUICK_CONFIG, random_model, random_vae
 from lavin_bench.quality import (
     Answered,
@@ -27,6 +30,7 @@ from lavin_bench.quality_answers import Answers, Sampling
 from lavin_bench.quality_queries import CONTEXTS_FROM, Scenery, TaskQueries, alike, draw
 from lavin_bench.quality_report import quality_table, summary
 from lavin_bench.quality_sheet import context_sheet, tasks_sheet
+from lavin_bench.timing import header
 from lavin_rt.checkpoint import save_dit, save_vae
 from lavin_rt.cli import main
 from lavin_rt.errors import InputError
@@ -241,6 +245,33 @@ def test_what_a_pipeline_cannot_run_is_named(clips, drawn, pipe, monkeypatch):
 def test_figures_of_the_target_are_perfect(drawn):
     for asked in drawn:
         assert figures(asked, asked.targets)["fidelity"].min() == pytest.approx(100)
+
+
+def test_a_stranger_is_answered_as_the_pairs_say(tmp_path, monkeypatch):
+    """By a model that knows the mapping, and by one that copies; both through the pictures on disk."""
+    mapping, asked = (quality_strangers.as_grey, quality_strangers.inverted), []
+
+    def run_command(steps: tuple[quality_strangers.Mapping, ...], arguments: list[str]) -> int:
+        folder, queries = Path(arguments[2]), arguments[arguments.index("--query") + 1 :]
+        asked.append((len(list(folder.iterdir())), len(queries)))
+        for query in queries:
+            picture = np.asarray(Image.open(query))
+            out = Path(arguments[arguments.index("-o") + 1]) / Path(query).name
+            out.parent.mkdir(exist_ok=True)
+            Image.fromarray(quality_strangers.mapped(steps, picture)).save(out)
+        return 0
+
+    found = []
+    for steps in (mapping, ()):
+        monkeypatch.setattr(quality_strangers, "lavin_rt", functools.partial(run_command, steps))
+        found.append(quality_strangers.ask(mapping, 2, 3, SIZE, 0, tmp_path / str(len(found))))
+    assert asked == [(10, 8)] * 4
+    knowing, copying = found
+    assert knowing["model"] == 100 and knowing["own_target_nearest"] == 1 and knowing["copy"] == copying["model"]
+    assert copying["better_than"]["copy"] == [0, 0] and knowing["queries"] == 6 and knowing["pairs_asked"] == 10
+    rows = [{"mapping": "grey, then inverted", "kind": quality_strangers.COMPOSED, **row} for row in found]
+    text = report.render({"kind": "strangers", "header": {**header(), "dtype": "float32"}, "rows": rows})
+    assert text.count("**both**") == 1 and "composition" in text
 
 
 def test_command(tmp_path, pipe, capsys):

@@ -177,6 +177,32 @@ def quality_table(record: dict[str, Any]) -> str:
     return "\n\n".join(text) + "\n"
 
 
+def strangers_table(record: dict[str, Any]) -> str:
+    """A row a mapping."""
+    rows = []
+    for row in record["rows"]:
+        against = [f"{kind} {mean:+.1f} ± {half:.1f}" for kind, (mean, half) in row["better_than"].items()]
+        both = all(clear(difference) for difference in row["better_than"].values())
+        rows.append(
+            [
+                row["mapping"],
+                row["kind"],
+                *(f"{row[name]:.1f}" for name in ("copy", "mean", "model")),
+                f"{'**both**' if both else 'not both'} ({', '.join(against)})",
+                f"{row['own_target']:.1f}",
+                f"{100 * row['own_target_nearest']:.0f} %",
+            ]
+        )
+    columns = ["mapping", "", "copy, dB", "mean of targets, dB", "result, dB", "clearly better than"]
+    columns += ["a pair's input, dB", "nearest to its own target"]
+    asked = record["rows"][0]
+    text = (
+        f"lavin-mini, five pairs of photographs' crops, {asked['queries']} queries a mapping, and "
+        f"{asked['pairs_asked']} that are pairs' own inputs. {caption(record['header'])}"
+    )
+    return f"{text}\n\n{table(columns, rows)}"
+
+
 def _exact_table(record: dict[str, Any]) -> str:
     """The differences to the exact pipeline, of the most pairs; positive is better."""
     rows = []

@@ -150,7 +150,7 @@ def render(record: dict[str, Any]) -> str:
     Raises:
         ValueError: a kind of record that has no table.
     """
-    from lavin_bench.quality_report import quality_table  # which builds on this module
+    from lavin_bench.quality_report import quality_table, strangers_table  # which builds on this module
 
     tables = {
         "kernels": kernels_table,
@@ -159,6 +159,7 @@ def render(record: dict[str, Any]) -> str:
         "forms": forms_table,
         "quality": quality_table,
         "native": native_table,
+        "strangers": strangers_table,
     }
     kind = record.get("kind", "forms")
     if kind not in tables:
