@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mini_pools import SMALL, WEIGHTS, contexts, plan_of, random_pool
 
 pytest.importorskip("embreex", reason="needs the extra train")
 
 from lavin_rt.checkpoint import find_checkpoint, load_dit, load_vae
-from lavin_rt.config import DiTConfig
 from lavin_rt.errors import InputError
 from lavin_rt.mini import train_dit
 from lavin_rt.mini.latents import LatentPool, TaskLatents, encode_pieces, to_device
 from lavin_rt.mini.pieces import CLIPS, PICTURES, Amounts, Arrivals, Piece, make_piece
+from lavin_rt.mini.presets import PRESETS
 from lavin_rt.mini.tasks import TASKS
-from lavin_rt.mini.train import PRESETS, main
+from lavin_rt.mini.train import main
 from lavin_rt.mini.train_dit import (
-    Contexts,
     Plan,
     Shape,
     TransformerRun,
@@ -36,25 +36,11 @@ from lavin_rt.mini.training import Length, Rate
 from lavin_rt.model import JDiT
 from lavin_rt.vae import VAEConfig, scale_latents
 
-SMALL = DiTConfig(hidden_size=36, depth=1, num_heads=1, kv_group=1)
-SHORT = Plan(steps=12, tokens=64, pairs=((0.5, 0.5), (0.2, 0.8)), clip_pairs=(1.0,), clips=0.3, warmup=2)
-WEIGHTS = {"depth_estimation": 1.0, "denoising": 3.0, "negative": 2.0}
+SHORT = dataclasses.replace(plan_of(12), tokens=64, log_every=200)
 
 
 def records(folder: Path, network: str) -> list[dict]:
     return [json.loads(line) for line in (folder / f"{network}-log.jsonl").read_text().splitlines()]
-
-
-def random_pool(frames: int = 1, names: tuple[str, ...] = ("depth_estimation", "negative")) -> LatentPool:
-    """Targets of the first task are the negated input; of the others that, or twice the input, by the member."""
-    inputs = torch.randn(20, 16, frames, 4, 4, generator=torch.Generator().manual_seed(0))
-    rows = torch.arange(20)[:, None] + torch.tensor([[[0, 20]], [[0, 40]]])
-    tasks = tuple(TaskLatents(name, rows[: 1 + min(i, 1)]) for i, name in enumerate(names))
-    return LatentPool(torch.cat([inputs, -inputs, 2 * inputs]).half(), tasks)
-
-
-def contexts(plan: Plan = SHORT) -> Contexts:
-    return Contexts(random_pool(), random_pool(2, ("denoising",)), WEIGHTS, plan)
 
 
 @pytest.mark.slow
@@ -70,7 +56,7 @@ def test_the_short_preset_brings_the_loss_down(tmp_path):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch):
-    once = TransformerRun(SMALL, tmp_path / "whole", SHORT, compile=False).train(contexts())
+    once = TransformerRun(SMALL, tmp_path / "whole", SHORT, compile=False).train(contexts(SHORT))
 
     class Stop(Exception):
         pass
@@ -86,8 +72,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(train_dit, "flow_loss", stopping)
-        TransformerRun(SMALL, tmp_path / "parts", SHORT, compile=False).train(contexts())
-    again = TransformerRun(SMALL, tmp_path / "parts", SHORT, compile=False).train(contexts())
+        TransformerRun(SMALL, tmp_path / "parts", SHORT, compile=False).train(contexts(SHORT))
+    again = TransformerRun(SMALL, tmp_path / "parts", SHORT, compile=False).train(contexts(SHORT))
     for (name, a), b in zip(once.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
 
@@ -99,21 +85,21 @@ def test_a_warm_start_begins_where_the_weights_are(tmp_path):
             parameter.add_(0.01)
     before = [parameter.detach().clone() for parameter in start.parameters()]
     plan = dataclasses.replace(SHORT, steps=1, peak=1e-5)
-    warm = TransformerRun(SMALL, tmp_path, plan, compile=False, warm_start=start).train(contexts())
+    warm = TransformerRun(SMALL, tmp_path, plan, compile=False, warm_start=start).train(contexts(SHORT))
     for parameter, old in zip(warm.parameters(), before, strict=True):
         assert (parameter - old).abs().max() < 1e-4
 
 
 def test_a_state_of_another_network_is_refused(tmp_path):
     plan = dataclasses.replace(SHORT, steps=1)
-    TransformerRun(SMALL, tmp_path, plan, compile=False).train(contexts())
+    TransformerRun(SMALL, tmp_path, plan, compile=False).train(contexts(SHORT))
     wider = dataclasses.replace(SMALL, hidden_size=72)
     with pytest.raises(InputError, match=r"dit-state.pt belongs to another network .*; choose another output folder"):
-        TransformerRun(wider, tmp_path, plan, compile=False).train(contexts())
+        TransformerRun(wider, tmp_path, plan, compile=False).train(contexts(SHORT))
 
 
 def test_a_run_without_time_saves_what_it_has(tmp_path):
-    TransformerRun(SMALL, tmp_path, SHORT, compile=False).train(contexts(), seconds=0)
+    TransformerRun(SMALL, tmp_path, SHORT, compile=False).train(contexts(SHORT), seconds=0)
     assert load_dit(tmp_path / "lavin_dit.safetensors").config == SMALL
     assert not any("loss" in record for record in records(tmp_path, "dit"))
 
@@ -160,7 +146,7 @@ def test_shapes_hold_about_the_same_tokens():
 def test_the_loss_is_that_of_the_flow():
     """Of a network that predicts zero: the mean square of `data - noise`."""
     dit = initialise_(JDiT(SMALL), seed=0)  # begins with a velocity of zero
-    cond, data, noise, t, _ = contexts().draw(Shape(False, 1), 512, torch.Generator().manual_seed(1))
+    cond, data, noise, t, _ = contexts(SHORT).draw(Shape(False, 1), 512, torch.Generator().manual_seed(1))
     loss = flow_loss(dit, cond, data, noise, t)
     assert torch.allclose(loss, (data - noise).square().mean((1, 2, 3, 4)))
 

@@ -57,15 +57,19 @@ class LatentPool:
             contexts' tasks, int64 `[batch]`.
         """
         table, offsets, members, counts = self._index
-        draws = torch.rand(batch, pairs + 5, generator=generator, device=table.device)
+        device = table.device
+        draws = torch.rand(batch, 4, generator=generator, device=device)
         chosen = torch.searchsorted(edges, draws[:, 0].contiguous()).clamp_(max=len(self.tasks) - 1)
         member = (draws[:, 1] * members[chosen]).long().clamp_(max=members[chosen] - 1)
-        count = counts[chosen, None]
-        picked = torch.minimum((draws[:, 5:].double() * count).long(), count - 1)
-        query = torch.minimum((draws[:, 4].double() * counts[chosen]).long(), counts[chosen] - 1)
-        one_of_them = picked.gather(1, (draws[:, 2:3] * pairs).long().clamp_(max=pairs - 1))[:, 0]
-        query = torch.where(draws[:, 3] < repeat, one_of_them, query)
-        picked = torch.cat([picked, query[:, None]], 1)
+        count, wanted = counts[chosen, None], pairs + 1
+        # All different, where there are so many: sorted draws with repeats, spread by their places, in random order.
+        places = torch.rand(batch, wanted, generator=generator, device=device, dtype=torch.float64)
+        places = (places * (count - pairs).clamp(min=1)).long().sort(1).values
+        places = (places + torch.arange(wanted, device=device)) % count
+        order = torch.rand(batch, wanted, generator=generator, device=device).argsort(1)
+        picked = places.gather(1, order)
+        one_of_them = picked.gather(1, (draws[:, 2:3] * pairs).long().clamp_(max=pairs - 1))
+        picked[:, -1:] = torch.where(draws[:, 3:] < repeat, one_of_them, picked[:, -1:])
         rows = table[offsets[chosen, None] + member[:, None] * count + picked].flatten(1)  # [batch, 2 pairs + 2]
         frames = self.latents[rows].float().transpose(1, 2)  # [batch, 16, 2 pairs + 2, t, h, w]
         return frames[:, :, :-1].flatten(2, 3), frames[:, :, -1], chosen

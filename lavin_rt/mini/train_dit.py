@@ -16,7 +16,8 @@ from lavin_rt.checkpoint import save_dit
 from lavin_rt.config import DiTConfig
 from lavin_rt.mini.compiled import Compiled
 from lavin_rt.mini.latents import LatentPool
-from lavin_rt.mini.training import Length, Rate, Trainer, autocast
+from lavin_rt.mini.trained import TrainedDiT, adapt_, load_trained_, merged, shard_
+from lavin_rt.mini.training import Length, Rate, Trainer, autocast, ranks
 from lavin_rt.model import GATE_MLP, GATE_MSA, JDiT
 from lavin_rt.sampler import null_condition
 
@@ -128,21 +129,28 @@ def shapes_of(plan: Plan) -> list[Shape]:
 
 
 class Contexts:
-    """Random batches of both pools."""
+    """Random batches of both pools, one of which may be missing; `weights` are the tasks' shares within a pool."""
 
-    def __init__(self, pictures: LatentPool, clips: LatentPool | None, weights: Mapping[str, float], plan: Plan):
-        self.plan, self.pools = plan, {False: pictures} | ({} if clips is None else {True: clips})
+    def __init__(
+        self,
+        pictures: LatentPool | None,
+        clips: LatentPool | None,
+        weights: Mapping[str, float],
+        plan: Plan,
+    ):
+        self.plan, self.pools = plan, {}
+        self.pools |= {kind: pool for kind, pool in ((False, pictures), (True, clips)) if pool is not None}
         self.edges = {}
         for kind, pool in self.pools.items():
             sums = torch.tensor(task_shares(pool, weights, plan.families)).cumsum(0)
             self.edges[kind] = (sums / sums[-1]).to(pool.latents.device)
         self.names = [task.name for pool in self.pools.values() for task in pool.tasks]
-        self.families = {task.name for pool in self.pools.values() for task in pool.tasks if len(task.rows) > 1}
+        self.first_clip = len(pictures.tasks) if pictures is not None else 0
 
     def shape(self, generator: torch.Generator, progress: float) -> Shape:
         """A random one; `generator` is the processor's."""
         kind, null = torch.rand(2, generator=generator).tolist()
-        clips = True in self.pools and kind < self.plan.clips
+        clips = False not in self.pools or (True in self.pools and kind < self.plan.clips)
         if null < NULL_SHARE:
             return Shape(clips, 0)
         return Shape(
@@ -163,7 +171,7 @@ class Contexts:
             cond = null_condition(cond, query_frames=frames)
         noise = torch.randn(data.shape, generator=generator, device=data.device)
         times = torch.randn(batch, generator=generator, device=data.device) * TIME_DEVIATION + TIME_MEAN
-        return cond, data, noise, times.sigmoid(), tasks + (len(self.pools[False].tasks) if shape.clips else 0)
+        return cond, data, noise, times.sigmoid(), tasks + (self.first_clip if shape.clips else 0)
 
 
 def compile_shapes(
@@ -186,7 +194,20 @@ def compile_shapes(
 
 
 class TransformerRun:
-    """The transformer's training in two parts, as compilation need not wait for the latents."""
+    """The transformer's training in two parts, as compilation need not wait for the latents.
+
+    With several processes (torch.distributed) its parameters are sharded, and every batch is divided among them.
+
+    Args:
+        config: of the network.
+        output: folder for the checkpoint, the log and the state.
+        plan: what to do.
+        device: of this process.
+        compile: run the blocks through `torch.compile`.
+        warm_start: weights to begin with.
+        lora: rank of adapters that are trained in the place of all weights; 0 trains the weights.
+        checkpointing: compute activations again in the backward pass.
+    """
 
     def __init__(
         self,
@@ -196,11 +217,19 @@ class TransformerRun:
         device: torch.device | str = "cpu",
         compile: bool = True,
         warm_start: JDiT | None = None,
+        lora: int = 0,
+        checkpointing: bool = False,
     ):
         self.output, self.plan, self.device = Path(output), plan, torch.device(device)
         self.dit = initialise_(JDiT(config), plan.seed) if warm_start is None else warm_start.requires_grad_()
         self.dit.train().to(self.device)
-        self.network = Compiled(self.dit, flow_loss, compile, self.dit.blocks)
+        if lora:
+            adapt_(self.dit, lora, plan.seed)
+        self.finished = copy.deepcopy(self.dit)
+        network = TrainedDiT(self.dit, checkpointing)
+        if ranks()[1] > 1:
+            shard_(network)
+        self.network = Compiled(network, flow_loss, compile, network.blocks)
 
     def compile(self, shapes: list[Shape], side: int, clip_frames: int = 2) -> None:
         """Compiles for batches of these shapes; `side` of the latents."""
@@ -228,10 +257,10 @@ class TransformerRun:
         Returns:
             The network with averaged weights, for inference.
         """
-        plan, dit, device = self.plan, self.dit, self.device
+        plan, network, device = self.plan, self.network.network, self.device
         warmup = min(plan.warmup, (plan.steps or 10 * plan.warmup) // 10 + 1)
         trainer = Trainer(
-            dit,
+            network,
             Rate(plan.peak, warmup),
             Length(plan.steps, plan.seconds),
             self.output,
@@ -242,18 +271,19 @@ class TransformerRun:
         trainer.resume()
         if seconds is not None:
             trainer.length = Length(plan.steps, trainer.seconds + max(0.0, seconds))
-        finished, tokens = copy.deepcopy(dit), plan.tokens
-        size = PATCH * contexts.pools[False].latents.shape[-1]
+        tokens, (rank, world) = plan.tokens, ranks()
+        size = PATCH * next(iter(contexts.pools.values())).latents.shape[-1]
 
         def write() -> None:
-            trainer.averaged.copy_to(finished)
-            for network, name in ((finished, "lavin_dit"), (dit, "lavin_dit_raw")):
-                save_dit(copy.deepcopy(network).half(), self.output / f"{name}.safetensors", size)
+            for averaged, name in ((None, "lavin_dit_raw"), (trainer.averaged.values, "lavin_dit")):
+                load_trained_(self.finished, network, averaged)
+                if not rank:
+                    save_dit(merged(self.finished).half(), self.output / f"{name}.safetensors", size)
             on_save()
 
         trainer.on_save = write
         trainer.log(
-            {"network": "dit", "from": trainer.step, "plan": dataclasses.asdict(plan), "config": str(dit.config)}
+            {"network": "dit", "from": trainer.step, "plan": dataclasses.asdict(plan), "config": str(self.dit.config)}
         )
         generator, shaping = torch.Generator(device), torch.Generator()
         errors = torch.zeros(2, len(contexts.names), device=device)
@@ -261,10 +291,11 @@ class TransformerRun:
             seed = plan.seed * 1_000_003 + step
             shape = contexts.shape(shaping.manual_seed(seed), trainer.progress)
             try:
-                cond, data, noise, t, tasks = contexts.draw(shape, tokens, generator.manual_seed(seed))
+                batch = contexts.draw(shape, tokens, generator.manual_seed(seed))
+                cond, data, noise, t, tasks = (part[: len(part) // world * world][rank::world] for part in batch)
                 with autocast(device):
                     losses = self.network(cond, data, noise, t)
-                trainer.update(losses.mean(), len(data))
+                trainer.update(losses.mean(), len(batch[0]))
             except torch.OutOfMemoryError:
                 losses = None
                 trainer.optimizer.zero_grad(set_to_none=True)
@@ -282,5 +313,5 @@ class TransformerRun:
                 found = {name: round(mean, 4) for name, mean in zip(contexts.names, means, strict=True) if mean == mean}
                 trainer.log({"network": "dit", "step": trainer.step, "losses": found})
                 errors.zero_()
-        trainer.averaged.copy_to(finished)
-        return finished.requires_grad_(False).eval()
+        load_trained_(self.finished, network, trainer.averaged.values)
+        return merged(self.finished).requires_grad_(False).eval()

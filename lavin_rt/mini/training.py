@@ -16,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
+
+CLOCK_EVERY = 10  # steps
 
 
 class AveragedWeights:
@@ -30,18 +35,35 @@ class AveragedWeights:
 
     def __init__(self, network: nn.Module, decay: float):
         self.decay = decay
-        self.values = {name: p.detach().clone() for name, p in network.named_parameters()}
+        self.values = {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        values = [self.values[name] for name, _ in network.named_parameters()]
-        torch._foreach_lerp_(values, [p.detach() for p in network.parameters()], 1 - decay)
+        learning = [(local(self.values[name]), local(p)) for name, p in network.named_parameters() if p.requires_grad]
+        torch._foreach_lerp_(*map(list, zip(*learning, strict=True)), 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, network: nn.Module) -> None:
         for name, parameter in network.named_parameters():
-            parameter.copy_(self.values[name])
+            if name in self.values:
+                parameter.copy_(self.values[name])
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """This process's part of a parameter, without its gradient."""
+    parameter = parameter.detach()
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """All of a parameter; of a sharded one every process has to ask."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def ranks() -> tuple[int, int]:
+    """This process's number and how many there are: 0 and 1 unless torch.distributed runs."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +101,10 @@ class Rate:
 class Trainer:
     """A network in training: one optimiser step at a time, logged, averaged and kept.
 
+    With several processes (torch.distributed) each has one, the first writes, and all follow the first one's clock.
+
     Args:
-        network: float32, its parameters requiring gradients.
+        network: float32; what requires gradients is trained.
         rate: the learning rate.
         length: of the training.
         folder: for `<name>-state.pt`, which a later run goes on from, and `<name>-log.jsonl`.
@@ -103,8 +127,8 @@ class Trainer:
     ):
         self.network, self.rate, self.length, self.folder, self.name = network, rate, length, folder, name
         self.save_every, self.log_every = save_every, log_every
-        matrices = [p for p in network.parameters() if p.dim() > 1]
-        others = [p for p in network.parameters() if p.dim() <= 1]
+        learning = [p for p in network.parameters() if p.requires_grad]
+        matrices, others = [p for p in learning if p.dim() > 1], [p for p in learning if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=rate.peak, betas=(0.9, 0.98), eps=1e-8, fused=True)
         self.averaged = AveragedWeights(network, decay)
@@ -134,24 +158,37 @@ class Trainer:
             return False
         state = torch.load(self.state_file, map_location="cpu", weights_only=True)
         try:
-            self.network.load_state_dict(state["network"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            set_state_dict(
+                self.network,
+                self.optimizer,
+                model_state_dict=state["network"],
+                optim_state_dict=state["optimizer"],
+                options=StateDictOptions(full_state_dict=True),
+            )
         except (RuntimeError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"{self.state_file} belongs to another network ({reason}); choose another output folder"
             ) from error
         for name, value in state["averaged"].items():
-            self.averaged.values[name].copy_(value)
+            kept = self.averaged.values[name]
+            if isinstance(kept, DTensor):
+                value = distribute_tensor(value.to(kept.device), kept.device_mesh, kept.placements)
+            kept.copy_(value)
         self.step, self.seconds, self.samples = state["step"], state["seconds"], state["samples"]
         self._logged = (self.seconds, self.samples)
         return True
 
     def save(self) -> None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        network, optimizer = get_state_dict(self.network, self.optimizer, options=options)
+        averaged = {name: whole(value).cpu() for name, value in self.averaged.values.items()}
+        if ranks()[0]:
+            return
         state = {
-            "network": self.network.state_dict(),
-            "averaged": self.averaged.values,
-            "optimizer": self.optimizer.state_dict(),
+            "network": network,
+            "averaged": averaged,
+            "optimizer": optimizer,
             "step": self.step,
             "seconds": self.seconds,
             "samples": self.samples,
@@ -161,22 +198,38 @@ class Trainer:
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, with progress; saves now and then and at the end, interrupted or not."""
-        saved = began = time.monotonic()
-        before = self.seconds
-        bar = tqdm(total=self.length.steps, initial=self.step, desc=self.name, unit="step", mininterval=10.0)
+        before, saved, began = self.seconds, self.seconds, time.monotonic()
+        hidden = ranks()[0] > 0
+        bar = tqdm(
+            total=self.length.steps, initial=self.step, desc=self.name, unit="step", mininterval=10.0, disable=hidden
+        )
         try:
             while self.progress < 1:
                 yield self.step
-                self.seconds = before + time.monotonic() - began
+                self.seconds = self._common(before + time.monotonic() - began)
                 bar.update()
-                if time.monotonic() - saved > self.save_every:
+                if self.seconds - saved > self.save_every:
                     self.save()
                     self.on_save()
-                    saved = time.monotonic()
+                    saved = self.seconds
+        except BaseException:
+            if ranks()[1] == 1:  # others would wait for this one, which they do not know to have stopped
+                self.save()
+            raise
         finally:
             bar.close()
-            self.save()
+        self.save()
         self.on_save()
+
+    def _common(self, seconds: float) -> float:
+        """The first process's clock, asked for now and then, so that all do the same in the same step."""
+        if ranks()[1] == 1:
+            return seconds
+        if self.step % CLOCK_EVERY and self.step > CLOCK_EVERY:
+            return self.seconds
+        shared = torch.tensor([seconds], dtype=torch.float64, device=local(next(self.network.parameters())).device)
+        dist.broadcast(shared, 0)
+        return float(shared)
 
     def on_save(self) -> None:
         """Called after every save; may be replaced."""
@@ -205,14 +258,18 @@ class Trainer:
         self.averaged.update(self.network, self.step)
         for key, amount in {"loss": loss, "gradient": norm, **logged}.items():
             total, count = self._sums.get(key, (0.0, 0))
-            self._sums[key] = total + amount.detach().float(), count + 1
+            self._sums[key] = total + whole(amount.detach()).float(), count + 1
         self.step += 1
         self.samples += samples
         if self.step % self.log_every == 0 or self.progress >= 1:
             self._log_means(rate)
 
     def _log_means(self, rate: float) -> None:
-        values = {key: round(float(total) / count, 5) for key, (total, count) in self._sums.items()}
+        means = torch.stack([total / count for total, count in self._sums.values()])
+        if ranks()[1] > 1:
+            dist.all_reduce(means)
+            means /= ranks()[1]
+        values = {key: round(value, 7) for key, value in zip(self._sums, means.tolist(), strict=True)}
         self._sums = {}
         if not math.isfinite(values["loss"]):
             self.slower /= 2
@@ -229,6 +286,8 @@ class Trainer:
         self.log({"network": self.name, "step": self.step, **values, **now})
 
     def log(self, record: dict[str, Any]) -> None:
+        if ranks()[0]:
+            return
         with open(self.folder / f"{self.name}-log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         print(json.dumps(record), file=sys.stderr, flush=True)
