@@ -14,12 +14,13 @@ It knows scenes of spheres, boxes and cylinders at 64 x 64 pixels, not the world
 * `scenes`, `sources`, `data`, `corpus`: scenes ray-cast by embree, with depth, normals, masks, flow and the colours
   without shadows exactly known, textured and mixed with photographs that ship inside scikit-image and scikit-learn.
   Training, templates and evaluation have ranges of scene seeds and files of photographs of their own.
-* `principal`, `start`, `train_vae`: the VAE. Its encoder is not learned but computed: the sixteen principal components
-  of 8 x 8 patches, written into the weights of the official architecture. Its decoder begins as the inverse and is
-  then trained on pictures and clips. It holds for 64 x 64 pixels; at other sizes latents are on another scale.
-* `latents`, `train_dit`, `training`: the transformer, by conditional flow matching (LaVin-DiT, arXiv 2411.11505,
-  section 3.3) on contexts of one to four random pairs, times logit-normal, the null condition one time in ten, averaged
-  weights.
+* `pieces`: worker processes render scenes and make all tasks' pairs of them, while training already runs.
+* `train_vae`: the VAE, encoder and decoder learned on pictures, photographs and clips, its latents of unit variance.
+* `latents`, `train_dit`, `training`, `compiled`: the transformer, by conditional flow matching (LaVin-DiT, arXiv
+  2411.11505, section 3.3) on contexts of one to five random pairs, times logit-normal, the null condition one time in
+  ten, averaged weights. All latents lie on the device, where contexts are drawn.
+* `trained`, `folders`, `presets`: the same for networks of any size and anybody's pairs, all parameters, sharded over
+  processes by FSDP2, or low-rank adapters.
 * `measures`: the paper's figures. `lavin-rt bench quality` draws the held-out queries and sets the yardsticks.
 
 `python -m lavin_rt.mini.train --output DIR --cache DIR` trains from nothing, goes on where it stopped, or goes on from

@@ -1,4 +1,20 @@
-"""What can be trained: networks, amounts of data, and lengths of training."""
+"""What can be trained: networks, amounts of data, and lengths of training.
+
+Memory for training all parameters, on paper: weights, gradients, AdamW's two moments and the averaged weights, float32,
+20 bytes a parameter, divided by the number of processes:
+
+| preset | parameters | 1 GPU | 2 | 4 | 8 |
+|---|---|---|---|---|---|
+| `lavin-dit-0.1b` | 97 M | 1.9 GB | 1.0 | 0.5 | 0.2 |
+| `lavin-dit-0.3b` | 305 M | 6.1 GB | 3.1 | 1.5 | 0.8 |
+| `lavin-dit-1b` | 1.03 B | 20.5 GB | 10.3 | 5.1 | 2.6 |
+| `lavin-dit-3.4b` | 3.40 B | 68.0 GB | 34.0 | 17.0 | 8.5 |
+
+To that comes one block's whole weights (0.04, 0.09, 0.24, 0.62 GB) twice, and activations: with `--checkpointing` about
+8 bytes a token, block and unit of width, and one block's own, some 60 bytes a token and unit of width (512 px, four
+pairs: 10,240 tokens; 5.6 GB a sample for 3.4 B). Adapters (`--lora`) take the weights, 4 bytes a parameter, once more
+while they are merged, and next to nothing else.
+"""
 
 from __future__ import annotations
 

@@ -232,7 +232,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     made.add_argument("--workers", type=int, default=1, help="processes that render (default: 1)")
     made.add_argument("--threads", type=int, help="of PyTorch on the processor (default: its own choice)")
-    made.add_argument("--no-compile", action="store_true", help="do not run the networks through torch.compile")
+    made.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="run the networks through torch.compile (default: on a GPU; on a processor it takes minutes to begin)",
+    )
     return made
 
 
@@ -251,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
             given.cache,
             device,
             given.workers,
-            device.type == "cuda" and not given.no_compile,
+            device.type == "cuda" if given.compile is None else given.compile,
             given.warm_start,
             given.total_minutes,
             given.lora,

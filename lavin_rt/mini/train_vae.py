@@ -219,7 +219,7 @@ def train_vae(
     output = Path(output)
     vae = make_vae(config, plan.seed).train().to(device)
     channels = config.latent_channels
-    network = Compiled(vae, vae_loss, enabled=compile and device.type == "cuda")
+    network = Compiled(vae, vae_loss, enabled=compile)
     trainer = Trainer(
         vae, Rate(plan.peak, warmup=200), Length(plan.steps, plan.seconds), output, "vae", decay=0.998, save_every=45
     )
