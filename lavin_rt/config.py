@@ -1,4 +1,4 @@
-"""The diffusion transformer's configuration and the published presets."""
+"""The diffusion transformer's configuration and its presets: the published one, and smaller ones to train."""
 
 from __future__ import annotations
 
@@ -90,11 +90,15 @@ class DiTConfig:
 
 PRESETS = {
     "lavin-dit-3.4b": DiTConfig(hidden_size=2304, depth=22, num_heads=32, kv_group=4),
+    # Sized by this package to the totals that the paper gives; its own shapes of these are not public.
+    "lavin-dit-1b": DiTConfig(hidden_size=1440, depth=17, num_heads=20, kv_group=4),
+    "lavin-dit-0.3b": DiTConfig(hidden_size=864, depth=14, num_heads=12, kv_group=4),
+    "lavin-dit-0.1b": DiTConfig(hidden_size=576, depth=10, num_heads=8, kv_group=4),
 }
 
 
 def preset(name: str) -> DiTConfig:
-    """The published configuration of that name."""
+    """The configuration of that name."""
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
     return PRESETS[name]

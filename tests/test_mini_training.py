@@ -1,7 +1,8 @@
-"""Training of lavin-mini: losses fall, a stopped run goes on as if it had not stopped, and what is written loads."""
+"""The trainings of lavin-mini: pieces, pools of latents, losses, states to go on from."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -9,61 +10,53 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from mini_pools import SMALL, WEIGHTS, contexts, plan_of, random_pool
 
 pytest.importorskip("embreex", reason="needs the extra train")
-pytest.importorskip("trimesh", reason="needs the extra train")
 
 from lavin_rt.checkpoint import find_checkpoint, load_dit, load_vae
-from lavin_rt.config import DiTConfig
 from lavin_rt.errors import InputError
-from lavin_rt.mini import train_vae
-from lavin_rt.mini.corpus import Corpus, to_pixels
-from lavin_rt.mini.latents import LatentPool, TaskLatents, encode_pictures
-from lavin_rt.mini.principal import Components, component_latents, patch_synthesis
-from lavin_rt.mini.start import Synthesis, teach_templates
+from lavin_rt.mini import train_dit
+from lavin_rt.mini.latents import LatentPool, TaskLatents, encode_pieces, to_device
+from lavin_rt.mini.pieces import CLIPS, PICTURES, Amounts, Arrivals, Piece, make_piece
+from lavin_rt.mini.presets import PRESETS
 from lavin_rt.mini.tasks import TASKS
-from lavin_rt.mini.train import PRESETS, main
-from lavin_rt.mini.train_dit import Plan, draw_batch, flow_loss, initialise_, train_dit
-from lavin_rt.mini.training import Rate
+from lavin_rt.mini.train import main
+from lavin_rt.mini.train_dit import (
+    Plan,
+    Shape,
+    TransformerRun,
+    flow_loss,
+    initialise_,
+    shapes_of,
+    task_shares,
+)
+from lavin_rt.mini.train_vae import keep_past_taps, make_vae, scale_to_unit_, vae_loss
+from lavin_rt.mini.training import Length, Rate
 from lavin_rt.model import JDiT
-from lavin_rt.vae import STVAE, scale_latents, unscale_latents
+from lavin_rt.vae import VAEConfig, scale_latents
 
-SMALL = DiTConfig(hidden_size=36, depth=1, num_heads=1, kv_group=1)
+SHORT = dataclasses.replace(plan_of(12), tokens=64, log_every=200)
 
 
 def records(folder: Path, network: str) -> list[dict]:
     return [json.loads(line) for line in (folder / f"{network}-log.jsonl").read_text().splitlines()]
 
 
-def random_pool(frames: int = 1) -> LatentPool:
-    """Pairs of two tasks; targets are the negated input by the first variant, twice the input by the second."""
-    inputs = torch.randn(20, 16, frames, 4, 4, generator=torch.Generator().manual_seed(0))
-    rows = torch.arange(20)[:, None] + torch.tensor([[[0, 20]], [[0, 40]]])
-    tasks = tuple(TaskLatents(name, rows[:, i::2]) for i, name in enumerate(("depth_estimation", "denoising")))
-    return LatentPool(torch.cat([inputs, -inputs, 2 * inputs]).half(), tasks)
-
-
 @pytest.mark.slow
 def test_the_short_preset_brings_the_loss_down(tmp_path):
-    """The transformer's by a factor of 1.3 within a minute; the folder is then a checkpoint, its VAE shows pictures."""
-    arguments = ["--preset", "tiny", "--output", tmp_path / "run", "--cache", tmp_path / "cache", "--no-compile"]
-    assert main([str(a) for a in [*arguments, "--device", "cpu"]]) == 0
+    """The transformer's by a fifth within a minute; the folder is then a checkpoint."""
+    arguments = ["--preset", "tiny", "--output", tmp_path / "run", "--cache", tmp_path / "cache", "--device", "cpu"]
+    assert main([str(a) for a in arguments]) == 0
     losses = [record["loss"] for record in records(tmp_path / "run", "dit") if "loss" in record]
-    assert losses[-1] < losses[0] / 1.3, losses
+    assert losses[-1] < losses[0] / 1.2, losses
     found = find_checkpoint(tmp_path / "run")
     dit, vae = load_dit(found.dit, strict=True), load_vae(found.vae, strict=True)
     assert dit.config == PRESETS["tiny"].dit and dit.dtype == vae.dtype == torch.float16
-    vae = vae.float()
-    pixels = to_pixels(Corpus.make("template", 32, 8, 1).scenes.colour)
-    assert F.mse_loss(vae(pixels), pixels) < 0.5 * pixels.var()
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    plan = Plan(steps=12, batch=4, pairs=(0.5, 0.5))
-    pools = random_pool(), random_pool(2)
-    once = train_dit(*pools, SMALL, whole, plan, compile=False)
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch):
+    once = TransformerRun(SMALL, tmp_path / "whole", SHORT, compile=False).train(contexts(SHORT))
 
     class Stop(Exception):
         pass
@@ -77,11 +70,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path):
             raise Stop
         return flow_loss(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lavin_rt.mini.train_dit.flow_loss", stopping)
-        with pytest.raises(Stop):
-            train_dit(*pools, SMALL, parts, plan, compile=False)
-    again = train_dit(*pools, SMALL, parts, plan, compile=False)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(train_dit, "flow_loss", stopping)
+        TransformerRun(SMALL, tmp_path / "parts", SHORT, compile=False).train(contexts(SHORT))
+    again = TransformerRun(SMALL, tmp_path / "parts", SHORT, compile=False).train(contexts(SHORT))
     for (name, a), b in zip(once.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
 
@@ -92,118 +84,177 @@ def test_a_warm_start_begins_where_the_weights_are(tmp_path):
         for parameter in start.parameters():
             parameter.add_(0.01)
     before = [parameter.detach().clone() for parameter in start.parameters()]
-    warm = train_dit(
-        random_pool(), random_pool(2), SMALL, tmp_path, Plan(steps=1, peak=1e-5), compile=False, warm_start=start
-    )
+    plan = dataclasses.replace(SHORT, steps=1, peak=1e-5)
+    warm = TransformerRun(SMALL, tmp_path, plan, compile=False, warm_start=start).train(contexts(SHORT))
     for parameter, old in zip(warm.parameters(), before, strict=True):
         assert (parameter - old).abs().max() < 1e-4
 
 
 def test_a_state_of_another_network_is_refused(tmp_path):
-    plan = Plan(steps=1, batch=2)
-    train_dit(random_pool(), random_pool(2), SMALL, tmp_path, plan, compile=False)
+    plan = dataclasses.replace(SHORT, steps=1)
+    TransformerRun(SMALL, tmp_path, plan, compile=False).train(contexts(SHORT))
     wider = dataclasses.replace(SMALL, hidden_size=72)
     with pytest.raises(InputError, match=r"dit-state.pt belongs to another network .*; choose another output folder"):
-        train_dit(random_pool(), random_pool(2), wider, tmp_path, plan, compile=False)
+        TransformerRun(wider, tmp_path, plan, compile=False).train(contexts(SHORT))
 
 
-def test_a_batch_is_contexts_of_one_task_and_one_variant_each():
+def test_a_run_without_time_saves_what_it_has(tmp_path):
+    TransformerRun(SMALL, tmp_path, SHORT, compile=False).train(contexts(SHORT), seconds=0)
+    assert load_dit(tmp_path / "lavin_dit.safetensors").config == SMALL
+    assert not any("loss" in record for record in records(tmp_path, "dit"))
+
+
+def test_a_batch_is_contexts_of_one_task_and_one_member_each():
     pool = random_pool()
-    cond, data = draw_batch(pool, pairs=2, batch=32, generator=torch.Generator().manual_seed(0))
-    assert cond.shape == (32, 16, 5, 4, 4) and data.shape == (32, 16, 1, 4, 4)
-    of_task = [{tuple(pool.latents[i].flatten()[:4].tolist()) for i in task.rows[0, :, 0]} for task in pool.tasks]
+    edges = torch.tensor([0.5, 1.0])
+    cond, data, tasks = pool.draw(edges, 2, 64, torch.Generator().manual_seed(0))
+    assert cond.shape == (64, 16, 5, 4, 4) and data.shape == (64, 16, 1, 4, 4)
     seen = set()
-    for item in range(32):
-        inputs = {tuple(cond[item, :, frame].unsqueeze(1).flatten()[:4].half().tolist()) for frame in (0, 2, 4)}
-        task = [inputs <= known for known in of_task].index(True)
+    for item in range(64):
         factor = next(f for f in (-1, 2) if torch.equal(data[item, :, 0], f * cond[item, :, 4]))
         assert torch.equal(cond[item, :, 1:4:2], factor * cond[item, :, 0:4:2])
-        seen.add((task, factor))
-    assert len(seen) == 4
+        seen.add((int(tasks[item]), factor))
+    assert seen == {(0, -1), (1, -1), (1, 2)}
 
 
-def test_every_variant_of_a_target_is_encoded():
-    corpus, task = Corpus.make("template", 32, 8, 1), dataclasses.replace(TASKS["negative"], source="scene")
-    vae = STVAE(PRESETS["tiny"].vae).eval()
-    pool = encode_pictures(corpus, vae, [task], photographs=0, degraded=0)
-    [found] = pool.tasks
-    assert found.rows.shape == (2, 8, 2)
-    assert torch.equal(found.rows[0, :, 0], found.rows[1, :, 0])
-    rng = np.random.default_rng([0, 2])
-    mirrored = [bool(rng.random() < 0.5) for _ in range(8)]
-    pairs = np.stack([task.make(corpus.still(i, turned), rng) for i, turned in enumerate(mirrored)])
-    for rows, vary in zip(found.rows, task.variants, strict=True):
-        for column, pictures in enumerate((pairs[:, 0], vary(pairs[:, 1]))):
-            expected = scale_latents(vae.encode(to_pixels(pictures[:, None])).mode())
-            assert (pool.latents[rows[:, column]] - expected).norm() < 1e-3 * expected.norm()
+@pytest.mark.parametrize("repeat", [0.0, 1.0])
+def test_the_query_may_be_one_of_the_pairs(repeat: float):
+    cond, data, _ = random_pool().draw(torch.tensor([0.5, 1.0]), 3, 32, torch.Generator().manual_seed(0), repeat)
+    same = (cond[:, :, 0:6:2] == cond[:, :, 6:7]).all((1, 3, 4)) & (cond[:, :, 1:7:2] == data).all((1, 3, 4))
+    assert same.any(1).float().mean() == pytest.approx(repeat, abs=0.35)
+    assert repeat == 0 or (same.any(1).all() and same.any(0).all())
+
+
+def test_mappings_have_their_share_of_the_samples():
+    pool = random_pool(names=("depth_estimation", "denoising", "negative"))
+    pool = LatentPool(pool.latents, (pool.tasks[0], TaskLatents("denoising", pool.tasks[0].rows), pool.tasks[2]))
+    assert task_shares(pool, WEIGHTS, families=0.4) == pytest.approx([0.15, 0.45, 0.4])
+    assert sum(task_shares(random_pool(names=("negative",)), WEIGHTS, families=0.4)) == pytest.approx(1)
+
+
+def test_shapes_hold_about_the_same_tokens():
+    for shape in shapes_of(Plan(steps=1)):
+        frames = 2 if shape.clips else 1
+        cond, data, noise, t, tasks = contexts(Plan(steps=1)).draw(shape, 4096, torch.Generator().manual_seed(0))
+        assert cond.shape[2] == (frames * (2 * shape.pairs + 1) if shape.pairs else 1 + frames)
+        assert data.shape == noise.shape and data.shape[2] == frames and len(t) == len(tasks) == len(cond)
+        tokens = len(cond) * (cond.shape[2] + frames) * 4
+        assert 0.8 * 4096 < tokens <= 4096
+    assert Shape(False, 0) in shapes_of(Plan(steps=1))
 
 
 def test_the_loss_is_that_of_the_flow():
     """Of a network that predicts zero: the mean square of `data - noise`."""
     dit = initialise_(JDiT(SMALL), seed=0)  # begins with a velocity of zero
-    cond, data = draw_batch(random_pool(), 1, 64, torch.Generator().manual_seed(1))
-    loss = flow_loss(dit, cond, data, torch.Generator().manual_seed(2))
-    noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(2))
-    assert torch.allclose(loss, (data - noise).square().mean())
-
-
-def test_the_encoder_computes_the_principal_components():
-    """Of pictures and of clips, as the direct computation does, and with unit variance of the scaled latents."""
-    corpus = Corpus.make("template", 64, 6, 1)
-    config = PRESETS["mini"].vae
-    components = train_vae.make_components(corpus, config, seed=0)
-    vae = train_vae.make_vae(config, components, seed=0, side=8, teaching=0).requires_grad_(False)
-    for clip in (False, True):
-        frames = train_vae.draw_frames(corpus, np.random.default_rng(0), 3, clip)
-        latents = scale_latents(vae.encode(to_pixels(frames)).mean)
-        direct = component_latents(components, frames)
-        assert latents.shape == direct.shape == (3, 16, 2 if clip else 1, 8, 8)
-        assert (latents - direct).norm() / direct.norm() < 1e-3
-    pictures = train_vae.draw_frames(corpus, np.random.default_rng(1), 64)
-    assert float(component_latents(components, pictures).square().mean()) == pytest.approx(1, rel=0.3)
-
-
-@pytest.fixture(scope="module")
-def components() -> Components:
-    """Of smooth random pictures."""
-    coarse = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    pictures = F.interpolate(coarse, (64, 64), mode="bicubic").clamp(0, 1).permute(0, 2, 3, 1)
-    return Components.of((pictures * 255).to(torch.uint8).numpy(), channels=16, kept=32)
-
-
-def test_patches_are_sums_of_products(components):
-    synthesis, patches = Synthesis.of(components, terms=16), patch_synthesis(components)
-    sums = torch.einsum("pj,cj,jk->pck", synthesis.templates, synthesis.colours, synthesis.factors) + synthesis.means
-    error = ((sums - patches) * components.gains).square().sum() / (patches * components.gains).square().sum()
-    assert error < 0.02
-
-
-def test_a_decoder_that_knows_its_templates_puts_patches_together(components):
-    """With the templates given to the last norm, what it shows is the linear inverse, but for the two corners that are
-    lost and the products' small error.
-    """
-    config = PRESETS["mini"].vae
-    vae = train_vae.make_vae(config, components, seed=0, side=8, teaching=0).requires_grad_(False)
-    synthesis = Synthesis.of(components, terms=16)
-    templates = synthesis.templates.T.view(1, 16, 1, 8, 8).repeat(1, 1, 1, 8, 8).repeat_interleave(2, dim=1)
-    vae.decoder.norm_out.register_forward_pre_hook(lambda _, inputs: (templates, inputs[1]))
-    latents = torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    shown = vae.decoder(unscale_latents(latents * components.gains[:, None, None, None]))
-    patches = torch.einsum(
-        "pck,ktrs->rpsc", patch_synthesis(components), latents[0] * components.gains[:, None, None, None]
-    )
-    expected = patches.unflatten(1, (8, 8)).permute(4, 0, 1, 3, 2).reshape(3, 64, 64)
-    assert (shown[0, :, 0] - expected).square().mean() < 0.02 * expected.square().mean()
-
-
-def test_templates_can_be_taught_on_no_picture(components):
-    vae = train_vae.make_vae(PRESETS["mini"].vae, components, seed=0, side=4, teaching=0)
-    assert (
-        teach_templates(vae.decoder, Synthesis.of(components, terms=16), side=4, steps=60) < 0.1
-    )  # of a variance of 1
+    cond, data, noise, t, _ = contexts(SHORT).draw(Shape(False, 1), 512, torch.Generator().manual_seed(1))
+    loss = flow_loss(dit, cond, data, noise, t)
+    assert torch.allclose(loss, (data - noise).square().mean((1, 2, 3, 4)))
 
 
 def test_the_learning_rate_rises_stays_and_falls():
-    rate = Rate(peak=1.0, steps=100, warmup=10, fall=0.2)
-    assert rate.at(0) == pytest.approx(0.1) and rate.at(9) == rate.at(50) == rate.at(80) == 1
-    assert rate.at(90) == pytest.approx(0.5) and rate.at(99) == pytest.approx(0.05)
+    rate = Rate(peak=1.0, warmup=10, fall=0.2)
+    assert rate.at(0, 0.0) == pytest.approx(0.1) and rate.at(9, 0.1) == rate.at(50, 0.5) == rate.at(79, 0.79) == 1
+    assert rate.at(90, 0.9) == pytest.approx(0.5) and rate.at(99, 0.99) == pytest.approx(0.05)
+
+
+def test_a_length_is_of_steps_or_of_seconds_the_sooner():
+    assert Length(steps=10).progress(5, 1e9) == 0.5
+    assert Length(seconds=10).progress(10**9, 4) == 0.4
+    assert Length(steps=10, seconds=100).progress(3, 60) == 0.6
+    assert Length(steps=10, seconds=0).progress(0, 0) == 1
+
+
+AMOUNTS = Amounts(8, 1, 8, 2, 3, scenes_a_piece=8, clips_a_piece=1)
+
+
+@pytest.fixture(scope="module")
+def pieces() -> dict[str, Piece]:
+    return {kind: make_piece(kind, 0, 32, AMOUNTS, seed=0) for kind in (PICTURES, CLIPS)}
+
+
+def test_a_piece_has_every_trained_task_and_every_member(pieces, tmp_path):
+    for kind, frames in ((PICTURES, 1), (CLIPS, 5)):
+        piece = pieces[kind]
+        assert piece.frames.shape[1:] == (frames, 32, 32, 3) and piece.frames.dtype == np.uint8
+        for name, rows in piece.rows.items():
+            task = TASKS[name]
+            assert task.trained and task.is_clip == (kind == CLIPS)
+            assert len(rows) == len(task.members) and (rows[..., 0] == rows[:1, :, 0]).all()
+            assert rows.max() < len(piece.frames)
+    assert {"depth_estimation", "denoising", "hue"} <= set(pieces[PICTURES].rows)
+    pieces[PICTURES].save(tmp_path / "piece.npz")
+    kept = Piece.load(tmp_path / "piece.npz")
+    assert np.array_equal(kept.frames, pieces[PICTURES].frames)
+    assert np.array_equal(kept.rows["hue"], pieces[PICTURES].rows["hue"])
+
+
+def test_a_damaged_piece_is_removed(tmp_path):
+    (tmp_path / "piece.npz").write_bytes(b"PK not a piece")
+    assert Piece.load(tmp_path / "piece.npz") is None and not (tmp_path / "piece.npz").exists()
+
+
+class Made:
+    """What `Arrivals` asks of a `PieceMaker`."""
+
+    def __init__(self, paths: list[Path], done: bool):
+        self.work, self.paths, self.done = dict.fromkeys(paths), paths, done
+
+    def ready(self) -> list[Path]:
+        return self.paths
+
+    def arriving(self, patience: float) -> Arrivals:
+        return Arrivals(self, patience)
+
+    @staticmethod
+    def kind(path: Path) -> str:
+        return path.stem
+
+
+def test_pieces_arrive_once_and_waiting_has_an_end():
+    paths = [Path("a"), Path("b")]
+    assert list(Arrivals(Made(paths, done=True), 0)) == paths
+    slow = Arrivals(Made(paths, done=False), patience=0)
+    assert list(slow) == paths and slow.next(wait=False) is None
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return make_vae(VAEConfig(block_out_channels=(32, 32, 32, 32), layers_per_block=1), seed=0)
+
+
+def test_every_pair_is_encoded(pieces, vae, tmp_path):
+    paths = [tmp_path / f"{kind}.npz" for kind in pieces]
+    for path, piece in zip(paths, pieces.values(), strict=True):
+        piece.save(path)
+    pictures, clips = encode_pieces(Made(paths, done=True), vae, torch.device("cpu"), 0)
+    assert len(pictures.latents) == len(pieces[PICTURES].frames) and clips.latents.shape[2] == 2
+    task = next(task for task in pictures.tasks if task.name == "negative")
+    row = task.rows[1, 0, 1]
+    pixels = to_device(
+        torch.from_numpy(pieces[PICTURES].frames[pieces[PICTURES].rows["negative"][1, 0, 1]])[None], "cpu"
+    )
+    with torch.no_grad():
+        expected = scale_latents(vae.encode(pixels).mode())[0]
+    assert (pictures.latents[row] - expected).norm() < 2e-3 * expected.norm()
+
+
+def test_folding_a_scale_into_the_vae_leaves_its_pictures(vae):
+    scaled = copy.deepcopy(vae)
+    pixels = torch.rand(4, 3, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        means = vae.encode(pixels).mean
+        scale_to_unit_(scaled, float(means.square().mean().sqrt()))
+        scale = scaled.encode(pixels).mean.square().mean().sqrt()
+        assert scale * 1.08936170213 == pytest.approx(1, rel=1e-4)
+        assert torch.allclose(scaled(pixels), vae(pixels), atol=1e-4)
+        before, after = vae.encode(pixels).logvar - 2 * means.abs().log(), scaled.encode(pixels)
+        assert torch.allclose(after.logvar - 2 * after.mean.abs().log(), before, atol=1e-2)
+
+
+def test_pictures_train_the_present_tap_alone(vae):
+    trained = copy.deepcopy(vae).train()
+    pixels, noise = torch.zeros(2, 3, 1, 32, 32), torch.zeros(2, 16, 1, 4, 4)
+    vae_loss(trained, pixels, noise, noise)[0].backward()
+    keep_past_taps(trained)
+    gradient = trained.decoder.conv_out.conv.weight.grad
+    assert not gradient[:, :, :-1].any() and gradient[:, :, -1].any()

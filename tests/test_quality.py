@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("embreex", reason="needs the extra train")
 pytest.importorskip("trimesh", reason="needs the extra train")
 
-from lavin_bench import report
+from lavin_bench import quality_strangers, report
 from lavin_bench.pipeline_variants import CPU_VAE, QUICK_CONFIG, random_model, random_vae
-from lavin_bench.quality import Answered, across_tasks, answer, context_record, figures, run, task_record
+from lavin_bench.quality import (
+    Answered,
+    across_tasks,
+    answer,
+    border_steps,
+    context_record,
+    figures,
+    run,
+    task_record,
+)
 from lavin_bench.quality_answers import Answers, Sampling
 from lavin_bench.quality_queries import CONTEXTS_FROM, Scenery, TaskQueries, alike, draw
 from lavin_bench.quality_report import quality_table, summary
 from lavin_bench.quality_sheet import context_sheet, tasks_sheet
+from lavin_bench.timing import header
 from lavin_rt.checkpoint import save_dit, save_vae
 from lavin_rt.cli import main
 from lavin_rt.errors import InputError
@@ -81,6 +94,38 @@ def test_tasks_of_the_same_pictures_are_asked_about_the_same_scenes(drawn):
         assert not {query.tobytes() for query in asked.queries} & {pair[0].tobytes() for pair in asked.pool}
         assert all(len(set(row)) == 2 for row in asked.picks.tolist())
     assert np.array_equal(by_name["depth_estimation"].queries, by_name["edge_detection"].queries[:SCENES])
+
+
+def test_families_are_asked_about_members_that_are_trained_and_that_are_not():
+    """Every query has the context of its own member, shuffled or not, and both kinds ask about the same inputs."""
+    task = TASKS["mask_colours"]
+    trained, held_out = draw(SIZE, 5, 2, [task], show=False)
+    assert (trained.name, held_out.name) == ("mask_colours", "mask_colours, held out")
+    assert trained.members[0] is task.members[0] and not set(trained.members) & set(held_out.members)
+    assert set(held_out.members) <= set(task.held_out) and np.array_equal(trained.queries, held_out.queries)
+    for asked in (trained, held_out):
+        assert len(asked.members) == 4
+
+        def colours(pictures: np.ndarray) -> set[tuple[int, ...]]:
+            return {tuple(colour) for colour in np.unique(pictures.reshape(-1, 3), axis=0).tolist()}
+
+        for item, rows in enumerate(asked.picks):
+            of_query = colours(asked.targets[item])
+            assert len(of_query) == 2
+            for context in (rows, asked.partner(rows)):
+                assert colours(asked.pool[context, 1]) == of_query
+            assert not set(rows) & set(asked.partner(rows))
+    record, _ = task_record(answered(held_out, held_out.targets))
+    assert record["held_out"] and len(record["members"]) == 4 and record["clear"]
+
+
+def test_steps_at_borders_of_patches():
+    """1 where nothing is special about borders; more where patches are shifted against each other."""
+    smooth = np.add.outer(np.arange(64), np.arange(64))[None, None, ..., None].repeat(3, axis=-1).astype(np.uint8)
+    assert border_steps(smooth) == 1
+    shifted = smooth + 4 * (np.arange(64) // 16).astype(np.uint8)[:, None]
+    assert border_steps(shifted) == 3  # steps of 5 instead of 1 across half of the borders
+    assert border_steps(np.zeros_like(smooth)) is None
 
 
 def test_drawing_again_gives_the_same_and_more_pairs_begin_with_fewer(drawn):
@@ -200,6 +245,33 @@ def test_what_a_pipeline_cannot_run_is_named(clips, drawn, pipe, monkeypatch):
 def test_figures_of_the_target_are_perfect(drawn):
     for asked in drawn:
         assert figures(asked, asked.targets)["fidelity"].min() == pytest.approx(100)
+
+
+def test_a_stranger_is_answered_as_the_pairs_say(tmp_path, monkeypatch):
+    """By a model that knows the mapping, and by one that copies; both through the pictures on disk."""
+    mapping, asked = (quality_strangers.as_grey, quality_strangers.inverted), []
+
+    def run_command(steps: tuple[quality_strangers.Mapping, ...], arguments: list[str]) -> int:
+        folder, queries = Path(arguments[2]), arguments[arguments.index("--query") + 1 :]
+        asked.append((len(list(folder.iterdir())), len(queries)))
+        for query in queries:
+            picture = np.asarray(Image.open(query))
+            out = Path(arguments[arguments.index("-o") + 1]) / Path(query).name
+            out.parent.mkdir(exist_ok=True)
+            Image.fromarray(quality_strangers.mapped(steps, picture)).save(out)
+        return 0
+
+    found = []
+    for steps in (mapping, ()):
+        monkeypatch.setattr(quality_strangers, "lavin_rt", functools.partial(run_command, steps))
+        found.append(quality_strangers.ask(mapping, 2, 3, SIZE, 0, tmp_path / str(len(found))))
+    assert asked == [(10, 8)] * 4
+    knowing, copying = found
+    assert knowing["model"] == 100 and knowing["own_target_nearest"] == 1 and knowing["copy"] == copying["model"]
+    assert copying["better_than"]["copy"] == [0, 0] and knowing["queries"] == 6 and knowing["pairs_asked"] == 10
+    rows = [{"mapping": "grey, then inverted", "kind": quality_strangers.COMPOSED, **row} for row in found]
+    text = report.render({"kind": "strangers", "header": {**header(), "dtype": "float32"}, "rows": rows})
+    assert text.count("**both**") == 1 and "composition" in text
 
 
 def test_command(tmp_path, pipe, capsys):

@@ -35,6 +35,7 @@ from lavin_rt.model import JDiT
 from lavin_rt.pipeline import Pipeline
 
 PAIRS = (1, 2, 4)
+PATCH = 16  # pixels a side of what one token of the transformer stands for
 YARDSTICKS = ("copy", "mean")  # the simple ones, which a model should beat
 
 Figures = dict[str, np.ndarray]
@@ -72,6 +73,20 @@ def fidelity(result: np.ndarray, target: np.ndarray) -> float:
     return float(-10 * np.log10(max(np.square(result / 255 - target / 255).mean(), 1e-10)))
 
 
+def border_steps(pictures: np.ndarray) -> float | None:
+    """The mean absolute step across borders of the transformer's patches over that one pixel to either side, of uint8
+    `[N, T, S, S, 3]`; None where there is no border or no step beside one.
+    """
+    across, beside = [], []
+    for axis in (2, 3):
+        steps = np.abs(np.diff(pictures.astype(np.int16), axis=axis))
+        borders = np.arange(PATCH, pictures.shape[axis], PATCH) - 1  # step i is that from pixel i to the next
+        across.append(steps.take(borders, axis=axis).ravel())
+        beside.append(steps.take(np.concatenate([borders - 1, borders + 1]), axis=axis).ravel())
+    one, other = (np.concatenate(steps) for steps in (across, beside))
+    return round(float(one.mean() / other.mean()), 4) if other.any() else None
+
+
 def interval(differences: np.ndarray) -> list[float]:
     """The mean of paired differences and the half-width of its 95 % interval (normal)."""
     half = 1.96 * differences.std(ddof=1) / np.sqrt(len(differences))
@@ -98,9 +113,12 @@ def task_record(answered: Answered, exact: Answered | None = None) -> tuple[dict
     record: dict[str, Any] = {
         "task": name,
         "trained": asked.task.trained,
+        "members": [member.name for member in asked.members] if asked.task.family else [],
+        "held_out": asked.held_out,
         "measures": [dataclasses.asdict(m) for m in MEASURES[asked.task.measure]],
         "queries": len(asked),
         "scenes": asked.scenes,
+        "blocks": {"model": border_steps(answered.results[most]), "target": border_steps(asked.targets)},
         "copy": means(copies),
         "ceiling": means(ceilings),
         "pairs": [],
@@ -164,10 +182,12 @@ def context_record(answered: Sequence[Answered]) -> dict[str, Any] | None:
 
 def across_tasks(records: Sequence[dict[str, Any]], found: Sequence[dict[str, Figures]]) -> dict[str, Any]:
     """PSNR of results against targets, the mean over the tasks of pictures that lavin-mini was trained on (over all if
-    there are none), scene by scene: by number of pairs, and with shuffled targets.
+    there are none), members of families that it was not trained on left out, scene by scene: by number of pairs, and
+    with shuffled targets.
     """
     both = list(zip(records, found, strict=True))
-    chosen = [one for one in both if one[0]["trained"] and not TASKS[one[0]["task"]].is_clip] or both
+    trained = [one for one in both if one[0]["trained"] and not one[0]["held_out"]]
+    chosen = [one for one in trained if not TASKS[one[0]["task"]].is_clip] or both
     scenes = min(record["scenes"] for record, _ in chosen)
 
     def of(key: str) -> np.ndarray:
@@ -248,14 +268,14 @@ def run(
     total = sum(len(asked) * samplings(asked, pairs) for asked in drawn) * (1 if exact is None else 2)
     with tqdm(total=total, unit="query", disable=None if show else True, file=sys.stderr) as bar:
         for asked in drawn:
-            bar.set_description(asked.task.name)
+            bar.set_description(asked.name)
             try:
                 mine = answer(pipe, asked, pairs, sampling, bar.update)
                 theirs = None if exact is None else answer(exact, asked, pairs, sampling, bar.update)
             except InputError as error:
-                record["skipped"].append({"task": asked.task.name, "reason": str(error)})
+                record["skipped"].append({"task": asked.name, "reason": str(error)})
                 if show:
-                    bar.write(f"{asked.task.name}: skipped, {error}", file=sys.stdout)
+                    bar.write(f"{asked.name}: skipped, {error}", file=sys.stdout)
                 continue
             answered.append(mine)
             of_task, of_figures = task_record(mine, theirs)

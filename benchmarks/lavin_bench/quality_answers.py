@@ -49,8 +49,11 @@ class Answers:
 
     def __init__(self, pipe: Pipeline, asked: TaskQueries, sampling: Sampling):
         self.pipe, self.asked, self.sampling, self.seconds = pipe, asked, sampling, 0.0
-        pool = asked.pool
-        self._pool = self._encoded(pool.reshape(-1, *pool.shape[2:])).unflatten(0, pool.shape[:2])
+        pool = asked.pool.reshape(-1, *asked.pool.shape[2:])
+        places: dict[bytes, int] = {}  # members of a family share their inputs
+        rows = [places.setdefault(frames.tobytes(), len(places)) for frames in pool]
+        first = [rows.index(place) for place in range(len(places))]
+        self._pool = self._encoded(pool[first])[torch.tensor(rows)].unflatten(0, asked.pool.shape[:2])
         self._queries = self._encoded(asked.queries)
 
     def ceilings(self) -> np.ndarray:

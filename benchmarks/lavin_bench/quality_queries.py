@@ -11,14 +11,16 @@ from tqdm import tqdm
 
 from lavin_rt.mini.corpus import CLIPS_FROM, PHOTOGRAPHS_SHARE
 from lavin_rt.mini.data import CLIP_MOMENTS, SceneArrays, render_arrays
-from lavin_rt.mini.scenes import Picture, Scene
+from lavin_rt.mini.families import Member
+from lavin_rt.mini.scenes import VARIED, Picture, Scene
 from lavin_rt.mini.sources import SCENE_SEEDS, photograph_crop
 from lavin_rt.mini.tasks import TASKS, Task
 
 SPLIT = "evaluation"
 # The scenes of contexts begin here within the split, so that no query's scene is in a context.
 CONTEXTS_FROM = 100_000
-SEEN = 0.01  # share of the picture that an object to be boxed covers at least, as in training
+# Members of a family that are asked for: of those that are trained, among them the first, and of the others.
+MEMBERS = 4
 # Pairs that contexts are chosen from, by whether the task is of clips: each is encoded once, whatever the queries.
 POOL = {False: 32, True: 16}
 CROPS_PER_SCENE = 0.125  # photographs on top of the scenes, for tasks that photographs serve for as well
@@ -35,6 +37,8 @@ class TaskQueries:
             of more, and no row comes twice in a context.
         queries, targets: uint8 `[N, T, S, S, 3]`.
         scenes: how many of the queries are pictures of scenes, each of another one; crops of photographs follow.
+        members: of a family, the mappings asked for, query by query in turn; as many blocks of the pool.
+        held_out: whether these are members that are never trained.
     """
 
     task: Task
@@ -43,15 +47,24 @@ class TaskQueries:
     queries: np.ndarray
     targets: np.ndarray
     scenes: int
+    members: tuple[Member, ...] = ()
+    held_out: bool = False
+
+    @property
+    def name(self) -> str:
+        """The task's, and whether members that are never trained are meant."""
+        return f"{self.task.name}, held out" if self.held_out else self.task.name
 
     def __len__(self) -> int:
         return len(self.queries)
 
     def partner(self, rows: Any) -> Any:
-        """The rows of the pool, half of it further on, whose targets stand beside these rows' inputs in shuffled
-        contexts. Exchanged within a context instead, a model that pools over its pairs would see the same as before.
+        """The rows of the pool, half of the member's block further on, whose targets stand beside these rows' inputs in
+        shuffled contexts. Exchanged within a context instead, a model that pools over its pairs would see the same as
+        before.
         """
-        return (rows + len(self.pool) // 2) % len(self.pool)
+        block = len(self.pool) // max(len(self.members), 1)
+        return rows // block * block + (rows + block // 2) % block
 
     def context_means(self, pairs: int) -> np.ndarray:
         """The mean of the targets of each query's context, uint8 `[N, T, S, S, 3]`."""
@@ -83,16 +96,21 @@ class Scenery:
         if task.is_clip:
             seeds = range(CLIPS_FROM + first, CLIPS_FROM + first + count)
             return [[arrays.picture(0, t) for t in range(CLIP_MOMENTS)] for arrays in self.render(seeds, CLIP_MOMENTS)]
-        if task.source != "single":
+        if task.source not in ("single", "varied"):
             return [arrays.picture(0) for arrays in self.render(range(first, first + count))]
         found: list[Picture] = []
         seed = first
         while len(found) < count:
-            if len(Scene.from_seed(SCENE_SEEDS[self.split].start + seed).solids) == 1:
+            if self._likely(task, SCENE_SEEDS[self.split].start + seed):
                 picture = self.render([seed])[0].picture(0)
-                found += [picture] if picture.mask.mean() > SEEN else []
+                found += [picture] if task.suits(picture) else []
             seed += 1
         return found
+
+    @staticmethod
+    def _likely(task: Task, seed: int) -> bool:
+        """Whether it is worth rendering a scene to see if it suits the task."""
+        return len(Scene.from_seed(seed).solids) == 1 if task.source == "single" else seed % VARIED == VARIED - 1
 
 
 def draw(
@@ -104,7 +122,8 @@ def draw(
     show: bool = True,
     split: str = SPLIT,
 ) -> list[TaskQueries]:
-    """Queries of every task; tasks of the same kind of scene are asked about the same scenes, in the same order.
+    """Queries of every task, and of a family also those about members that are never trained; tasks of the same kind
+    of scene are asked about the same scenes, in the same order.
 
     Args:
         size: of pictures, pixels a side.
@@ -117,32 +136,46 @@ def draw(
     """
     scenery, drawn = Scenery(size, show, split), []
     for task in tasks:
-        index = list(TASKS).index(task.name)
-        photographs = round(CROPS_PER_SCENE * scenes) if task.source == "any" else 0
-        # A few queries need no large pool.
-        pool = min(POOL[task.is_clip], max(2 * pairs, 4 * scenes))
-        crops = round(PHOTOGRAPHS_SHARE * pool) if task.source == "any" else 0
-
-        def applied(role: int, first: int, count: int, crops: int, task: Task = task, index: int = index) -> np.ndarray:
-            """Inputs and targets, uint8 `[count + crops, 2, T, S, S, 3]`."""
-            pictures = scenery.pictures(task, first, count)
-            rngs = [np.random.default_rng([seed, index, role, item]) for item in range(count + crops)]
-            pictures += [Picture(photograph_crop(split, rng, size)) for rng in rngs[count:]]
-            both = np.stack([np.stack(task.apply(*one)) for one in zip(pictures, rngs, strict=True)])
-            return both if task.is_clip else both[:, :, None]
-
-        both = applied(0, 0, scenes, photographs)
-        rng = np.random.default_rng([seed, index, 2])
-        picks = np.stack([rng.choice(pool, pairs, replace=False) for _ in both])
-        shown = applied(1, CONTEXTS_FROM, pool - crops, crops)
-        drawn.append(TaskQueries(task, shown, picks, both[:, 0], both[:, 1], scenes))
+        some = task.members[:: -(-len(task.members) // MEMBERS)]
+        drawn.append(_drawn(scenery, task, some, scenes, pairs, seed))
+        if task.held_out:
+            others = _drawn(scenery, task, task.held_out[:MEMBERS], scenes, pairs, seed)
+            drawn.append(dataclasses.replace(others, held_out=True))
     return drawn
 
 
+def _drawn(scenery: Scenery, task: Task, members: Sequence[Member], scenes: int, pairs: int, seed: int) -> TaskQueries:
+    index = list(TASKS).index(task.name)
+    photographs = round(CROPS_PER_SCENE * scenes) if task.source == "any" else 0
+    # A few queries need no large pool.
+    pool = min(POOL[task.is_clip], max(2 * pairs, 4 * scenes))
+    crops = round(PHOTOGRAPHS_SHARE * pool) if task.source == "any" else 0
+
+    def pictures(role: int, first: int, count: int, crops: int) -> list[tuple[Any, np.random.Generator]]:
+        """Pictures, and what their degradations are drawn from."""
+        rngs = [np.random.default_rng([seed, index, role, item]) for item in range(count + crops)]
+        found = scenery.pictures(task, first, count)
+        found += [Picture(photograph_crop(scenery.split, rng, scenery.size)) for rng in rngs[count:]]
+        return list(zip(found, rngs, strict=True))
+
+    def stacked(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """uint8 `[N, 2, T, S, S, 3]`."""
+        both = np.stack([np.stack(pair) for pair in pairs])
+        return both if task.is_clip else both[:, :, None]
+
+    asked = pictures(0, 0, scenes, photographs)
+    both = stacked([task.apply(*one, members[item % len(members)]) for item, one in enumerate(asked)])
+    rng = np.random.default_rng([seed, index, 2])
+    picks = np.stack([rng.choice(pool, pairs, replace=False) + pool * (i % len(members)) for i in range(len(both))])
+    made = [(picture, *task.make(picture, rng)) for picture, rng in pictures(1, CONTEXTS_FROM, pool - crops, crops)]
+    shown = stacked([(one[1], member(*one)) for member in members for one in made])
+    return TaskQueries(task, shown, picks, both[:, 0], both[:, 1], scenes, tuple(members))
+
+
 def alike(drawn: Sequence[TaskQueries]) -> list[TaskQueries]:
-    """The largest group of tasks of pictures that ask about the same pictures, in order."""
+    """The largest group of tasks of pictures, but for families, that ask about the same pictures, in order."""
     groups: dict[bytes, list[TaskQueries]] = {}
     for one in drawn:
-        if not one.task.is_clip:
+        if not one.task.is_clip and one.task.family is None:
             groups.setdefault(one.queries[: one.scenes].tobytes(), []).append(one)
     return max(groups.values(), key=len, default=[])

@@ -7,7 +7,9 @@ from typing import Any
 
 from lavin_bench.report import caption, table
 
-UNITS = {"mean angle": ("{:.1f}", "°"), "PSNR": ("{:.1f}", " dB"), "MSE": ("{:.4f}", "")}
+UNITS = {"mean angle": ("{:.1f}", "°"), "PSNR": ("{:.1f}", " dB"), "MSE": ("{:.4f}", ""), "flow error": ("{:.2f}", "")}
+
+SMOOTH = ("depth_estimation", "normal_estimation")  # tasks whose results show borders of patches
 
 
 def value(name: str, number: float) -> str:
@@ -17,6 +19,13 @@ def value(name: str, number: float) -> str:
 
 def measure_name(measure: dict[str, Any]) -> str:
     return measure["name"] + ("↑" if measure["higher_is_better"] else "↓")
+
+
+def title(record: dict[str, Any]) -> str:
+    """The task's name, with what was never trained of it."""
+    if record.get("held_out"):
+        return f"{record['task']} (members never trained)"
+    return record["task"] if record["trained"] else f"{record['task']} (never trained)"
 
 
 def clear(difference: Sequence[float]) -> bool:
@@ -44,7 +53,7 @@ def beats(record: dict[str, Any], row: dict[str, Any]) -> str:
 def task_line(record: dict[str, Any]) -> str:
     """A task's deciding measure in one line."""
     name, last = deciding(record), record["pairs"][-1]
-    parts = [f"{record['task']:24}{measure_name(record['measures'][0]):12}"]
+    parts = [f"{title(record):40}{measure_name(record['measures'][0]):12}"]
     parts.append(f"copy {value(name, record['copy'][name])}, mean {value(name, last['mean'][name])},")
     parts += [f"{row['pairs']} pairs {value(name, row['model'][name])}," for row in record["pairs"]]
     parts.append(f"ceiling {value(name, record['ceiling'][name])};")
@@ -54,7 +63,7 @@ def task_line(record: dict[str, Any]) -> str:
         parts.append(f"; shuffled {signed(name, record['shuffled']['better_than_right'][name])}")
     if "better_than_exact" in last:
         parts.append(f"; against exact {signed(name, last['better_than_exact'][name])}")
-    return " ".join(parts).replace(" ;", ";") + ("" if record["trained"] else " (never trained)")
+    return " ".join(parts).replace(" ;", ";")
 
 
 def context_text(record: dict[str, Any]) -> list[str]:
@@ -79,7 +88,18 @@ def context_text(record: dict[str, Any]) -> list[str]:
             f"With every input beside another pair's target it changes by {_decibels(across['shuffled_minus_right'])}, "
             f"to {across['shuffled'][0]:.2f} dB{_worse_when_shuffled(record)}."
         )
-    return text
+    return text + _steps(record)
+
+
+def _steps(record: dict[str, Any]) -> list[str]:
+    """How much of the transformer's patches is seen in smooth results."""
+    found = [
+        task for task in record["tasks"] if task["task"] in SMOOTH and all(task.get("blocks", {"": None}).values())
+    ]
+    if not found:
+        return []
+    each = [f"{t['blocks']['model']:.2f} in {t['task']} (targets {t['blocks']['target']:.2f})" for t in found]
+    return [f"The mean step across 16-pixel borders over that one pixel beside them: {', '.join(each)}."]
 
 
 def _worse_when_shuffled(record: dict[str, Any]) -> str:
@@ -88,13 +108,13 @@ def _worse_when_shuffled(record: dict[str, Any]) -> str:
     for task in record["tasks"]:
         mean, half = task.get("shuffled", {}).get("better_than_right", {}).get(deciding(task), (0.0, 0.0))
         if mean < -half:
-            worse.append(f"{task['task']} ({deciding(task)} {signed(deciding(task), (mean, half))})")
+            worse.append(f"{title(task)} ({deciding(task)} {signed(deciding(task), (mean, half))})")
     return f"; clearly worse: {', '.join(worse)}" if worse else ""
 
 
 def summary(record: dict[str, Any]) -> list[str]:
     """What stands below the tasks' lines on a terminal."""
-    trained = [task for task in record["tasks"] if task["trained"]]
+    trained = [task for task in record["tasks"] if task["trained"] and not task.get("held_out")]
     text = [
         f"{sum(task['clear'] for task in trained)} of {len(trained)} trained tasks are clearly better than copying the "
         "query and than the mean of the context's targets (deciding measure, 95 % interval of paired differences)."
@@ -110,7 +130,7 @@ def summary(record: dict[str, Any]) -> list[str]:
         for task in record["tasks"]:
             for row in task["pairs"]:
                 changes = [f"{name} {_fine(figures)}" for name, figures in row["better_than_exact"].items()]
-                text.append(f"  {task['task']:26}{_pairs(row['pairs']):9}{', '.join(changes)}")
+                text.append(f"  {title(task):42}{_pairs(row['pairs']):9}{', '.join(changes)}")
     text += [f"Skipped: {one['task']}: {one['reason']}" for one in record["skipped"]]
     return [*text, f"{record['seconds']:.0f} s"]
 
@@ -129,7 +149,7 @@ def quality_table(record: dict[str, Any]) -> str:
         verdict = ", ".join(f"{kind} {signed(name, figures[name])}" for kind, figures in last["better_than"].items())
         rows.append(
             [
-                task["task"] + ("" if task["trained"] else " (never trained)"),
+                title(task),
                 " / ".join(measure_name(m) + UNITS.get(m["name"], ("", ""))[1] for m in task["measures"]),
                 cell(task["copy"]),
                 cell(last["mean"]),
@@ -157,12 +177,38 @@ def quality_table(record: dict[str, Any]) -> str:
     return "\n\n".join(text) + "\n"
 
 
+def strangers_table(record: dict[str, Any]) -> str:
+    """A row a mapping."""
+    rows = []
+    for row in record["rows"]:
+        against = [f"{kind} {mean:+.1f} ± {half:.1f}" for kind, (mean, half) in row["better_than"].items()]
+        both = all(clear(difference) for difference in row["better_than"].values())
+        rows.append(
+            [
+                row["mapping"],
+                row["kind"],
+                *(f"{row[name]:.1f}" for name in ("copy", "mean", "model")),
+                f"{'**both**' if both else 'not both'} ({', '.join(against)})",
+                f"{row['own_target']:.1f}",
+                f"{100 * row['own_target_nearest']:.0f} %",
+            ]
+        )
+    columns = ["mapping", "", "copy, dB", "mean of targets, dB", "result, dB", "clearly better than"]
+    columns += ["a pair's input, dB", "nearest to its own target"]
+    asked = record["rows"][0]
+    text = (
+        f"lavin-mini, five pairs of photographs' crops, {asked['queries']} queries a mapping, and "
+        f"{asked['pairs_asked']} that are pairs' own inputs. {caption(record['header'])}"
+    )
+    return f"{text}\n\n{table(columns, rows)}"
+
+
 def _exact_table(record: dict[str, Any]) -> str:
     """The differences to the exact pipeline, of the most pairs; positive is better."""
     rows = []
     for task in record["tasks"]:
         changes = task["pairs"][-1]["better_than_exact"]
-        rows.append([task["task"], " / ".join(changes), " / ".join(map(_fine, changes.values()))])
+        rows.append([title(task), " / ".join(changes), " / ".join(map(_fine, changes.values()))])
     exact = record["exact"]
     head = f"{record['header']['dtype']} ({record['impl']}) against {exact['dtype']} ({exact['impl']})"
     return table(["task", "measure", f"{head}, positive is better"], rows).rstrip()

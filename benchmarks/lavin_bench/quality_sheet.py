@@ -31,7 +31,8 @@ def tasks_sheet(answered: Sequence[Answered], item: int = 0) -> Image.Image:
         example = asked.pool[asked.picks[item, 0]]
         cells = [example[0], example[1], asked.queries[item], one.results[most][item], asked.targets[item]]
         cells += [asked.context_means(most)[item], one.ceilings[item]]
-        name = asked.task.name if asked.task.trained else f"{asked.task.name}\n(never trained)"
+        name = asked.task.name
+        name += "\n(members never trained)" if asked.held_out else "" if asked.task.trained else "\n(never trained)"
         rows.append((name, [cell[-1] for cell in cells]))
     return _sheet(COLUMNS, rows)
 

@@ -151,7 +151,7 @@ def render(record: dict[str, Any]) -> str:
         ValueError: a kind of record that has no table.
     """
     # Which build on this module.
-    from lavin_bench.quality_report import quality_table
+    from lavin_bench.quality_report import quality_table, strangers_table
     from lavin_bench.speeds_report import speeds_table
 
     tables = {
@@ -162,6 +162,7 @@ def render(record: dict[str, Any]) -> str:
         "quality": quality_table,
         "quality_speeds": speeds_table,
         "native": native_table,
+        "strangers": strangers_table,
     }
     kind = record.get("kind", "forms")
     if kind not in tables:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from lavin_rt.mini.data import CLIP_MOMENTS, SceneArrays, cached_scenes, render_arrays
-from lavin_rt.mini.scenes import Picture
+from lavin_rt.mini.scenes import CYLINDER, Picture
 from lavin_rt.mini.sources import SCENE_SEEDS, photograph_crop
-from lavin_rt.mini.tasks import Task
+from lavin_rt.mini.tasks import CLASS_SEEN, Task
 
 PHOTOGRAPHS_SHARE = 0.4  # of the pictures of a task that photographs serve for as well
 CLIPS_FROM = 500_000  # clips' scenes begin here within their split
@@ -54,7 +54,13 @@ class Corpus:
         """Indices of the scenes with one object that is seen whole enough to be boxed."""
         largest = self.scenes.instances.max((1, 2, 3))
         seen = (self.scenes.instances > 0).mean((1, 2, 3))
-        return np.nonzero((largest == 1) & (seen > 0.01))[0]
+        return np.nonzero((largest == 1) & (seen > CLASS_SEEN))[0]
+
+    @functools.cached_property
+    def varied(self) -> np.ndarray:
+        """Indices of the scenes in which every class is seen."""
+        seen = [(self.scenes.classes == kind).mean((1, 2, 3)) > CLASS_SEEN for kind in range(CYLINDER + 1)]
+        return np.nonzero(np.all(seen, axis=0))[0]
 
     def still(self, index: int, mirrored: bool) -> Picture:
         picture = self.scenes.picture(index)
@@ -71,8 +77,9 @@ class Corpus:
             return np.stack(task.apply(self.clip(int(rng.integers(len(self.clips))), mirrored), rng))
         if task.source == "any" and rng.random() < PHOTOGRAPHS_SHARE:
             picture = Picture(photograph_crop(self.split, rng, self.size))
-        elif task.source == "single":
-            picture = self.still(int(self.single[rng.integers(len(self.single))]), mirrored)
+        elif task.source in ("single", "varied"):
+            suitable = self.single if task.source == "single" else self.varied
+            picture = self.still(int(suitable[rng.integers(len(suitable))]), mirrored)
         else:
             picture = self.still(int(rng.integers(len(self.scenes))), mirrored)
         return np.stack(task.apply(picture, rng))[:, None]

@@ -21,13 +21,14 @@ from lavin_rt.mini.scenes import Picture, Scene
 CHUNK = 100  # scenes a piece
 CLIP_MOMENTS = 10  # a clip of five frames, and the five that follow
 # Bumped when scenes of the same seed come out otherwise, so that a kept folder is not taken for them.
-SCENES_VERSION = 1
+SCENES_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SceneArrays:
     """Many pictures of scenes in arrays: `colour` uint8 `[N, T, S, S, 3]`, `depth` float16, `normals` int8 (times 127),
-    `classes` and `instances` uint8, all `[N, T, S, S, ...]`; T is 1, or the moments of a clip.
+    `classes`, `instances` and `unshadowed` uint8, `flow` int8 (times 1024), all `[N, T, S, S, ...]`; T is 1, or the
+    moments of a clip.
     """
 
     colour: np.ndarray
@@ -35,6 +36,8 @@ class SceneArrays:
     normals: np.ndarray
     classes: np.ndarray
     instances: np.ndarray
+    unshadowed: np.ndarray
+    flow: np.ndarray
 
     def __len__(self) -> int:
         return len(self.colour)
@@ -47,6 +50,8 @@ class SceneArrays:
             self.normals[at].astype(np.float32) / 127,
             self.classes[at],
             self.instances[at],
+            self.unshadowed[at],
+            self.flow[at].astype(np.float32) / 1024,
         )
 
     @classmethod
@@ -59,7 +64,7 @@ def render_arrays(seeds: Sequence[int], size: int, moments: int = 1) -> SceneArr
     """Renders scenes at moments 0 to `moments - 1`, in this process."""
     clips = []
     for seed in seeds:
-        scene = Scene.from_seed(seed)
+        scene = Scene.from_seed(seed, moving=moments > 1)
         clips.append([scene.render(size, moment) for moment in range(moments)])
 
     def gathered(name: str, dtype: type) -> np.ndarray:
@@ -71,6 +76,8 @@ def render_arrays(seeds: Sequence[int], size: int, moments: int = 1) -> SceneArr
         np.array([[np.round(picture.normals * 127) for picture in clip] for clip in clips], np.int8),
         gathered("classes", np.uint8),
         gathered("instances", np.uint8),
+        gathered("unshadowed", np.uint8),
+        np.array([[np.clip(np.round(picture.flow * 1024), -127, 127) for picture in clip] for clip in clips], np.int8),
     )
 
 

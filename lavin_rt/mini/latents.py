@@ -1,33 +1,27 @@
-"""Training pairs as latents: every picture goes through the VAE once, before the transformer's training begins."""
+"""Training pairs as latents: every picture goes through the VAE once, and its latent stays on the device."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import copy
 import dataclasses
-import hashlib
-import os
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-from lavin_rt.errors import InputError
-from lavin_rt.files import written_whole
-from lavin_rt.mini.corpus import PHOTOGRAPHS_SHARE, Corpus, to_pixels
-from lavin_rt.mini.scenes import Picture
-from lavin_rt.mini.sources import photograph_crop
-from lavin_rt.mini.tasks import Task
+from lavin_rt.mini.pieces import CLIPS, PICTURES, Piece, PieceMaker
 from lavin_rt.vae import STVAE, scale_latents
 
-ENCODE_BATCH = 32
-LATENTS_VERSION = 5  # bumped when tasks of the same name, or the files, come out otherwise
+ENCODE_BATCH = {"cuda": 2048, "cpu": 64}  # frames at once
+AHEAD = 4  # pieces read while others are encoded
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TaskLatents:
-    """A task's pairs: rows of `LatentPool.latents`, int64 `[variants, pairs, 2]`, input and target, for every
-    variant of the target (`Task.variants`).
+    """A task's pairs: rows of `LatentPool.latents`, int64 `[members, pairs, 2]`, input and target, for every trained
+    member of the task.
     """
 
     name: str
@@ -41,108 +35,140 @@ class LatentPool:
     latents: torch.Tensor
     tasks: tuple[TaskLatents, ...]
 
-    def save(self, path: str | os.PathLike) -> None:
-        with written_whole(path) as partial:
-            torch.save({"latents": self.latents, "tasks": {task.name: task.rows for task in self.tasks}}, partial)
+    def draw(
+        self,
+        edges: torch.Tensor,
+        pairs: int,
+        batch: int,
+        generator: torch.Generator,
+        repeat: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Random contexts, drawn where the latents lie and without waiting for the device.
 
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> LatentPool:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            return cls(content["latents"], tuple(TaskLatents(*item) for item in content["tasks"].items()))
-        except (OSError, RuntimeError, KeyError) as error:
-            raise InputError(f"{path}: damaged latents; remove the file and run again") from error
+        Args:
+            edges: running sums of the tasks' shares of the samples, up to 1, `[tasks]` on the latents' device.
+            pairs: of every context.
+            batch: contexts.
+            generator: of the latents' device.
+            repeat: share of the contexts whose query is one of the pairs.
+
+        Returns:
+            conditions `[batch, 16, (2 pairs + 1) t, h, w]`, targets `[batch, 16, t, h, w]`, both float32, and the
+            contexts' tasks, int64 `[batch]`.
+        """
+        table, offsets, members, counts = self._index
+        device = table.device
+        draws = torch.rand(batch, 4, generator=generator, device=device)
+        chosen = torch.searchsorted(edges, draws[:, 0].contiguous()).clamp_(max=len(self.tasks) - 1)
+        member = (draws[:, 1] * members[chosen]).long().clamp_(max=members[chosen] - 1)
+        count, wanted = counts[chosen, None], pairs + 1
+        # All different, where there are so many: sorted draws with repeats, spread by their places, in random order.
+        places = torch.rand(batch, wanted, generator=generator, device=device, dtype=torch.float64)
+        places = (places * (count - pairs).clamp(min=1)).long().sort(1).values
+        places = (places + torch.arange(wanted, device=device)) % count
+        order = torch.rand(batch, wanted, generator=generator, device=device).argsort(1)
+        picked = places.gather(1, order)
+        one_of_them = picked.gather(1, (draws[:, 2:3] * pairs).long().clamp_(max=pairs - 1))
+        picked[:, -1:] = torch.where(draws[:, 3:] < repeat, one_of_them, picked[:, -1:])
+        rows = table[offsets[chosen, None] + member[:, None] * count + picked].flatten(1)  # [batch, 2 pairs + 2]
+        frames = self.latents[rows].float().transpose(1, 2)  # [batch, 16, 2 pairs + 2, t, h, w]
+        return frames[:, :, :-1].flatten(2, 3), frames[:, :, -1], chosen
+
+    @property
+    def _index(self) -> tuple[torch.Tensor, ...]:
+        """All tasks' rows `[M, 2]`, and by task where they begin, their members and their pairs, `[tasks]`."""
+        if not hasattr(self, "_kept"):
+            device = self.latents.device
+            rows = [task.rows for task in self.tasks]
+            sizes = [part.shape[0] * part.shape[1] for part in rows]
+            starts = [0, *itertools.accumulate(sizes)][:-1]
+            numbers = [starts, [part.shape[0] for part in rows], [part.shape[1] for part in rows]]
+            kept = torch.cat([part.reshape(-1, 2) for part in rows]), *map(torch.tensor, numbers)
+            object.__setattr__(self, "_kept", tuple(part.to(device) for part in kept))
+        return self._kept
 
 
-class _Encoder:
-    """Collects frames, encodes them in batches."""
+class _Collector:
+    """Puts the pieces of one kind together."""
 
-    def __init__(self, vae: STVAE, progress: tqdm):
-        self.vae, self.progress = vae, progress
-        self.waiting: list[np.ndarray] = []
-        self.done: list[torch.Tensor] = []
-        self.rows: dict[bytes, int] = {}
+    def __init__(self):
+        self.latents: list[torch.Tensor] = []
+        self.rows: dict[str, list[torch.Tensor]] = {}
+        self.count = 0
 
-    def add(self, frames: np.ndarray) -> int:
-        """Takes uint8 `[T, S, S, 3]`, returns its row; what came before is not encoded again."""
-        digest = hashlib.sha256(frames.tobytes()).digest()
-        if digest not in self.rows:
-            self.rows[digest] = len(self.rows)
-            self.waiting.append(frames)
-            if len(self.waiting) == ENCODE_BATCH:
-                self.flush()
-        return self.rows[digest]
+    def add(self, latents: torch.Tensor, piece: Piece) -> None:
+        for name, rows in piece.rows.items():
+            self.rows.setdefault(name, []).append(torch.from_numpy(rows).long() + self.count)
+        self.latents.append(latents)
+        self.count += len(latents)
 
-    def add_task(self, task: Task, pairs: Sequence[Sequence[np.ndarray]]) -> TaskLatents:
-        """Takes inputs and targets of `task.make`, uint8 `[T, S, S, 3]`."""
-        rows = [[[self.add(shown), self.add(vary(target))] for shown, target in pairs] for vary in task.variants]
-        return TaskLatents(task.name, torch.tensor(rows))
-
-    @torch.no_grad()
-    def flush(self) -> None:
-        if self.waiting:
-            pixels = to_pixels(np.stack(self.waiting)).to(next(self.vae.parameters()).device)
-            self.done.append(scale_latents(self.vae.encode(pixels).mode()).half().cpu())
-            self.progress.update(len(self.waiting))
-            self.waiting = []
+    def pool(self) -> LatentPool | None:
+        if not self.count:
+            return None
+        tasks = tuple(TaskLatents(name, torch.cat(parts, dim=1)) for name, parts in self.rows.items())
+        latents = torch.empty(
+            self.count, *self.latents[0].shape[1:], dtype=torch.float16, device=self.latents[0].device
+        )
+        for start, part in zip(itertools.accumulate(map(len, self.latents), initial=0), self.latents, strict=False):
+            latents[start : start + len(part)] = part
+        self.latents = []
+        return LatentPool(latents, tasks)
 
 
-def encode_pictures(
-    corpus: Corpus, vae: STVAE, tasks: Sequence[Task], photographs: int, degraded: int, seed: int = 0
-) -> LatentPool:
-    """Pairs of picture tasks from all scenes and from `photographs` crops.
+def to_device(frames: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 `[N, T, S, S, 3]` to float32 `[N, 3, T, S, S]` in [-1, 1] on a device."""
+    return frames.to(device, non_blocking=True).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)
 
-    Every scene is taken once, mirrored or not. Tasks that spoil a picture are made of `degraded` pictures each, of
-    which photographs have their share.
+
+@torch.no_grad()
+def encode(vae: STVAE, frames: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Scaled latents `[N, 16, t, S/8, S/8]` float16 on the device, of uint8 frames `[N, T, S, S, 3]`, in the arithmetic
+    of `vae`. A batch that does not fit is halved.
     """
-    rng = np.random.default_rng([seed, 2])
-    scenes = [corpus.still(i, bool(rng.random() < 0.5)) for i in range(len(corpus.scenes))]
-    photos = [Picture(photograph_crop(corpus.split, rng, corpus.size)) for _ in range(photographs)]
-    single = [scenes[i] for i in corpus.single]
-    with tqdm(desc="encoding pictures", unit="picture") as progress:
-        encoder = _Encoder(vae, progress)
-        found = []
-        for task in tasks:
-            if task.source == "any":
-                from_photos = min(round(degraded * PHOTOGRAPHS_SHARE), len(photos))
-                chosen = [photos[i] for i in rng.permutation(len(photos))[:from_photos]]
-                chosen += [scenes[i] for i in rng.permutation(len(scenes))[: degraded - from_photos]]
-            else:
-                chosen = single if task.source == "single" else scenes
-            pairs = [[frames[None] for frames in task.make(picture, rng)] for picture in chosen]
-            found.append(encoder.add_task(task, pairs))
-        encoder.flush()
-    return LatentPool(torch.cat(encoder.done), tuple(found))
+    batch, done, start = max(1, ENCODE_BATCH[device.type] // frames.shape[1] ** 2), [], 0
+    while start < len(frames):
+        part = to_device(frames[start : start + batch], device)
+        try:
+            moments = vae.encoder(part.to(vae.dtype))
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
+            torch.cuda.empty_cache()
+            continue
+        done.append(scale_latents(moments.float()[:, : vae.config.latent_channels]).half())
+        start += batch
+    return torch.cat(done)
 
 
-def encode_clips(corpus: Corpus, vae: STVAE, tasks: Sequence[Task], seed: int = 0) -> LatentPool:
-    """Pairs of clip tasks, every clip once as it is and once mirrored."""
-    rng = np.random.default_rng([seed, 3])
-    with tqdm(desc="encoding clips", unit="clip") as progress:
-        encoder = _Encoder(vae, progress)
-        clips = [corpus.clip(index, mirrored) for index in range(len(corpus.clips)) for mirrored in (False, True)]
-        found = [encoder.add_task(task, [task.make(frames, rng) for frames in clips]) for task in tasks]
-        encoder.flush()
-    return LatentPool(torch.cat(encoder.done), tuple(found))
+def loaded(paths: Iterable[Path]) -> Iterator[tuple[Path, Piece]]:
+    """Pieces, some read ahead; damaged ones are left out."""
+    with concurrent.futures.ThreadPoolExecutor(AHEAD) as pool:
+        waiting: list[tuple[Path, concurrent.futures.Future]] = []
+        for path in paths:
+            waiting.append((path, pool.submit(Piece.load, path)))
+            if len(waiting) > AHEAD:
+                first, future = waiting.pop(0)
+                if future.result() is not None:
+                    yield first, future.result()
+        for first, future in waiting:
+            if future.result() is not None:
+                yield first, future.result()
 
 
-def cached_latents(
-    folder: str | os.PathLike,
-    corpus: Corpus,
-    vae: STVAE,
-    fingerprint: str,
-    picture_tasks: Sequence[Task],
-    clip_tasks: Sequence[Task],
-    photographs: int,
-    degraded: int,
-    seed: int = 0,
-) -> tuple[LatentPool, LatentPool]:
-    """Latents of pictures and of clips, kept in `folder` under the VAE's fingerprint and the amounts of data."""
-    data = f"{corpus.size}px-{len(corpus.scenes)}-{len(corpus.clips)}-{photographs}-{degraded}-{seed}"
-    names = [f"latents-v{LATENTS_VERSION}-{kind}-{fingerprint[:12]}-{data}.pt" for kind in ("pictures", "clips")]
-    files = [Path(folder) / name for name in names]
-    if not files[0].is_file():
-        encode_pictures(corpus, vae, picture_tasks, photographs, degraded, seed).save(files[0])
-    if not files[1].is_file():
-        encode_clips(corpus, vae, clip_tasks, seed).save(files[1])
-    return LatentPool.load(files[0]), LatentPool.load(files[1])
+def encode_pieces(
+    maker: PieceMaker, vae: STVAE, device: torch.device, patience: float
+) -> tuple[LatentPool, LatentPool | None]:
+    """Latents of pictures and of clips, of all pieces that arrive (see `PieceMaker.arriving`).
+
+    On a GPU in float16 arithmetic, and in float32 where that overflows.
+    """
+    fast = copy.deepcopy(vae).half() if device.type == "cuda" else vae
+    collected = {PICTURES: _Collector(), CLIPS: _Collector()}
+    for path, piece in loaded(maker.arriving(patience)):
+        latents = encode(fast, torch.from_numpy(piece.frames), device)
+        if not bool(latents.isfinite().all()):
+            print(f"warning: {path.name} overflowed in float16; encoded again in float32", flush=True)
+            latents = encode(vae, torch.from_numpy(piece.frames), device).clamp(-60, 60)
+        collected[maker.kind(path)].add(latents, piece)
+    return collected[PICTURES].pool(), collected[CLIPS].pool()

@@ -10,10 +10,21 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lavin_rt.mini.tasks import PALETTE, Task, decode_box, decode_depth, decode_normals, decode_segments, grey
+from lavin_rt.mini.encodings import (
+    PALETTE,
+    decode_box,
+    decode_depth,
+    decode_flow,
+    decode_normals,
+    decode_segments,
+    grey,
+)
+from lavin_rt.mini.figures import decode_joints
+from lavin_rt.mini.tasks import Task
 
 DELTA = 1.25
 NEAR_ANGLE = 11.25  # degrees
+NEAR_JOINT = 1 / 16  # of the picture's side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +45,9 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
     "segments": (Measure("mIoU", True),),
     "mask": (Measure("mIoU", True),),
     "box": (Measure("box IoU", True),),
+    "contours": (Measure("F1", True),),
+    "joints": (Measure("joints found", True), Measure("joint error", False)),
+    "flow": (Measure("flow error", False), Measure("PSNR", True)),
     "colour": (Measure("MSE", False),),
     "restoration": (Measure("PSNR", True), Measure("SSIM", True)),
 }
@@ -78,17 +92,46 @@ def box(result: np.ndarray, target: np.ndarray) -> tuple[float]:
     return (height * width / (sum(areas) - height * width),)
 
 
+def contours(result: np.ndarray, target: np.ndarray) -> tuple[float]:
+    """The harmonic mean of precision and recall of what is brighter than mid-grey, one pixel off allowed."""
+    from scipy.ndimage import binary_dilation
+
+    found, true = grey(result) > 0.5, grey(target) > 0.5
+    if not found.any() or not true.any():
+        return (float(found.any() == true.any()),)
+    square = np.ones((3, 3), bool)
+    precision = binary_dilation(true, square)[found].mean()
+    recall = binary_dilation(found, square)[true].mean()
+    return (float(2 * precision * recall / max(precision + recall, 1e-9)),)
+
+
+def joints(result: np.ndarray, target: np.ndarray) -> tuple[float, float]:
+    """The share of joints within a sixteenth of the picture's side of where they are, and the mean error as a share of
+    the side, half a side for a joint that is missing.
+    """
+    apart = np.linalg.norm(decode_joints(result) - decode_joints(target), axis=1)
+    apart = np.minimum(np.nan_to_num(apart, nan=0.5), 0.5)
+    return float((apart <= NEAR_JOINT).mean()), float(apart.mean())
+
+
+def flow(result: np.ndarray, target: np.ndarray) -> tuple[float, float]:
+    """Mean distance of flow vectors in hundredths of the picture's side, and PSNR."""
+    apart = np.linalg.norm(decode_flow(result) - decode_flow(target), axis=-1)
+    return float(100 * apart.mean()), restoration(result, target)[0]
+
+
 def colour(result: np.ndarray, target: np.ndarray) -> tuple[float]:
     """Mean squared error of values in [0, 1]."""
     return (float(np.square(result / 255 - target / 255).mean()),)
 
 
 def restoration(result: np.ndarray, target: np.ndarray) -> tuple[float, float]:
-    """PSNR in dB and SSIM (Gaussian window, of the luma), the means of a clip's frames."""
-    if result.ndim == 4:
-        return tuple(np.mean([restoration(*pair) for pair in zip(result, target, strict=True)], axis=0).tolist())
+    """PSNR in dB, of a clip that of all its frames together, and SSIM (Gaussian window, of the luma), the mean of a
+    clip's frames.
+    """
     psnr = -10 * np.log10(max(colour(result, target)[0], 1e-10))
-    return float(psnr), _structural_similarity(grey(result), grey(target))
+    frames = zip(*(grey(part).reshape(-1, *part.shape[-3:-1]) for part in (result, target)), strict=True)
+    return float(psnr), float(np.mean([_structural_similarity(*pair) for pair in frames]))
 
 
 def _structural_similarity(a: np.ndarray, b: np.ndarray, sigma: float = 1.5) -> float:
@@ -121,6 +164,9 @@ _FUNCTIONS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[float, ...]]] = {
     "segments": segments,
     "mask": mask,
     "box": box,
+    "contours": contours,
+    "joints": joints,
+    "flow": flow,
     "colour": colour,
     "restoration": restoration,
 }

@@ -7,7 +7,9 @@ same scene at moments 0, 1, 2, ... while objects slide and the camera orbits.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +19,8 @@ from lavin_rt.mini.sources import photograph_crop, split_of
 SKY, GROUND, SPHERE, BOX, CYLINDER = range(5)
 FIELD_OF_VIEW = 50.0  # degrees
 TEXTURE_SIZE = 128
+FLOW_SIGNS = np.array([-1, 1], np.float32)  # from what is divided by minus the depth to right and down
+VARIED = 8  # one seed in so many has a sphere, a box and a cylinder, and a camera so low that there is sky
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,6 +33,9 @@ class Picture:
         normals: float32 `[H, W, 3]`, unit vectors in camera axes (right, up, towards the camera); 0 for sky.
         classes: uint8 `[H, W]`, `SKY`, `GROUND`, `SPHERE`, `BOX` or `CYLINDER`.
         instances: uint8 `[H, W]`, 0 for sky and ground, objects from 1.
+        unshadowed: uint8 `[H, W, 3]`, the colour were there no cast shadows.
+        flow: float32 `[H, W, 2]`, the way to where the point is seen a moment later, right and down, as shares of the
+            picture's side; 0 for sky.
     """
 
     colour: np.ndarray
@@ -36,6 +43,8 @@ class Picture:
     normals: np.ndarray | None = None
     classes: np.ndarray | None = None
     instances: np.ndarray | None = None
+    unshadowed: np.ndarray | None = None
+    flow: np.ndarray | None = None
 
     @property
     def is_scene(self) -> bool:
@@ -55,6 +64,7 @@ class Picture:
         }
         if self.is_scene:
             flipped["normals"] = flipped["normals"] * np.array([-1, 1, 1], np.float32)
+            flipped["flow"] = flipped["flow"] * np.array([-1, 1], np.float32)
         return Picture(**flipped)
 
 
@@ -66,7 +76,7 @@ class _Texture:
     colours: np.ndarray  # [2, 3]
     scale: float
     turn: float
-    pixels: np.ndarray | None = None
+    pixels: np.ndarray | None = None  # uint8 [S, S, 3]
 
     def albedo(self, points: np.ndarray, normals: np.ndarray) -> np.ndarray:
         """Albedo `[N, 3]` at points in the object's own axes, projected along the axis that the surface faces most."""
@@ -78,8 +88,8 @@ class _Texture:
         if self.kind == "photograph":
             size = len(self.pixels)
             # Mirrored repetition: no seams.
-            column, row = (np.abs((w * 0.5) % 2 - 1) * (size - 1) for w in (u, v))
-            return self.pixels[row.astype(int), column.astype(int)] * (0.35 + 0.65 * self.colours[0])
+            column, row = ((np.abs((w * 0.5) % 2 - 1) * (size - 1)).astype(int) for w in (u, v))
+            return self.pixels[row, column] * ((0.35 + 0.65 * self.colours[0]) / 255)
         if self.kind == "plain":
             return np.broadcast_to(self.colours[0], (len(points), 3))
         cells = np.floor(u) if self.kind == "stripes" else np.floor(u) + np.floor(v)
@@ -96,31 +106,21 @@ class _Solid:
     texture: _Texture
     shine: float
 
-    def mesh(self) -> Any:
-        import trimesh
-
-        if self.kind == SPHERE:
-            shape = trimesh.creation.icosphere(subdivisions=3, radius=self.half[0])
-        elif self.kind == BOX:
-            shape = trimesh.creation.box(extents=2 * self.half)
-        else:
-            shape = trimesh.creation.cylinder(radius=self.half[0], height=2 * self.half[1], sections=48)
-            shape.apply_transform(trimesh.transformations.rotation_matrix(np.pi / 2, [1, 0, 0]))
-        return shape
-
     def own_normals(self, points: np.ndarray) -> np.ndarray:
-        """Exact unit normals `[N, 3]` at points `[N, 3]`, both in the object's own axes."""
+        """Exact unit normals `[N, 3]` at points `[N, 3]`, both in the object's own axes, float32."""
         if self.kind == SPHERE:
-            return points / np.linalg.norm(points, axis=1, keepdims=True)
+            return points / np.sqrt((points * points).sum(1, keepdims=True))
         normals = np.zeros_like(points)
         if self.kind == BOX:
-            axis = (np.abs(points) / self.half).argmax(1)
-            normals[np.arange(len(points)), axis] = np.sign(points[np.arange(len(points)), axis])
+            axis, rows = (np.abs(points) / self.half).argmax(1), np.arange(len(points))
+            normals[rows, axis] = np.sign(points[rows, axis])
             return normals
-        radial = points * [1, 0, 1]
-        radius = np.linalg.norm(radial, axis=1, keepdims=True)
-        cap = np.abs(points[:, 1:2]) / self.half[1] > radius / self.half[0]
-        return np.where(cap, np.sign(points) * [0, 1, 0], radial / np.maximum(radius, 1e-9))
+        radius = np.hypot(points[:, 0], points[:, 2])
+        cap = np.abs(points[:, 1]) / self.half[1] > radius / self.half[0]
+        normals[:, 1] = np.where(cap, np.sign(points[:, 1]), 0)
+        side = ~cap / np.maximum(radius, 1e-9)
+        normals[:, 0], normals[:, 2] = points[:, 0] * side, points[:, 2] * side
+        return normals
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,21 +137,25 @@ class Scene:
     target: np.ndarray  # [3]
 
     @classmethod
-    def from_seed(cls, seed: int, objects: int | None = None) -> Scene:
+    def from_seed(cls, seed: int, objects: int | None = None, moving: bool = False) -> Scene:
         """The scene of a seed, whose range decides the photographs among its textures.
 
         Args:
             seed: of one of `sources.SCENE_SEEDS`.
-            objects: how many; from 1 to 4 by the seed if not given.
+            objects: how many; from 1 to 4 by the seed if not given. Every eighth seed has all kinds under some sky.
+            moving: for a clip: plainer, and its objects slide faster, so that what comes next can be told.
         """
         rng, split = np.random.default_rng([seed, 64]), split_of(seed)
         count = objects or int(rng.choice([1, 2, 3, 4], p=[0.35, 0.25, 0.25, 0.15]))
+        varied = objects is None and seed % VARIED == VARIED - 1
+        count = max(count, 3) if varied else count
         size = rng.uniform(0.75, 1.15) * (1.15 if count == 1 else 1.0)
         solids: list[_Solid] = []
         for _ in range(200):
             if len(solids) == count:
                 break
-            solid = _random_solid(rng, split, size, spread=0.8 if count == 1 else 1.4)
+            kind = SPHERE + len(solids) if varied and len(solids) < 3 else int(rng.choice([SPHERE, BOX, CYLINDER]))
+            solid = _random_solid(rng, kind, split, size, 0.8 if count == 1 else 1.4, moving)
             reach = np.linalg.norm(solid.half[[0, 2]])
             apart = [np.linalg.norm((s.position - solid.position)[[0, 2]]) for s in solids]
             reaches = [np.linalg.norm(s.half[[0, 2]]) for s in solids]
@@ -166,113 +170,180 @@ class Scene:
         )
         return cls(
             solids=tuple(solids),
-            ground=_random_ground(rng, split),
+            ground=_random_ground(rng, split, moving),
             sky=np.clip(sky * rng.uniform(0.85, 1.05), 0, 1),
             light=light / np.linalg.norm(light),
             ambient=rng.uniform(0.3, 0.5),
-            camera=(azimuth, rng.uniform(0.18, 0.75), rng.uniform(3.6, 5.2)),
-            orbit=rng.uniform(-0.035, 0.035),
+            camera=(azimuth, rng.uniform(0.18, 0.36 if varied else 0.75), rng.uniform(3.6, 5.2)),
+            orbit=rng.uniform(-0.03, 0.03),
             target=np.array([rng.normal(0, 0.2), rng.uniform(0.3, 0.7), rng.normal(0, 0.2)]),
         )
 
     def render(self, size: int = 64, moment: float = 0.0) -> Picture:
         """The picture at a moment: colours from four rays a pixel with shadows, everything else from the centre's."""
-        try:
-            import trimesh
-            from trimesh.ray.ray_pyembree import RayMeshIntersector
-        except ImportError as error:
-            raise missing_extra(getattr(error, "name", None) or "embreex", "train", "rendering scenes") from None
         position, axes = self._camera(moment)
-        solids = [dataclasses.replace(s, position=s.position + moment * s.velocity) for s in self.solids]
-        meshes = [_plane(trimesh)] + [s.mesh() for s in solids]
-        for solid, mesh in zip(solids, meshes[1:], strict=True):
-            transform = np.eye(4)
-            transform[:3, :3], transform[:3, 3] = solid.rotation, solid.position
-            mesh.apply_transform(transform)
-        owner = np.repeat(np.arange(len(meshes)), [len(mesh.faces) for mesh in meshes])
-        whole = trimesh.util.concatenate(meshes)
-        caster = RayMeshIntersector(whole)
+        moved = [s.position + moment * s.velocity for s in self.solids]
+        caster = _caster([_Placed(s.kind, s.half, s.rotation, at) for s, at in zip(self.solids, moved, strict=True)])
+        position32, axes32 = position.astype(np.float32), axes.astype(np.float32)
+        rays = _rays(size) @ axes32.T  # [5 * size * size, 3], rows of `axes` as columns: right, up, back
+        found = caster.run(np.broadcast_to(position32, rays.shape), rays, query="INTERSECT", output=True)
+        owner, distance = found["geomID"], found["tfar"]  # of objects, the ground first; -1 where there is only sky
+        points = position32 + np.where(owner >= 0, distance, 0)[:, None] * rays
 
-        rays = _rays(size) @ axes.T  # [5 * size * size, 3], rows of `axes` as columns: right, up, back
-        origins = np.broadcast_to(position, rays.shape)
-        face = caster.intersects_first(origins, rays)
-        hit = face >= 0
-        corner, normal = whole.triangles[face[hit], 0], whole.face_normals[face[hit]]
-        distance = ((corner - position) * normal).sum(1) / (rays[hit] * normal).sum(1)
-        points = position + distance[:, None] * rays[hit]
-        index = owner[face[hit]]
-        normals, albedo, shine = np.zeros_like(points), np.zeros_like(points), np.zeros(len(points))
-        for i in range(len(meshes)):
-            here = index == i
-            if not here.any():
-                continue
+        pixels = size * size
+        normals = np.zeros_like(points)
+        albedo = np.zeros((4 * pixels, 3), np.float32)
+        shine = np.zeros(4 * pixels, np.float32)
+        for i in range(1 + len(self.solids)):
+            here = np.flatnonzero(owner == i)
+            first = np.searchsorted(here, pixels)  # from here on samples of colour
+            samples = here[first:] - pixels
             if i == 0:
-                normals[here] = [0, 1, 0]
-                albedo[here] = self.ground.albedo(points[here], normals[here])
+                normals[here, 1] = 1
+                albedo[samples] = self.ground.albedo(points[here[first:]], normals[here[first:]])
                 continue
-            solid = solids[i - 1]
-            own = (points[here] - solid.position) @ solid.rotation
+            solid = self.solids[i - 1]
+            rotation = solid.rotation.astype(np.float32)
+            own = (points[here] - moved[i - 1].astype(np.float32)) @ rotation
             own_normals = solid.own_normals(own)
-            normals[here] = own_normals @ solid.rotation.T
-            albedo[here] = solid.texture.albedo(own / solid.half.max(), own_normals)
-            shine[here] = solid.shine
-        shadowed = caster.intersects_any(points + 1e-3 * normals, np.broadcast_to(self.light, points.shape))
-        lambert = np.maximum((normals * self.light).sum(1), 0) * ~shadowed
-        half = self.light - rays[hit] / np.linalg.norm(rays[hit], axis=1, keepdims=True)
-        half /= np.linalg.norm(half, axis=1, keepdims=True)
-        gloss = shine * np.maximum((normals * half).sum(1), 0) ** 30 * ~shadowed
-        up = np.clip(rays[:, 1] / np.linalg.norm(rays, axis=1), 0, 1)[:, None] ** 0.7
-        sky = self.sky[0] * (1 - up) + self.sky[1] * up
-        colour = sky.copy()
-        lit = albedo * (self.ambient + (1.1 - self.ambient) * lambert)[:, None] + gloss[:, None]
-        far = np.clip((distance - 9) / 14, 0, 1)[:, None]  # haze: the ground's edge fades into the horizon
-        colour[hit] = lit * (1 - far) + sky[hit] * far
+            normals[here] = own_normals @ rotation.T
+            scaled = own[first:] / np.float32(solid.half.max())
+            albedo[samples] = solid.texture.albedo(scaled, own_normals[first:])
+            shine[samples] = solid.shine
+        dark, light = self._shaded(caster, rays[pixels:], points[pixels:], normals[pixels:], albedo, shine)
+        # Haze: the ground's edge fades into the horizon.
+        far = np.where(owner[pixels:] < 0, 1, np.clip((distance[pixels:] - 9) / 14, 0, 1))
+        hazy = np.flatnonzero(far)
+        far, sky = far[hazy, None], self._sky(rays[pixels:][hazy])
 
-        samples = np.clip(colour.reshape(5, size, size, 3)[1:].mean(0), 0, 1)
-        centre = slice(0, size * size)
-        of_centre = hit[centre]
-        count = int(of_centre.sum())
-        depth = np.full(size * size, np.inf, np.float32)
-        depth[of_centre] = distance[:count]  # rays have length 1 along the viewing axis
-        in_camera = np.zeros((size * size, 3), np.float32)
-        in_camera[of_centre] = normals[:count] @ axes
-        instances, classes = np.zeros(size * size, np.uint8), np.full(size * size, SKY, np.uint8)
-        instances[of_centre] = index[:count]
-        classes[of_centre] = np.array([GROUND] + [s.kind for s in solids], np.uint8)[index[:count]]
+        def seen(lit: np.ndarray) -> np.ndarray:
+            """Shaded samples over the sky, four a pixel, to uint8 `[size, size, 3]`."""
+            lit[hazy] += (sky - lit[hazy]) * far
+            return np.uint8(np.clip(lit.reshape(4, size, size, 3).mean(0), 0, 1) * 255 + 0.5)
+
+        owner = owner[:pixels]
+        of_owner = np.array([GROUND] + [s.kind for s in self.solids] + [SKY], np.uint8)  # the last is that of -1
+        depth = np.where(owner >= 0, distance[:pixels], np.float32(np.inf))  # rays have length 1 along the viewing axis
         shape = (size, size)
         return Picture(
-            np.uint8(samples * 255 + 0.5),
+            seen(dark),
             depth.reshape(shape),
-            in_camera.reshape(*shape, 3),
-            classes.reshape(shape),
-            instances.reshape(shape),
+            (normals[:pixels] @ axes32).reshape(*shape, 3),
+            of_owner[owner].reshape(shape),
+            np.maximum(owner, 0).astype(np.uint8).reshape(shape),
+            seen(light),
+            self._flow(points[:pixels], owner, moment).reshape(*shape, 2),
         )
+
+    def _shaded(
+        self,
+        caster: Any,
+        rays: np.ndarray,
+        points: np.ndarray,
+        normals: np.ndarray,
+        albedo: np.ndarray,
+        shine: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Colours `[N, 3]` float32 of points with shadows, and without."""
+        light = self.light.astype(np.float32)
+        lambert = np.maximum(normals @ light, 0)
+        facing = np.flatnonzero(lambert > 0)
+        origins = points[facing] + np.float32(1e-3) * normals[facing]
+        reached = np.zeros(len(points), np.float32)
+        reached[facing] = caster.run(origins, np.broadcast_to(light, origins.shape), query="OCCLUDED") < 0
+        glossy = np.flatnonzero(shine * lambert > 0)
+        away = rays[glossy]
+        half = light - away / np.sqrt((away * away).sum(1, keepdims=True))
+        half /= np.sqrt((half * half).sum(1, keepdims=True))
+        direct = albedo * (np.float32(1.1 - self.ambient) * lambert)[:, None]
+        direct[glossy] += (shine[glossy] * np.maximum((normals[glossy] * half).sum(1), 0) ** 30)[:, None]
+        ambient = albedo * np.float32(self.ambient)
+        return ambient + direct * reached[:, None], ambient + direct
+
+    def _sky(self, rays: np.ndarray) -> np.ndarray:
+        """Colours `[N, 3]` float32 of the sky along rays `[N, 3]`."""
+        up = np.maximum(rays[:, 1] / np.sqrt((rays * rays).sum(1)), 0)[:, None] ** np.float32(0.7)
+        horizon, above = self.sky.astype(np.float32)
+        return horizon + (above - horizon) * up
+
+    def _flow(self, points: np.ndarray, owner: np.ndarray, moment: float) -> np.ndarray:
+        """Where points `[N, 3]` of the objects `owner` are seen a moment later, less where they are now: float32
+        `[N, 2]`, right and down, as shares of the picture's side; 0 for sky.
+        """
+        velocities = np.array([[0] * 3] + [s.velocity for s in self.solids] + [[0] * 3], np.float32)
+        places = []
+        for later in (0, 1):
+            position, axes = (part.astype(np.float32) for part in self._camera(moment + later))
+            seen = (points + later * velocities[owner] - position) @ axes
+            places.append(seen[:, :2] / np.minimum(seen[:, 2:], np.float32(-1e-3)))
+        flow = (places[1] - places[0]) * np.float32(0.5 / np.tan(np.radians(FIELD_OF_VIEW / 2))) * FLOW_SIGNS
+        flow[owner < 0] = 0
+        return flow
 
     def _camera(self, moment: float) -> tuple[np.ndarray, np.ndarray]:
         """Position `[3]` and axes `[3, 3]`, whose columns are right, up and back."""
         azimuth, elevation, distance = self.camera
         azimuth = azimuth + moment * self.orbit
-        back = np.array([np.sin(azimuth) * np.cos(elevation), np.sin(elevation), np.cos(azimuth) * np.cos(elevation)])
-        position = self.target + distance * back
-        right = np.cross([0, 1, 0], back)
-        right /= np.linalg.norm(right)
-        return position, np.stack([right, np.cross(back, right), back], axis=1)
+        sa, ca, se, ce = np.sin(azimuth), np.cos(azimuth), np.sin(elevation), np.cos(elevation)
+        axes = np.array([[ca, -se * sa, ce * sa], [0, ce, se], [-sa, -se * ca, ce * ca]])
+        return self.target + distance * axes[:, 2], axes
 
 
-def _plane(trimesh: Any) -> Any:
-    corners = 60.0 * np.array([[-1, 0, -1], [-1, 0, 1], [1, 0, 1], [1, 0, -1]])
-    return trimesh.Trimesh(corners, [[0, 1, 2], [0, 2, 3]], process=False)
+class _Placed(NamedTuple):
+    """A solid where it stands at a moment; see `_Solid`."""
+
+    kind: int
+    half: np.ndarray
+    rotation: np.ndarray
+    position: np.ndarray
 
 
+@functools.cache
+def _unit_mesh(kind: int) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices float64 `[V, 3]` and faces int32 `[F, 3]` of a solid whose half extents are 1, or of the ground."""
+    import trimesh
+
+    if kind == GROUND:
+        corners = 60.0 * np.array([[-1, 0, -1], [-1, 0, 1], [1, 0, 1], [1, 0, -1]])
+        return corners, np.array([[0, 1, 2], [0, 2, 3]], np.int32)
+    if kind == SPHERE:
+        shape = trimesh.creation.icosphere(subdivisions=3)
+    elif kind == BOX:
+        shape = trimesh.creation.box(extents=[2, 2, 2])
+    else:
+        shape = trimesh.creation.cylinder(radius=1, height=2, sections=48)
+        shape.apply_transform(trimesh.transformations.rotation_matrix(np.pi / 2, [1, 0, 0]))
+    return np.array(shape.vertices), np.array(shape.faces, np.int32)
+
+
+def _caster(solids: Sequence[_Placed]) -> Any:
+    """Embree's scene of the ground (geometry 0) and the solids (from 1 on)."""
+    try:
+        import trimesh  # noqa: F401
+        from embreex.mesh_construction import TriangleMesh
+        from embreex.rtcore_scene import EmbreeScene
+    except ImportError as error:
+        raise missing_extra(getattr(error, "name", None) or "embreex", "train", "rendering scenes") from None
+    scene = EmbreeScene()
+    TriangleMesh(scene, *_unit_mesh(GROUND))
+    for solid in solids:
+        vertices, faces = _unit_mesh(solid.kind)
+        TriangleMesh(scene, (vertices * solid.half) @ solid.rotation.T + solid.position, faces)
+    return scene
+
+
+@functools.cache
 def _rays(size: int) -> np.ndarray:
-    """Rays in camera axes `[5 * size * size, 3]`: all pixels' centres, then four more sets of points in the pixels."""
+    """Rays in camera axes, float32 `[5 * size * size, 3]`: all pixels' centres, then four more sets of points in the
+    pixels.
+    """
     reach = np.tan(np.radians(FIELD_OF_VIEW / 2))
     sets = []
     for dx, dy in [(0, 0), (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)]:
         at = (np.arange(size) + 0.5) / size * 2 - 1
         x, y = np.meshgrid(at + 2 * dx / size, -(at + 2 * dy / size))
         sets.append(np.stack([x * reach, y * reach, -np.ones_like(x)], axis=-1).reshape(-1, 3))
-    return np.concatenate(sets)
+    return np.concatenate(sets).astype(np.float32)
 
 
 def _colour(rng: np.random.Generator, saturation: tuple[float, float] = (0.25, 0.95)) -> np.ndarray:
@@ -284,20 +355,21 @@ def _colour(rng: np.random.Generator, saturation: tuple[float, float] = (0.25, 0
 def _random_texture(rng: np.random.Generator, split: str, colours: np.ndarray, plain: float) -> _Texture:
     rest = 1 - plain
     kind = rng.choice(["plain", "checker", "stripes", "photograph"], p=[plain, rest / 4, rest / 4, rest / 2])
-    pixels = photograph_crop(split, rng, TEXTURE_SIZE) / 255.0 if kind == "photograph" else None
+    pixels = photograph_crop(split, rng, TEXTURE_SIZE) if kind == "photograph" else None
     scale = rng.uniform(0.7, 1.6) if kind == "photograph" else rng.uniform(1.2, 3.0)
     return _Texture(str(kind), colours, scale, rng.uniform(0, np.pi), pixels)
 
 
-def _random_ground(rng: np.random.Generator, split: str) -> _Texture:
+def _random_ground(rng: np.random.Generator, split: str, moving: bool) -> _Texture:
     tints = np.array([[0.55, 0.45, 0.3], [0.35, 0.5, 0.25], [0.6, 0.6, 0.58], [0.75, 0.68, 0.5]])
     first = tints[rng.integers(len(tints))] * rng.uniform(0.8, 1.25)
     colours = np.clip(np.stack([first, first * rng.uniform(0.6, 0.85)]), 0, 1)
-    return dataclasses.replace(_random_texture(rng, split, colours, plain=0.4), scale=rng.uniform(0.4, 1.0))
+    return dataclasses.replace(
+        _random_texture(rng, split, colours, 0.8 if moving else 0.4), scale=rng.uniform(0.4, 1.0)
+    )
 
 
-def _random_solid(rng: np.random.Generator, split: str, size: float, spread: float) -> _Solid:
-    kind = int(rng.choice([SPHERE, BOX, CYLINDER]))
+def _random_solid(rng: np.random.Generator, kind: int, split: str, size: float, spread: float, moving: bool) -> _Solid:
     turn = rng.uniform(0, 2 * np.pi)
     rotation = np.array([[np.cos(turn), 0, np.sin(turn)], [0, 1, 0], [-np.sin(turn), 0, np.cos(turn)]])
     if kind == SPHERE:
@@ -313,7 +385,7 @@ def _random_solid(rng: np.random.Generator, split: str, size: float, spread: flo
         rotation = rotation @ np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]])
         height = half[0]
     place = rng.uniform(-spread, spread, 2)
-    slide = rng.normal(0, 0.04, 2)
+    slide = rng.normal(0, 0.08 if moving else 0.04, 2)
     colours = np.stack([_colour(rng), _colour(rng)])
     return _Solid(
         kind,
@@ -321,6 +393,6 @@ def _random_solid(rng: np.random.Generator, split: str, size: float, spread: flo
         rotation,
         np.array([place[0], height, place[1]]),
         np.array([slide[0], 0, slide[1]]),
-        _random_texture(rng, split, colours, plain=0.45),
+        _random_texture(rng, split, colours, 0.8 if moving else 0.45),
         rng.uniform(0, 0.5) if rng.random() < 0.5 else 0.0,
     )

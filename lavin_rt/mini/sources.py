@@ -32,6 +32,9 @@ PHOTOGRAPHS = {
         "camera",
         "coins",
         "moon",
+        "page",
+        "clock",
+        "cell",
     ),
     "template": ("coffee", "text"),
     "evaluation": ("chelsea", "sklearn:china.jpg", "grass"),
@@ -72,14 +75,21 @@ def photograph(name: str) -> np.ndarray:
 
 
 def photograph_crop(split: str, rng: np.random.Generator, size: int) -> np.ndarray:
-    """A random square of a random photograph of the split, perhaps mirrored, resized to uint8 `[size, size, 3]`."""
+    """A random square of a random photograph of the split, perhaps mirrored, resized to uint8 `[size, size, 3]`.
+
+    In training half of them have their channels scaled a little, as under light of another colour.
+    """
     from PIL import Image
 
     names = PHOTOGRAPHS[split]
     picture = photograph(names[rng.integers(len(names))])
     shorter = min(picture.shape[:2])
-    side = int(rng.integers(min(max(96, size), shorter), min(shorter, 384) + 1))
+    side = int(rng.integers(min(max(96, size), shorter), min(shorter, 448) + 1))
     top, left = (int(rng.integers(length - side + 1)) for length in picture.shape[:2])
-    crop = Image.fromarray(picture[top : top + side, left : left + side]).resize((size, size), Image.Resampling.LANCZOS)
-    crop = np.asarray(crop)
-    return np.ascontiguousarray(crop[:, ::-1]) if rng.random() < 0.5 else crop
+    crop = Image.fromarray(picture[top : top + side, left : left + side])
+    crop = np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=1.5))
+    if rng.random() < 0.5:
+        crop = crop[:, ::-1]
+    if split == "train" and rng.random() < 0.5:
+        crop = np.uint8(np.minimum(crop * rng.uniform(0.7, 1.2, 3).astype(np.float32) + 0.5, 255))
+    return np.ascontiguousarray(crop)

@@ -1,172 +1,317 @@
-"""`python -m lavin_rt.mini.train`: a checkpoint of lavin-mini from nothing, in one command that can be interrupted.
+"""`python -m lavin_rt.mini.train`: a checkpoint from nothing, in one command that can be interrupted.
 
-Renders the scenes, trains the VAE, encodes every picture once, and trains the transformer on the latents. Run again
-with the same folders it goes on where it stopped; with more steps it goes on from where it ended.
+lavin-mini: processes render scenes and make all tasks' pairs while the networks are compiled and the VAE trains; then
+every picture is encoded once, and the transformer trains on latents that stay on the device. With `--pairs` a
+transformer of any size trains on folders of example pairs instead, all of it (under `torchrun` sharded over the
+processes) or low-rank adapters. Run again with the same folders it goes on where it stopped; with more steps or minutes
+it goes on from where it ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
+import json
 import sys
+import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from lavin_rt.checkpoint import load_dit, load_vae, save_vae
-from lavin_rt.config import DiTConfig
-from lavin_rt.context import vae_fingerprint
+from lavin_rt import config
+from lavin_rt.checkpoint import find_checkpoint, load_dit, load_vae, save_vae
 from lavin_rt.devices import resolve_device
 from lavin_rt.errors import InputError
-from lavin_rt.mini.corpus import Corpus
-from lavin_rt.mini.latents import cached_latents
-from lavin_rt.mini.tasks import CLIP_TASKS, PICTURE_TASKS
-from lavin_rt.mini.train_dit import Plan, train_dit
-from lavin_rt.mini.train_vae import make_components, make_vae, train_vae
-from lavin_rt.vae import VAEConfig
+from lavin_rt.files import written_whole
+from lavin_rt.mini.folders import folder_pools
+from lavin_rt.mini.latents import encode_pieces
+from lavin_rt.mini.pieces import PieceMaker
+from lavin_rt.mini.presets import PRESETS, Preset, preset
+from lavin_rt.mini.train_dit import PATCH, Contexts, TransformerRun, shapes_of
+from lavin_rt.mini.train_vae import train_vae
+from lavin_rt.mini.training import ranks
+from lavin_rt.model import JDiT
+from lavin_rt.vae import STVAE
+
+OF_A_WARM_START = "of the warm start"
+PATIENCE = datetime.timedelta(hours=3)  # of processes that wait for the first one
+
+
+class Stages:
+    """What took how long, in `stages.jsonl`, and when the whole run has to end.
+
+    The moment of the first start is kept in the folder: a run that goes on has the same end.
+    """
+
+    def __init__(self, output: Path, total_minutes: float | None):
+        self.file, started = output / "stages.jsonl", output / "started"
+        output.mkdir(parents=True, exist_ok=True)
+        if not started.is_file():
+            _write(started, str(time.time()))
+        self.started = float(started.read_text())
+        self.end = None if total_minutes is None else self.started + 60 * total_minutes
+
+    @property
+    def left(self) -> float | None:
+        """Seconds, if there is an end."""
+        return None if self.end is None else max(0.0, self.end - time.time())
+
+    def note(self, stage: str, **figures: float | str) -> None:
+        if ranks()[0]:
+            return
+        record = {"stage": stage, "seconds": round(time.time() - self.started, 1), **figures}
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        print(json.dumps(record), file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Preset:
-    """A model, its data and the length of its training.
+class Setting:
+    """How and where a training runs.
 
     Attributes:
-        size: of pictures, pixels a side.
-        scenes, clips, photographs: how many of each to train on.
-        degraded: pictures of every task that spoils pictures.
-        vae, dit: the networks.
-        teaching: steps that teach the VAE's decoder its templates.
-        vae_steps, vae_batch, vae_peak: of the VAE's training.
-        plan: of the transformer's.
+        output, cache: folders for what comes out, and for rendered pieces.
+        device: of this process.
+        workers: processes that render.
+        compile: run the networks through `torch.compile`.
+        warm_start: a checkpoint to begin with, whose VAE is kept as it is.
+        total_minutes: of everything.
+        lora: rank of adapters that are trained in the place of all weights, or 0.
+        checkpointing: compute activations again in the backward pass.
     """
 
-    size: int
-    scenes: int
-    clips: int
-    photographs: int
-    degraded: int
-    vae: VAEConfig
-    dit: DiTConfig
-    teaching: int
-    vae_steps: int
-    vae_batch: int
-    vae_peak: float
-    plan: Plan
+    output: Path
+    cache: Path | None
+    device: torch.device
+    workers: int = 1
+    compile: bool = True
+    warm_start: str | None = None
+    total_minutes: float | None = None
+    lora: int = 0
+    checkpointing: bool = False
 
-
-PRESETS = {
-    "mini": Preset(
-        size=64,
-        scenes=4000,
-        clips=200,
-        photographs=1500,
-        degraded=3500,
-        vae=VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1),
-        dit=DiTConfig(hidden_size=216, depth=5, num_heads=3, kv_group=3),
-        teaching=300,
-        vae_steps=1650,
-        vae_batch=4,
-        vae_peak=5e-4,
-        plan=Plan(steps=20800, clips=0.06),
-    ),
-    # A minute on a CPU: shows that everything fits together and that losses fall, not what a trained model can do.
-    "tiny": Preset(
-        size=32,
-        scenes=24,
-        clips=2,
-        photographs=12,
-        degraded=24,
-        vae=VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1),
-        dit=DiTConfig(hidden_size=72, depth=2, num_heads=1, kv_group=1),
-        teaching=60,
-        vae_steps=12,
-        vae_batch=2,
-        vae_peak=1e-3,
-        plan=Plan(steps=120, batch=16, peak=3e-3),
-    ),
-}
-
-
-def train(
-    preset: Preset,
-    output: Path,
-    cache: Path,
-    device: torch.device,
-    workers: int = 1,
-    compile: bool = True,
-    warm_start: Path | None = None,
-) -> None:
-    """All stages; see the module. `warm_start` is a folder with both networks' files, whose VAE is kept as it is."""
-    corpus = Corpus.make("train", preset.size, preset.scenes, preset.clips, cache, workers)
-    seed = preset.plan.seed
-    finished, warm_dit = output / "vae-finished", None
-    if warm_start is not None:
-        warm_dit = load_dit(warm_start / "lavin_dit.safetensors", dtype=torch.float32, resident_modulation=True)
+    def start(self) -> JDiT | None:
+        """The weights to begin with; their VAE's file is put into the output folder, unless one is there."""
+        if self.warm_start is None:
+            return None
+        files = find_checkpoint(self.warm_start)
+        dit = load_dit(files.dit, dtype=torch.float32, resident_modulation=True)
         # Latents mean something to the encoder alone that wrote them: a transformer goes on with its own VAE.
-        if not (output / "stvae.safetensors").is_file():
-            output.mkdir(parents=True, exist_ok=True)
-            save_vae(load_vae(warm_start / "stvae.safetensors"), output / "stvae.safetensors")
-            finished.write_text(str(preset.vae_steps))  # a later run does not train another
-    elif not finished.is_file() or finished.read_text() != str(preset.vae_steps):
-        components = make_components(corpus, preset.vae, seed)
-        started = (output / "vae-state.pt").is_file()
-        teaching = 0 if started else preset.teaching  # the state has what was taught
-        vae = make_vae(preset.vae, components, seed, preset.size // 8, teaching)
-        train_vae(corpus, vae, components, output, preset.vae_steps, preset.vae_batch, preset.vae_peak, seed, device)
-        finished.write_text(str(preset.vae_steps))
-    # The stored weights, rounded to half precision, are what latents are made with, here and ever after.
-    vae = load_vae(output / "stvae.safetensors", device, torch.float32)
-    pictures, clips = cached_latents(
-        cache,
-        corpus,
-        vae,
-        vae_fingerprint(vae.state_dict()),
-        [task for task in PICTURE_TASKS if task.trained],
-        [task for task in CLIP_TASKS if task.trained],
-        preset.photographs,
-        preset.degraded,
-        seed,
+        if not ranks()[0] and not (self.output / "stvae.safetensors").is_file():
+            save_vae(load_vae(files.vae), self.output / "stvae.safetensors")
+            _write(self.output / "vae-finished", OF_A_WARM_START)
+        return dit
+
+    def run(self, chosen: Preset, dit: JDiT | None) -> TransformerRun:
+        shape = chosen.dit if dit is None else dit.config
+        return TransformerRun(
+            shape, self.output, chosen.plan, self.device, self.compile, dit, self.lora, self.checkpointing
+        )
+
+
+def train(chosen: Preset, setting: Setting) -> None:
+    """All stages of lavin-mini; see the module. Of several processes the first one renders and trains the VAE."""
+    from lavin_rt.mini.tasks import TASKS
+
+    stages, (rank, world) = Stages(setting.output, setting.total_minutes), ranks()
+    stages.note("start", device=_name(setting.device))
+    if rank:
+        dist.barrier()
+    maker = PieceMaker(setting.cache, chosen.size, chosen.amounts, chosen.plan.seed, setting.workers)
+    try:
+        dit = setting.start()
+        if world == 1:  # compiles while pieces are made; several processes can only begin together
+            run = _compiled(chosen, setting, dit)
+            stages.note("transformer compiled")
+        if not rank:
+            _train_vae(chosen, setting, maker)
+            stages.note("vae trained", pieces=len(maker.ready()))
+        if world > 1:
+            if not rank:
+                for _ in maker.arriving(chosen.patience):
+                    pass
+                dist.barrier()
+            run = _compiled(chosen, setting, dit)
+        # The stored weights, rounded to half precision, are what latents are made with, here and ever after.
+        vae = load_vae(setting.output / "stvae.safetensors", setting.device, torch.float32)
+        pictures, clips = encode_pieces(maker, vae, setting.device, chosen.patience)
+        if pictures is None:
+            raise InputError(f"{setting.cache}: no pieces with pictures; see the warnings above")
+        del vae
+        if setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+        counts = {"pictures": len(pictures.latents), "clips": 0 if clips is None else len(clips.latents)}
+        stages.note("encoded", **counts)
+        weights = {name: task.weight for name, task in TASKS.items()}
+        run.train(Contexts(pictures, clips, weights, chosen.plan), stages.left)
+        stages.note("transformer trained")
+    finally:
+        maker.close()
+
+
+def _compiled(chosen: Preset, setting: Setting, dit: JDiT | None) -> TransformerRun:
+    run = setting.run(chosen, dit)
+    run.compile(shapes_of(chosen.plan), chosen.size // PATCH)
+    return run
+
+
+def _train_vae(chosen: Preset, setting: Setting, maker: PieceMaker) -> None:
+    """Unless the folder says that it is done."""
+    finished, plan = setting.output / "vae-finished", chosen.vae_plan
+    length = str((plan.steps, plan.seconds))
+    if not finished.is_file() or finished.read_text() not in (length, OF_A_WARM_START):
+        where = setting.output, plan, setting.device, setting.compile
+        train_vae(maker, chosen.vae, chosen.size, *where, chosen.patience)
+        _write(finished, length)
+
+
+def train_on_folders(chosen: Preset, setting: Setting, folders: list[Path], vae: str | None, size: int) -> None:
+    """The transformer alone, on folders of example pairs, each a task.
+
+    Args:
+        chosen: whose transformer and plan are taken.
+        folders: in the templates' layout.
+        vae: `stvae.pt` or `stvae.safetensors`; that of the warm start by default.
+        size: of pictures, pixels a side.
+    """
+    stages = Stages(setting.output, setting.total_minutes)
+    stages.note("start", device=_name(setting.device))
+    dit, file = setting.start(), setting.output / "stvae.safetensors"
+    if vae is not None and not ranks()[0]:
+        save_vae(load_vae(vae), file)
+    if ranks()[1] > 1:
+        dist.barrier()
+    if not file.is_file():
+        raise InputError("no VAE to encode the pairs with; give --vae FILE or --warm-start CHECKPOINT")
+    network: STVAE = load_vae(file, setting.device, torch.float32)
+    pools = folder_pools(folders, network, size, setting.device)
+    del network
+    stages.note("encoded", latents=sum(len(pool.latents) for pool in pools if pool is not None))
+    weights = {task.name: 1.0 for pool in pools if pool is not None for task in pool.tasks}
+    setting.run(chosen, dit).train(Contexts(*pools, weights, chosen.plan), stages.left)
+    stages.note("transformer trained")
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _write(path: Path, text: str) -> None:
+    with written_whole(path) as partial:
+        partial.write_text(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m lavin_rt.mini.train", description=__doc__.splitlines()[0])
+    made.add_argument("--output", type=Path, required=True, help="folder for the checkpoint, logs and states")
+    made.add_argument("--cache", type=Path, help="folder for rendered pieces; needed without --pairs")
+    made.add_argument(
+        "--preset",
+        choices=[*PRESETS, *config.PRESETS],
+        default="mini",
+        help="tiny: a trial of a minute (default: mini)",
     )
-    del corpus
-    train_dit(pictures, clips, preset.dit, output, preset.plan, device, compile, warm_dit)
+    made.add_argument("--vae-steps", type=int, help="optimiser steps of the VAE (default: the preset's)")
+    made.add_argument("--vae-minutes", type=float, help="of the VAE's training, in the place of steps")
+    made.add_argument("--dit-steps", type=int, help="optimiser steps of the transformer (default: the preset's)")
+    made.add_argument("--minutes", type=float, help="of the transformer's training, in the place of steps")
+    made.add_argument("--total-minutes", type=float, help="of everything: the transformer has what the rest leaves")
+    made.add_argument("--tokens", type=int, help="of a step of the transformer (default: the preset's)")
+    made.add_argument("--peak", type=float, help="the transformer's learning rate (default: the preset's)")
+    made.add_argument("--scenes", type=int, help="to render (default: the preset's)")
+    made.add_argument("--clips", type=int, help="to render (default: the preset's)")
+    made.add_argument("--pairs", type=Path, nargs="+", metavar="DIR", help="train on these folders of example pairs")
+    made.add_argument("--size", type=int, help="of the folders' pictures, pixels a side (default: the preset's)")
+    made.add_argument("--vae", help="stvae.pt or stvae.safetensors for the folders (default: the warm start's)")
+    made.add_argument("--warm-start", metavar="CHECKPOINT", help="weights to begin with: a folder or a hub id")
+    made.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank and merge them")
+    made.add_argument("--checkpointing", action="store_true", help="less memory for a third more arithmetic")
+    made.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    made.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    made.add_argument("--workers", type=int, default=1, help="processes that render (default: 1)")
+    made.add_argument("--threads", type=int, help="of PyTorch on the processor (default: its own choice)")
+    made.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="run the networks through torch.compile (default: on a GPU; on a processor it takes minutes to begin)",
+    )
+    return made
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lavin_rt.mini.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint, logs and states")
-    parser.add_argument("--cache", type=Path, required=True, help="folder for rendered scenes and latents")
-    parser.add_argument("--preset", choices=PRESETS, default="mini", help="tiny: a trial of a minute (default: mini)")
-    parser.add_argument("--vae-steps", type=int, help="optimiser steps of the VAE (default: the preset's)")
-    parser.add_argument("--dit-steps", type=int, help="optimiser steps of the transformer (default: the preset's)")
-    parser.add_argument("--warm-start", type=Path, help="folder with lavin_dit.safetensors and stvae.safetensors")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    parser.add_argument("--threads", type=int, help="of PyTorch; so many processes render (default: one)")
-    parser.add_argument("--no-compile", action="store_true", help="do not run the networks through torch.compile")
-    given = parser.parse_args(arguments)
-    preset = PRESETS[given.preset]
-    plan = dataclasses.replace(preset.plan, seed=given.seed, steps=given.dit_steps or preset.plan.steps)
-    preset = dataclasses.replace(preset, plan=plan, vae_steps=given.vae_steps or preset.vae_steps)
+    given = parser().parse_args(arguments)
     if given.threads:
         torch.set_num_threads(given.threads)
     try:
-        device = resolve_device(given.device)
-        train(
-            preset,
+        if not given.pairs and given.cache is None:
+            raise InputError("no folder for rendered pieces; give --cache DIR, or --pairs DIR... to train on")
+        if given.lora and (given.warm_start is None or dist.is_torchelastic_launched()):
+            raise InputError("--lora trains a change to given weights in one process; give --warm-start CHECKPOINT")
+        device, chosen = _device(given.device), _chosen(given)
+        setting = Setting(
             given.output,
             given.cache,
             device,
-            given.threads or 1,
-            not given.no_compile,
+            given.workers,
+            device.type == "cuda" if given.compile is None else given.compile,
             given.warm_start,
+            given.total_minutes,
+            given.lora,
+            given.checkpointing,
         )
+        if given.pairs:
+            train_on_folders(chosen, setting, given.pairs, given.vae, given.size or chosen.size)
+        else:
+            train(chosen, setting)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; run again with the same folders to go on", file=sys.stderr)
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
+
+
+def _device(name: str) -> torch.device:
+    """The device of this process, of which `torchrun` starts several; a GPU is prepared."""
+    device = resolve_device(name)
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        if device.type == "cuda":
+            device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+    if device.type == "cuda":
+        # Fast float32 products where autocast leaves any, and attention by the kernels that know grouped heads.
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
+
+
+def _chosen(given: argparse.Namespace) -> Preset:
+    """The preset with what the command line changes; limits in minutes lift those in steps."""
+    chosen = preset(given.preset)
+    amounts = dataclasses.replace(
+        chosen.amounts, scenes=given.scenes or chosen.amounts.scenes, clips=given.clips or chosen.amounts.clips
+    )
+    vae_plan = dataclasses.replace(chosen.vae_plan, seed=given.seed, steps=given.vae_steps or chosen.vae_plan.steps)
+    if given.vae_minutes is not None:
+        vae_plan = dataclasses.replace(vae_plan, seconds=60 * given.vae_minutes, steps=given.vae_steps)
+    plan = dataclasses.replace(
+        chosen.plan,
+        seed=given.seed,
+        steps=given.dit_steps or chosen.plan.steps,
+        tokens=given.tokens or chosen.plan.tokens,
+        peak=given.peak or chosen.plan.peak,
+    )
+    if given.minutes is not None or given.total_minutes is not None:
+        seconds = None if given.minutes is None else 60 * given.minutes
+        plan = dataclasses.replace(plan, seconds=seconds, steps=given.dit_steps)
+    return dataclasses.replace(chosen, amounts=amounts, vae_plan=vae_plan, plan=plan)
 
 
 if __name__ == "__main__":

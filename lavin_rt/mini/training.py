@@ -1,20 +1,31 @@
-"""What both trainings share: averaged weights, the learning rate, a log, and a state to go on from."""
+"""What the trainings share: averaged weights, the learning rate, a log, and a state to go on from.
+
+Nothing here waits for the device in a step: figures are summed there and fetched when a line is logged.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
+
+CLOCK_EVERY = 10  # steps
 
 
 class AveragedWeights:
@@ -24,70 +35,118 @@ class AveragedWeights:
 
     def __init__(self, network: nn.Module, decay: float):
         self.decay = decay
-        self.values = {name: p.detach().clone() for name, p in network.named_parameters()}
+        self.values = {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        values = [self.values[name] for name, _ in network.named_parameters()]
-        torch._foreach_lerp_(values, [p.detach() for p in network.parameters()], 1 - decay)
+        learning = [(local(self.values[name]), local(p)) for name, p in network.named_parameters() if p.requires_grad]
+        torch._foreach_lerp_(*map(list, zip(*learning, strict=True)), 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, network: nn.Module) -> None:
         for name, parameter in network.named_parameters():
-            parameter.copy_(self.values[name])
+            if name in self.values:
+                parameter.copy_(self.values[name])
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """This process's part of a parameter, without its gradient."""
+    parameter = parameter.detach()
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """All of a parameter; of a sharded one every process has to ask."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def ranks() -> tuple[int, int]:
+    """This process's number and how many there are: 0 and 1 unless torch.distributed runs."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """How long a training lasts: `steps`, or `seconds` of training, whichever ends first; one may be None."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The share that is done, from 0 to 1."""
+        of_steps = step / self.steps if self.steps else 0.0
+        of_seconds = seconds / self.seconds if self.seconds is not None and self.seconds > 0 else 0.0
+        return 1.0 if self.seconds is not None and self.seconds <= 0 else min(1.0, max(of_steps, of_seconds))
 
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """The learning rate: a linear rise over `warmup` steps, constant, a linear fall over the last `fall` of `steps`
-    (a share), to a hundredth of the peak.
+    """The learning rate: a linear rise over `warmup` steps, constant, a linear fall over the last `fall` of the
+    training (a share), to a hundredth of the peak.
 
     Constant in between, so that a run can be prolonged, or ended early, without having been planned so.
     """
 
     peak: float
-    steps: int
     warmup: int
-    fall: float = 0.3
+    fall: float = 0.4
 
-    def at(self, step: int) -> float:
+    def at(self, step: int, progress: float) -> float:
         rising = min(1.0, (step + 1) / self.warmup)
-        falling = min(1.0, (self.steps - step) / max(1, round(self.fall * self.steps)))
+        falling = min(1.0, (1 - progress) / self.fall)
         return self.peak * rising * max(falling, 0.01)
 
 
 class Trainer:
     """A network in training: one optimiser step at a time, logged, averaged and kept.
 
+    With several processes (torch.distributed) each has one, the first writes, and all follow the first one's clock.
+
     Args:
-        network: float32, its parameters requiring gradients.
+        network: float32; what requires gradients is trained.
         rate: the learning rate.
+        length: of the training.
         folder: for `<name>-state.pt`, which a later run goes on from, and `<name>-log.jsonl`.
         name: of the network, in files.
         decay: of the averaged weights.
         save_every: seconds between saves.
+        log_every: steps between lines of the log.
     """
 
     def __init__(
-        self, network: nn.Module, rate: Rate, folder: Path, name: str, decay: float = 0.999, save_every: float = 120.0
+        self,
+        network: nn.Module,
+        rate: Rate,
+        length: Length,
+        folder: Path,
+        name: str,
+        decay: float = 0.999,
+        save_every: float = 60.0,
+        log_every: int = 200,
     ):
-        self.network, self.rate, self.folder, self.name, self.save_every = network, rate, folder, name, save_every
-        matrices = [p for p in network.parameters() if p.dim() > 1]
-        others = [p for p in network.parameters() if p.dim() <= 1]
+        self.network, self.rate, self.length, self.folder, self.name = network, rate, length, folder, name
+        self.save_every, self.log_every = save_every, log_every
+        learning = [p for p in network.parameters() if p.requires_grad]
+        matrices, others = [p for p in learning if p.dim() > 1], [p for p in learning if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=rate.peak, betas=(0.9, 0.98), eps=1e-8, fused=True)
         self.averaged = AveragedWeights(network, decay)
         self.step = 0
         self.seconds = 0.0
-        self.log_every = min(50, max(1, rate.steps // 10))
-        self._sums: dict[str, float] = {}
-        self._count = 0
+        self.samples = 0
+        self.slower = 1.0  # factor of the rate, smaller after a loss that was no number
+        self._sums: dict[str, tuple[torch.Tensor, int]] = {}
+        self._logged = (0.0, 0)
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def state_file(self) -> Path:
         return self.folder / f"{self.name}-state.pt"
+
+    @property
+    def progress(self) -> float:
+        return self.length.progress(self.step, self.seconds)
 
     def resume(self) -> bool:
         """Goes on from the folder's state, if there is one.
@@ -99,64 +158,95 @@ class Trainer:
             return False
         state = torch.load(self.state_file, map_location="cpu", weights_only=True)
         try:
-            self.network.load_state_dict(state["network"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            set_state_dict(
+                self.network,
+                self.optimizer,
+                model_state_dict=state["network"],
+                optim_state_dict=state["optimizer"],
+                options=StateDictOptions(full_state_dict=True),
+            )
         except (RuntimeError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"{self.state_file} belongs to another network ({reason}); choose another output folder"
             ) from error
         for name, value in state["averaged"].items():
-            self.averaged.values[name].copy_(value)
-        self.step, self.seconds = state["step"], state["seconds"]
+            kept = self.averaged.values[name]
+            if isinstance(kept, DTensor):
+                value = distribute_tensor(value.to(kept.device), kept.device_mesh, kept.placements)
+            kept.copy_(value)
+        self.step, self.seconds, self.samples = state["step"], state["seconds"], state["samples"]
+        self._logged = (self.seconds, self.samples)
         return True
 
     def save(self) -> None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        network, optimizer = get_state_dict(self.network, self.optimizer, options=options)
+        averaged = {name: whole(value).cpu() for name, value in self.averaged.values.items()}
+        if ranks()[0]:
+            return
         state = {
-            "network": self.network.state_dict(),
-            "averaged": self.averaged.values,
-            "optimizer": self.optimizer.state_dict(),
+            "network": network,
+            "averaged": averaged,
+            "optimizer": optimizer,
             "step": self.step,
             "seconds": self.seconds,
+            "samples": self.samples,
         }
         with written_whole(self.state_file) as partial:
             torch.save(state, partial)
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, with progress; saves now and then and at the end, interrupted or not."""
-        saved = began = time.monotonic()
-        before = self.seconds
-        bar = tqdm(total=self.rate.steps, initial=self.step, desc=self.name, unit="step", mininterval=2.0)
+        before, saved, began = self.seconds, self.seconds, time.monotonic()
+        hidden = ranks()[0] > 0
+        bar = tqdm(
+            total=self.length.steps, initial=self.step, desc=self.name, unit="step", mininterval=10.0, disable=hidden
+        )
         try:
-            while self.step < self.rate.steps:
+            while self.progress < 1:
                 yield self.step
-                self.seconds = before + time.monotonic() - began
+                self.seconds = self._common(before + time.monotonic() - began)
                 bar.update()
-                if time.monotonic() - saved > self.save_every:
+                if self.seconds - saved > self.save_every:
                     self.save()
                     self.on_save()
-                    saved = time.monotonic()
+                    saved = self.seconds
+        except BaseException:
+            if ranks()[1] == 1:  # others would wait for this one, which they do not know to have stopped
+                self.save()
+            raise
         finally:
             bar.close()
-            self.save()
+        self.save()
         self.on_save()
+
+    def _common(self, seconds: float) -> float:
+        """The first process's clock, asked for now and then, so that all do the same in the same step."""
+        if ranks()[1] == 1:
+            return seconds
+        if self.step % CLOCK_EVERY and self.step > CLOCK_EVERY:
+            return self.seconds
+        shared = torch.tensor([seconds], dtype=torch.float64, device=local(next(self.network.parameters())).device)
+        dist.broadcast(shared, 0)
+        return float(shared)
 
     def on_save(self) -> None:
         """Called after every save; may be replaced."""
 
-    def update(self, loss: torch.Tensor, before_step: Callable[[], None] | None = None, **logged: float) -> None:
-        """One optimiser step down a loss; logs the means of the loss and `logged` every 50 steps, or every
-        tenth of a shorter run.
+    def update(
+        self,
+        loss: torch.Tensor,
+        samples: int = 0,
+        before_step: Callable[[], None] | None = None,
+        **logged: torch.Tensor,
+    ) -> None:
+        """One optimiser step down a loss; logs the means of the loss and of `logged` now and then.
 
-        `before_step` is called between gradients and step.
-
-        Raises:
-            InputError: the loss is no longer a finite number.
+        `before_step` is called between gradients and step. A loss that is no finite number is met when a line is
+        logged: training goes back to the state on disk, at half the rate.
         """
-        value = float(loss.detach())
-        if not value < float("inf"):
-            raise InputError(f"{self.name}: the loss became {value} in step {self.step}; lower the learning rate")
-        rate = self.rate.at(self.step)
+        rate = self.rate.at(self.step, self.progress) * self.slower
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss.backward()
@@ -166,15 +256,45 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.averaged.update(self.network, self.step)
-        for key, amount in {"loss": value, "gradient": float(norm), **logged}.items():
-            self._sums[key] = self._sums.get(key, 0.0) + amount
-        self._count += 1
+        for key, amount in {"loss": loss, "gradient": norm, **logged}.items():
+            total, count = self._sums.get(key, (0.0, 0))
+            self._sums[key] = total + whole(amount.detach()).float(), count + 1
         self.step += 1
-        if self.step % self.log_every == 0 or self.step == self.rate.steps:
-            means = {key: round(total / self._count, 5) for key, total in self._sums.items()}
-            self.log({"network": self.name, "step": self.step, **means, "rate": rate, "seconds": round(self.seconds)})
-            self._sums, self._count = {}, 0
+        self.samples += samples
+        if self.step % self.log_every == 0 or self.progress >= 1:
+            self._log_means(rate)
+
+    def _log_means(self, rate: float) -> None:
+        means = torch.stack([total / count for total, count in self._sums.values()])
+        if ranks()[1] > 1:
+            dist.all_reduce(means)
+            means /= ranks()[1]
+        values = {key: round(value, 7) for key, value in zip(self._sums, means.tolist(), strict=True)}
+        self._sums = {}
+        if not math.isfinite(values["loss"]):
+            self.slower /= 2
+            if self.slower < 0.05 or not self.resume():
+                raise InputError(f"{self.name}: the loss is no finite number in step {self.step}; lower the rate")
+            print(
+                f"warning: {self.name}: the loss was no number; back to step {self.step} at half the rate", flush=True
+            )
+            return
+        seconds, samples = self.seconds - self._logged[0], self.samples - self._logged[1]
+        self._logged = (self.seconds, self.samples)
+        speed = {"samples": self.samples, "samples/s": round(samples / seconds)} if samples and seconds > 0 else {}
+        now = {"rate": rate, **speed, "seconds": round(self.seconds, 1)}
+        self.log({"network": self.name, "step": self.step, **values, **now})
 
     def log(self, record: dict[str, Any]) -> None:
+        if ranks()[0]:
+            return
         with open(self.folder / f"{self.name}-log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        print(json.dumps(record), file=sys.stderr, flush=True)
+
+
+def autocast(device: torch.device | str) -> contextlib.AbstractContextManager:
+    """bfloat16 where it is fast: on a GPU, and on a processor with AMX; float32 elsewhere."""
+    kind = torch.device(device).type
+    enabled = kind == "cuda" or (kind == "cpu" and torch.cpu._is_amx_tile_supported())
+    return torch.autocast(kind, torch.bfloat16, enabled=enabled)
