@@ -65,9 +65,6 @@ class Shared:
     def permute(self, order):
         return Shared(self.tensor.permute(order))
 
-    def load(self, layout):
-        return self.tensor.clone()
-
 
 class Barrier:
     """An mbarrier: a phase completes when all arrivals and all expected bytes are in."""
@@ -193,7 +190,7 @@ def language(program):
 
 
 def kernel_of(source: str, name: str, program: int):
-    """The function `name` of Gluon source, as program number `program` of its grid runs it."""
+    """The function `name` of a Gluon module's source, as program number `program` of its grid runs it."""
     tree = ast.parse(source)
     # Only the kernel: imports are replaced by the stand-ins, and functions of the host need the real ones.
     jitted = [node for node in tree.body if isinstance(node, ast.Assign) or getattr(node, "decorator_list", None)]
@@ -205,18 +202,17 @@ def kernel_of(source: str, name: str, program: int):
             MBarrierLayout=lambda: None,
             init=_init,
             expect=lambda barrier, bytes: barrier.change(1, bytes),
-            arrive=lambda barrier, pred=True: barrier.change(1, 0) if pred else None,
+            arrive=lambda barrier: barrier.change(1, 0),
             wait=lambda barrier, parity: barrier.wait(int(parity)),
         ),
         "tma": types.SimpleNamespace(async_copy_global_to_shared=_copy),
         "warpgroup_mma": lambda a, b, acc, use_acc=True, is_async=False: Product(a, b, acc, use_acc),
-        "warpgroup_mma_init": lambda acc: acc,
         "warpgroup_mma_wait": _wait_for_products,
     }
     exec(compile(ast.Module(jitted, []), "<gluon kernel>", "exec", dont_inherit=True), namespace)
     return namespace[name]
 
 
-def source(*modules: str) -> str:
-    """Source text of modules of `lavin_kernels`, one behind the other; they need not be importable here."""
-    return "\n".join(Path(importlib.util.find_spec(f"lavin_kernels.{module}").origin).read_text() for module in modules)
+def source(module: str) -> str:
+    """Source text of a module of `lavin_kernels`, which need not be importable here."""
+    return Path(importlib.util.find_spec(f"lavin_kernels.{module}").origin).read_text()

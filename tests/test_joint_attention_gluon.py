@@ -17,21 +17,10 @@ from lavin_bench import tune
 from lavin_kernels import joint_attention, reference, tuning
 from lavin_kernels.launch import interpreted
 
-SOURCE = gluon_stand_in.source("joint_attention_gluon_loops", "joint_attention_gluon")
+SOURCE = gluon_stand_in.source("joint_attention_gluon")
 
 
-# The forms of a warpgroup's loop: name, ping-pong, queries in registers.
-LOOPS = [
-    ("plain", False, False),
-    ("plain", False, True),
-    ("peeled", False, True),
-    ("overlap", False, False),
-    ("overlap", True, True),
-    ("deep", False, False),
-]
-
-
-def launch(q, k, v, branches, head_size, *, groups, block_n, stages, loop=LOOPS[0], values_rest=0, source=SOURCE):
+def launch(q, k, v, branches, head_size, *, groups, block_n, stages, source=SOURCE):
     """Both results, every program of the grid run after the other."""
     rows, heads = q.shape[:2]
     out = torch.full((rows, heads * head_size), float("nan"), dtype=q.dtype)
@@ -40,7 +29,7 @@ def launch(q, k, v, branches, head_size, *, groups, block_n, stages, loop=LOOPS[
     sources = [
         gluon_stand_in.Descriptor(part, head_size, tile_rows, piece or width)
         for part, tile_rows in zip((q, k, v), (64, block_n, block_n), strict=True)
-        for piece in (width, values_rest if part is v and values_rest else rest)
+        for piece in (width, rest)
     ]
     pointers = [gluon_stand_in.Pointer(tensor) for tensor in (out, lse, branches.table)]
     count = len(branches.cond_lens)
@@ -62,17 +51,16 @@ def launch(q, k, v, branches, head_size, *, groups, block_n, stages, loop=LOOPS[
             BLOCK_N=block_n,
             STAGES=stages,
             REGISTERS=0,
-            **dict(zip(("LOOP", "PINGPONG", "Q_IN_REGISTERS"), loop, strict=True)),
         )
     return out, lse
 
 
-def check(cond_lens, x_lens, *, head_size=72, x_only=False, groups=3, block_n=16, stages=2, **options):
+def check(cond_lens, x_lens, *, groups=3, block_n=16, stages=2, head_size=72, x_only=False, source=SOURCE):
     q, k, v, branches = inputs(cond_lens, x_lens, heads=4, kv_heads=2, head_size=head_size, stored=80, x_only=x_only)
     q, k, v = (part.bfloat16() for part in (q, k, v))
     for part in (q, k, v):
         part[..., head_size:] = float("nan")
-    out, lse = launch(q, k, v, branches, head_size, groups=groups, block_n=block_n, stages=stages, **options)
+    out, lse = launch(q, k, v, branches, head_size, groups=groups, block_n=block_n, stages=stages, source=source)
     plain = reference.joint_attention_with_lse(q, k, v, branches, head_size)
     truth = reference.joint_attention_with_lse(q.double(), k.double(), v.double(), branches, head_size)
     assert_in_budget(out, plain[0], truth[0], torch.bfloat16)
@@ -88,47 +76,23 @@ def check(cond_lens, x_lens, *, head_size=72, x_only=False, groups=3, block_n=16
     ],
 )
 @pytest.mark.parametrize(("groups", "block_n", "stages"), [(3, 16, 2), (2, 32, 3)])
-@pytest.mark.parametrize("loop", LOOPS, ids=str)
-def test_results(cond_lens, x_lens, groups, block_n, stages, loop):
-    check(cond_lens, x_lens, groups=groups, block_n=block_n, stages=stages, loop=loop)
+def test_results(cond_lens, x_lens, groups, block_n, stages):
+    check(cond_lens, x_lens, groups=groups, block_n=block_n, stages=stages)
 
 
 @pytest.mark.parametrize("head_size", [24, 72])
-@pytest.mark.parametrize("loop", LOOPS, ids=str)
-def test_x_queries_alone_and_one_piece(head_size, loop):
-    check((70, 37), (40, 9), groups=2, stages=4, head_size=head_size, x_only=True, loop=loop)
-
-
-@pytest.mark.parametrize("loop", LOOPS, ids=str)
-def test_values_of_8_columns_beyond_64(loop):
-    check((70, 37), (40, 9), loop=loop, values_rest=8)
-
-
-@pytest.mark.parametrize("loop", LOOPS, ids=str)
-@pytest.mark.parametrize("keys", [16, 17, 32, 33, 48, 64])
-def test_few_tiles(keys, loop):
-    """One to four tiles of keys, the first of them whole or not."""
-    check((keys - 5,), (5,), loop=loop)
+def test_x_queries_alone_and_one_piece(head_size):
+    check((70, 37), (40, 9), groups=2, stages=4, head_size=head_size, x_only=True)
 
 
 MUTATIONS = {
-    "one key too many": (
-        """if tile == 0:
-            scores = gl.where((columns < first_tile)""",
-        """if tile == 0:
-            scores = gl.where((columns <= first_tile)""",
-    ),
+    "one key too many": ("columns < first_tile", "columns <= first_tile"),
     "second tile at another row": ("gl.where(tile == 0, first_tile, BLOCK_N)", "BLOCK_N"),
-    "keys of another stage": (
-        """matrix(k, stage), matrix(k_rest, stage), REST, SCORES)
-        scores = warpgroup_mma_wait(0""",
-        """matrix(k, 0), matrix(k_rest, stage), REST, SCORES)
-        scores = warpgroup_mma_wait(0""",
-    ),
+    "keys of another stage": ("_matrix(k, stage), _matrix(k_rest, stage)", "_matrix(k, 0), _matrix(k_rest, stage)"),
     "wrong key/value head": ("kv_head * GROUP + program % GROUP,", "program % GROUP * 2 + kv_head,"),
     "swapped streams": ("gl.where(rows < cond, cond_start", "gl.where(rows >= cond, cond_start"),
     "queries of the first group": ("query_row + group * ROWS", "query_row"),
-    "values of earlier tiles": ("acc = acc * gl.convert_layout(decay", "acc = acc * 1 + 0 * gl.convert_layout(decay"),
+    "values of earlier tiles": ("acc = acc * gl.convert_layout", "acc = acc * 1 + 0 * gl.convert_layout"),
     "producer waits for a full buffer": ("(tile // STAGES & 1) ^ 1", "tile // STAGES & 1"),
     "consumer frees no values": ("mbarrier.arrive(v_free.index(stage))", "pass"),
 }

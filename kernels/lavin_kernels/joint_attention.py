@@ -13,36 +13,19 @@ from lavin_kernels.joint_attention_kernel import joint_attention_kernel
 from lavin_kernels.launch import interpreted, on_device, runs_kernel
 from lavin_kernels.static_cases import StaticCase
 
-# Worth timing on a device; "gluon" on compute capability 9.0 alone, with 64 query rows to a warpgroup and what
-# `joint_attention_gluon_loops` says of its loops.
+# Worth timing on a device; "gluon" on compute capability 9.0 alone, with 64 query rows to a warpgroup.
 CANDIDATES = [
-    {"variant": "pointer", "block_m": block_m, "block_n": block_n, "num_warps": num_warps, "num_stages": num_stages}
-    for block_m, block_n, num_warps in ((128, 64, 8), (128, 64, 4), (128, 128, 8), (64, 64, 4))
+    {"variant": variant, "block_m": block_m, "block_n": block_n, "num_warps": num_warps, "num_stages": num_stages}
+    for variant, tiles in {
+        "pointer": ((128, 64, 8), (128, 64, 4), (128, 128, 8), (64, 64, 4)),
+        "gluon": ((192, 128, 4), (192, 64, 4), (128, 128, 4)),
+    }.items()
+    for block_m, block_n, num_warps in tiles
     for num_stages in (2, 3, 4)
-] + [
-    {"variant": "gluon", "block_m": block_m, "block_n": block_n, "num_warps": 4, "num_stages": num_stages, **loop}
-    for block_m, block_n, num_stages, *loops in (
-        (
-            128,
-            128,
-            2,
-            {"loop": "overlap"},
-            {"loop": "overlap", "pingpong": 1},
-            {"loop": "overlap", "q_in_registers": 1},
-        ),
-        (128, 128, 3, {"loop": "overlap"}),
-        (192, 128, 2, {"loop": "overlap", "values_rest": 8}, {"loop": "overlap", "values_rest": 8, "pingpong": 1}),
-        (128, 128, 2, {"loop": "overlap", "values_rest": 8}),
-        (192, 64, 3, {"loop": "overlap"}, {"loop": "overlap", "q_in_registers": 1}),
-        (192, 64, 3, {"loop": "overlap", "pingpong": 1, "q_in_registers": 1}),
-        (192, 128, 2, {"loop": "plain"}, {"loop": "peeled"}, {"loop": "peeled", "q_in_registers": 1}),
-        (192, 128, 2, {"loop": "peeled", "values_rest": 8}),
-        (192, 128, 3, {"loop": "plain"}),
-    )
-    for loop in loops
 ]
 
-# What runs on compute capability 9.0 where the Gluon form cannot: in traced graphs, and where a branch is too short.
+# What runs on compute capability 9.0 where the Gluon form cannot: in traced graphs, over kept keys, and where a branch
+# is too short.
 PLAIN = {"variant": "pointer", "block_m": 128, "block_n": 64, "num_warps": 4, "num_stages": 3}
 
 # Gluon as it is called here is that of Triton 3.6 and newer.
@@ -125,6 +108,7 @@ def _launch(
     options = tuning.config("joint_attention", q.device, q.dtype)
     if options["variant"] == "gluon" and (
         traced
+        or table.shape[1] > 4  # kept rows, which it does not know
         or q.dtype == torch.float32
         or shortest < options["block_n"]
         or not fits(options, tuning.capability(q.device))
@@ -143,8 +127,9 @@ def _launch(
     if variant == "gluon":
         from lavin_kernels import joint_attention_gluon as hopper
 
-        sources = hopper.descriptors(parts, head_size, pieces, block_n, hopper.values_rest(options, head_size, pieces))
-        form = hopper.form(options, block_m, block_n)
+        sources = hopper.descriptors(parts, head_size, pieces, block_n)
+        form = hopper.form(block_m, block_n, options["num_stages"])
+        del shape["COLUMNS"]
         with on_device(q):
             hopper.joint_attention_gluon_kernel[grid](
                 *sources, out, lse, table, branches, scale, **shape, **form, num_warps=4
@@ -347,7 +332,9 @@ def _static_case(config: Mapping[str, int | str], dtype: torch.dtype, x_only: bo
     if variant == "gluon":
         from lavin_kernels import joint_attention_gluon as hopper
 
-        kernel, form = hopper.joint_attention_gluon_kernel, hopper.form(config, block_m, block_n)
+        kernel = hopper.joint_attention_gluon_kernel
+        form = hopper.form(block_m, block_n, config["num_stages"])
+        del shape["COLUMNS"]
     else:
         kernel = joint_attention_kernel
         form = {"BLOCK_M": block_m, "BLOCK_N": block_n, "UPCAST": False}
@@ -357,8 +344,6 @@ def _static_case(config: Mapping[str, int | str], dtype: torch.dtype, x_only: bo
         if name.endswith("_source") and variant == "gluon":
             rows = block_n if name[0] in "kv" else 64
             width = (shape["REST"] if "rest" in name else 0) or shape["WIDTH"]
-            if name == "v_rest_source" and shape["REST"]:
-                width = hopper.values_rest(config, head_size, (shape["WIDTH"], shape["REST"]))
             layout = hopper.tile_layout(dtype, rows, width)
             signature[name] = f"tensordesc<{element}[1, {rows}, {width}],{layout!r}>"
         elif name.endswith("_source") or name == "out_ptr":

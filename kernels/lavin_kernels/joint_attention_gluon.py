@@ -8,19 +8,23 @@ and values, which all of them read. So one takes its softmax, about as long as i
 others keep the tensor cores busy, and a tile travels from the L2 once for 192 rows.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-from lavin_kernels.joint_attention_gluon_loops import ROWS, deep, matrix, overlap, peeled, plain
 
 # Registers of a thread where 2 or 3 warpgroups share the 65,536 of a multiprocessor, less those of the copying group.
 REGISTERS = {2: 240, 3: 160}
+ROWS = gl.constexpr(64)  # query rows of a warpgroup, the M of its matrix instructions
 
 
 @gluon.jit
@@ -37,24 +41,20 @@ def _tile_of_program(
     X_ONLY: gl.constexpr,
     MAX_BRANCHES: gl.constexpr,
     BLOCK_M: gl.constexpr,
-    COLUMNS: gl.constexpr,
 ):
     """As in the Triton kernel."""
     PAIRS: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
     branch = gl.arange(0, MAX_BRANCHES, gl.SliceLayout(1, PAIRS))
     other = gl.arange(0, MAX_BRANCHES, gl.SliceLayout(0, PAIRS))
-    cond = gl.load(table + COLUMNS * branch, mask=branch < branches, other=0)
-    keys = cond + gl.load(table + COLUMNS * branch + 1, mask=branch < branches, other=0)
-    other_cond = gl.load(table + COLUMNS * other, mask=other < branches, other=0)
-    other_keys = other_cond + gl.load(table + COLUMNS * other + 1, mask=other < branches, other=0)
+    cond = gl.load(table + 4 * branch, mask=branch < branches, other=0)
+    keys = cond + gl.load(table + 4 * branch + 1, mask=branch < branches, other=0)
+    other_cond = gl.load(table + 4 * other, mask=other < branches, other=0)
+    other_keys = other_cond + gl.load(table + 4 * other + 1, mask=other < branches, other=0)
     queries = keys
     other_queries = other_keys
     if X_ONLY:
         queries = keys - cond
         other_queries = other_keys - other_cond
-    if COLUMNS == 5:  # kept rows are keys alone
-        keys = keys + gl.load(table + COLUMNS * branch + 4, mask=branch < branches, other=0)
-        other_keys = other_keys + gl.load(table + COLUMNS * other + 4, mask=other < branches, other=0)
     tied = (other_keys[None, :] == keys[:, None]) & (other[None, :] < branch[:, None])
     earlier = (other_keys[None, :] > keys[:, None]) | tied
     programs = gl.cdiv(queries, BLOCK_M) * HEADS
@@ -86,8 +86,7 @@ def _buffers(source, rest_source, COUNT: gl.constexpr, REST: gl.constexpr):
     tiles = gl.allocate_shared_memory(source.dtype, [COUNT, 1, shape[1], shape[2]], source.layout)
     rest = tiles
     if REST:
-        width: gl.constexpr = rest_source.block_type.shape[2]
-        rest = gl.allocate_shared_memory(source.dtype, [COUNT, 1, shape[1], width], rest_source.layout)
+        rest = gl.allocate_shared_memory(source.dtype, [COUNT, 1, shape[1], REST], rest_source.layout)
     return tiles, rest
 
 
@@ -121,7 +120,7 @@ def _produce(sources, buffers, barriers, head, kv_head, query_row, first_key, fi
     GROUPS: gl.constexpr = FORM[8]
     q_source, q_rest_source, k_source, k_rest_source, v_source, v_rest_source = sources
     q, q_rest, k, k_rest, v, v_rest = buffers
-    q_ready, k_ready, k_free, v_ready, v_free, _ = barriers
+    q_ready, k_ready, k_free, v_ready, v_free = barriers
     for group in gl.static_range(GROUPS):
         _copy(q_source, q_rest_source, q, q_rest, q_ready, group, head, query_row + group * ROWS, WIDTH, REST)
     row = first_key
@@ -136,6 +135,36 @@ def _produce(sources, buffers, barriers, head, kv_head, query_row, first_key, fi
 
 
 @gluon.jit
+def _matrix(tiles, index):
+    """`[rows, width]` of a tile `[1, rows, width]`, which has the head dimension of its descriptor."""
+    tile = tiles.index(index)
+    return tile.reshape([tile.shape[1], tile.shape[2]])
+
+
+@gluon.jit
+def _scores(q, q_rest, k, k_rest, REST: gl.constexpr, LAYOUT: gl.constexpr):
+    BLOCK_N: gl.constexpr = k.shape[0]
+    scores = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
+    scores = warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=False, is_async=True)
+    if REST:
+        scores = warpgroup_mma(q_rest, k_rest.permute((1, 0)), scores, is_async=True)
+    return warpgroup_mma_wait(0, deps=(scores,))
+
+
+@gluon.jit
+def _add_values(acc, acc_rest, weights, v, v_rest, REST: gl.constexpr, ACC: gl.constexpr, ACC_REST: gl.constexpr):
+    # The weights are in the registers where the products want them: neither conversion moves anything.
+    acc = warpgroup_mma(gl.convert_layout(weights, gl.DotOperandLayout(0, ACC, 2)), v, acc, is_async=True)
+    if REST:
+        rest_operand = gl.convert_layout(weights, gl.DotOperandLayout(0, ACC_REST, 2))
+        acc_rest = warpgroup_mma(rest_operand, v_rest, acc_rest, is_async=True)
+        acc, acc_rest = warpgroup_mma_wait(0, deps=(acc, acc_rest))
+    else:
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    return acc, acc_rest
+
+
+@gluon.jit
 def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile, tiles, scale, FORM: gl.constexpr):
     """What one warpgroup does with its 64 query rows."""
     HEADS: gl.constexpr = FORM[0]
@@ -146,55 +175,48 @@ def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile,
     WITH_LSE: gl.constexpr = FORM[5]
     BLOCK_N: gl.constexpr = FORM[6]
     STAGES: gl.constexpr = FORM[7]
-    GROUPS: gl.constexpr = FORM[8]
-    COLUMNS: gl.constexpr = FORM[9]
-    LOOP: gl.constexpr = FORM[10]
-    PINGPONG: gl.constexpr = FORM[11]
-    Q_IN_REGISTERS: gl.constexpr = FORM[12]
     out_ptr, lse_ptr, table_ptr = outputs
     branch, head, tile_row, queries = place
     tile_row = tile_row + group * ROWS
     q, q_rest, k, k_rest, v, v_rest = buffers
-    q_ready, k_ready, k_free, v_ready, v_free, turn = barriers
+    q_ready, k_ready, k_free, v_ready, v_free = barriers
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    REST_WIDTH: gl.constexpr = v_rest.shape[3] if REST else 16
+    REST_WIDTH: gl.constexpr = REST if REST else 16
     ACC_REST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, REST_WIDTH, 16])
 
+    q = _matrix(q, group)
+    q_rest = _matrix(q_rest, group)
     acc = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     acc_rest = gl.zeros([ROWS, REST_WIDTH], gl.float32, ACC_REST)
     largest = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
-    state = (largest, total, acc, acc_rest)
+    columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
     mbarrier.wait(q_ready.index(group), 0)
-    q = matrix(q, group)
-    q_rest = matrix(q_rest, group)
-    if Q_IN_REGISTERS:
-        q = q.load(gl.DotOperandLayout(0, SCORES, 2))
+    for tile in range(tiles):
+        stage = tile % STAGES
+        phase = tile // STAGES & 1
+        mbarrier.wait(k_ready.index(stage), phase)
+        scores = _scores(q, q_rest, _matrix(k, stage), _matrix(k_rest, stage), REST, SCORES)
+        mbarrier.arrive(k_free.index(stage))
+        if tile == 0:
+            scores = gl.where((columns < first_tile)[None, :], scores, float("-inf"))
+        new_largest = gl.maximum(largest, gl.max(scores, 1))
+        offset = new_largest * scale
+        decay = gl.exp2(largest * scale - offset)
+        weights = gl.exp2(scores * scale - offset[:, None])
+        total = total * decay + gl.sum(weights, 1)
+        largest = new_largest
+        acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, ACC))[:, None]
         if REST:
-            q_rest = q_rest.load(gl.DotOperandLayout(0, SCORES, 2))
-    tile_buffers = (k, k_rest, v, v_rest)
-    tile_barriers = (k_ready, k_free, v_ready, v_free)
-    if LOOP == "deep":
-        largest, total, acc, acc_rest = deep(
-            q, q_rest, tile_buffers, tile_barriers, state, first_tile, tiles, scale, REST, STAGES, SCORES, ACC, ACC_REST
+            acc_rest = acc_rest * gl.convert_layout(decay, gl.SliceLayout(1, ACC_REST))[:, None]
+        mbarrier.wait(v_ready.index(stage), phase)
+        acc, acc_rest = _add_values(
+            acc, acc_rest, weights.to(v.dtype), _matrix(v, stage), _matrix(v_rest, stage), REST, ACC, ACC_REST
         )
-    elif LOOP == "overlap":
-        turns = (turn.index(group), turn.index((group + 1) % GROUPS), 1 if group == 0 else 0)
-        largest, total, acc, acc_rest = overlap(
-            q, q_rest, tile_buffers, tile_barriers, turns, state, first_tile, tiles, scale, REST, STAGES, SCORES, ACC,
-            ACC_REST, PINGPONG,
-        )  # fmt: skip
-    elif LOOP == "peeled":
-        largest, total, acc, acc_rest = peeled(
-            q, q_rest, tile_buffers, tile_barriers, state, first_tile, tiles, scale, REST, STAGES, SCORES, ACC, ACC_REST
-        )
-    else:
-        largest, total, acc, acc_rest = plain(
-            q, q_rest, tile_buffers, tile_barriers, state, first_tile, tiles, scale, REST, STAGES, SCORES, ACC, ACC_REST
-        )
+        mbarrier.arrive(v_free.index(stage))
 
-    _store(out_ptr, table_ptr, branch, head, tile_row, queries, acc, total, 0, HEADS, HEAD_SIZE, X_ONLY, COLUMNS, ACC)
+    _store(out_ptr, table_ptr, branch, head, tile_row, queries, acc, total, 0, HEADS, HEAD_SIZE, X_ONLY, ACC)
     if REST:
         _store(
             out_ptr,
@@ -209,25 +231,24 @@ def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile,
             HEADS,
             HEAD_SIZE,
             X_ONLY,
-            COLUMNS,
             ACC_REST,
         )
     if WITH_LSE:
-        rows, stored = _out_rows(table_ptr, branch, tile_row, queries, X_ONLY, COLUMNS, gl.SliceLayout(1, SCORES))
+        rows, stored = _out_rows(table_ptr, branch, tile_row, queries, X_ONLY, gl.SliceLayout(1, SCORES))
         natural = (largest * scale + gl.log2(total)) * 0.6931471805599453  # ln 2
         gl.store(lse_ptr + rows * HEADS + head, natural, mask=stored)
 
 
 @gluon.jit
-def _out_rows(table_ptr, branch, tile_row, queries, X_ONLY: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+def _out_rows(table_ptr, branch, tile_row, queries, X_ONLY: gl.constexpr, LAYOUT: gl.constexpr):
     rows = tile_row + gl.arange(0, ROWS, LAYOUT)
     stored = rows < queries
-    x_start = gl.load(table_ptr + COLUMNS * branch + 3)
+    x_start = gl.load(table_ptr + 4 * branch + 3)
     if X_ONLY:
         out_rows = x_start - gl.load(table_ptr + 3) + rows
     else:
-        cond = gl.load(table_ptr + COLUMNS * branch)
-        cond_start = gl.load(table_ptr + COLUMNS * branch + 2)
+        cond = gl.load(table_ptr + 4 * branch)
+        cond_start = gl.load(table_ptr + 4 * branch + 2)
         out_rows = gl.where(rows < cond, cond_start + rows, x_start - cond + rows)
     return out_rows.to(gl.int64), stored
 
@@ -235,10 +256,9 @@ def _out_rows(table_ptr, branch, tile_row, queries, X_ONLY: gl.constexpr, COLUMN
 @gluon.jit
 def _store(
     out_ptr, table_ptr, branch, head, tile_row, queries, acc, total,
-    FIRST: gl.constexpr, HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, X_ONLY: gl.constexpr, COLUMNS: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    FIRST: gl.constexpr, HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, X_ONLY: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    rows, stored = _out_rows(table_ptr, branch, tile_row, queries, X_ONLY, COLUMNS, gl.SliceLayout(1, LAYOUT))
+    rows, stored = _out_rows(table_ptr, branch, tile_row, queries, X_ONLY, gl.SliceLayout(1, LAYOUT))
     inverse = gl.convert_layout(1.0 / total, gl.SliceLayout(1, LAYOUT))
     columns = FIRST + gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
     pointers = out_ptr + head * HEAD_SIZE + rows[:, None] * (HEADS * HEAD_SIZE) + columns[None, :]
@@ -274,16 +294,11 @@ def joint_attention_gluon_kernel(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
-    LOOP: gl.constexpr,
-    PINGPONG: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr,
-    COLUMNS: gl.constexpr = 4,  # of the table, 5 with kept rows
 ):
     head, kv_head, tile_row, queries, first_query, keys, first_key, branch = _tile_of_program(
-        table_ptr, branches, HEADS, GROUP, X_ONLY, MAX_BRANCHES, GROUPS * ROWS, COLUMNS
+        table_ptr, branches, HEADS, GROUP, X_ONLY, MAX_BRANCHES, GROUPS * ROWS
     )
-    FORM: gl.constexpr = (HEADS, HEAD_SIZE, WIDTH, REST, X_ONLY, WITH_LSE, BLOCK_N, STAGES, GROUPS, COLUMNS, LOOP,
-                          PINGPONG, Q_IN_REGISTERS)  # fmt: skip
+    FORM: gl.constexpr = (HEADS, HEAD_SIZE, WIDTH, REST, X_ONLY, WITH_LSE, BLOCK_N, STAGES, GROUPS)
     tiles = gl.maximum(gl.cdiv(keys, BLOCK_N), 1)
     first_tile = keys - (tiles - 1) * BLOCK_N
     q, q_rest = _buffers(q_source, q_rest_source, GROUPS, REST)
@@ -292,11 +307,10 @@ def joint_attention_gluon_kernel(
     q_ready = _barriers(GROUPS, 1)
     k_ready, k_free = _barriers(STAGES, 1), _barriers(STAGES, GROUPS)
     v_ready, v_free = _barriers(STAGES, 1), _barriers(STAGES, GROUPS)
-    turn = _barriers(GROUPS, 1)
     fence_async_shared()
 
     buffers = (q, q_rest, k, k_rest, v, v_rest)
-    barriers = (q_ready, k_ready, k_free, v_ready, v_free, turn)
+    barriers = (q_ready, k_ready, k_free, v_ready, v_free)
     sources = (q_source, q_rest_source, k_source, k_rest_source, v_source, v_rest_source)
     outputs = (out_ptr, lse_ptr, table_ptr)
     place = (branch, head, tile_row, queries)
@@ -332,31 +346,19 @@ def tile_layout(dtype: torch.dtype, rows: int, width: int) -> gl.NVMMASharedLayo
 
 
 def descriptors(
-    parts: list[torch.Tensor], head_size: int, pieces: tuple[int, int], block_n: int, values_rest: int
+    parts: list[torch.Tensor], head_size: int, pieces: tuple[int, int], block_n: int
 ) -> list[TensorDescriptor]:
     """Of q, k and v, for each piece of the head: `[heads, rows, head_size]`, zero beyond the head."""
     made = []
-    for part, rows, rest in zip(parts, (ROWS.value, block_n, block_n), (0, 0, values_rest), strict=True):
+    for part, rows in zip(parts, (ROWS.value, block_n, block_n), strict=True):
         shape, strides = [part.shape[1], part.shape[0], head_size], [part.stride(1), part.stride(0), 1]
-        for width in (pieces[0], (rest or pieces[1]) if pieces[1] else pieces[0]):
+        for piece in pieces:
+            width = piece or pieces[0]
             made.append(TensorDescriptor(part, shape, strides, [1, rows, width], tile_layout(part.dtype, rows, width)))
     return made
 
 
-def values_rest(config: Mapping[str, int | str], head_size: int, pieces: tuple[int, int]) -> int:
-    """Columns of the second product of values: as many as the rest of a head has, or 8 where that is all it needs."""
-    return 8 if config.get("values_rest") == 8 and 0 < head_size - pieces[0] <= 8 else pieces[1]
-
-
-def form(config: Mapping[str, int | str], block_m: int, block_n: int) -> dict[str, Any]:
+def form(block_m: int, block_n: int, num_stages: int) -> dict[str, Any]:
     """The compile-time arguments that a launch configuration decides."""
     groups = block_m // ROWS.value
-    return {
-        "GROUPS": groups,
-        "BLOCK_N": block_n,
-        "STAGES": config["num_stages"],
-        "REGISTERS": REGISTERS[groups],
-        "LOOP": config.get("loop", "plain"),
-        "PINGPONG": bool(config.get("pingpong", False)),
-        "Q_IN_REGISTERS": bool(config.get("q_in_registers", False)),
-    }
+    return {"GROUPS": groups, "BLOCK_N": block_n, "STAGES": num_stages, "REGISTERS": REGISTERS[groups]}
