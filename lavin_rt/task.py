@@ -17,7 +17,7 @@ from lavin_rt.errors import InputError
 from lavin_rt.executor import Callback
 from lavin_rt.layout import Shape
 from lavin_rt.networks import Tensors
-from lavin_rt.speeds import TASK, Speed
+from lavin_rt.speeds import SPEEDS, TASK, Speed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -242,7 +242,7 @@ class Task:
         """Latent frames of the query and of its target."""
         return 1 + (self.context.frames_per_clip - 1) // 4
 
-    def _shape(self, queries: int, guidance: float, speed: Speed) -> Shape:
+    def _shape(self, queries: int, guidance: float, speed: Speed = SPEEDS["exact"]) -> Shape:
         if not isinstance(guidance, int | float) or not math.isfinite(guidance):
             raise InputError(f"guidance is {guidance!r}; expected a finite number, such as 1.5")
         return task_shape(queries, self.context.pairs, self._clip_frames, self.size, guidance != 1.0, speed.keeps)
