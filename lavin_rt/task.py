@@ -199,7 +199,9 @@ class Task:
         Raises:
             InputError: too little memory, naming what would fit, or a bad option.
         """
-        self.pipeline.executor.prepare(self._shape(queries, guidance), schedule(steps))
+        shape = self._shape(queries, guidance)
+        self.pipeline.ready_decoder((1, 16, shape.target_frames, shape.height, shape.width))
+        self.pipeline.executor.prepare(shape, schedule(steps))
 
     def warmup(self, steps: int = 20, guidance: float = 1.5, queries: int = 1) -> float:
         """Puts compilation, capture and caches behind, so that the next run of this shape is as fast as any.
