@@ -221,7 +221,9 @@ class Task:
         knots = speed.knots(steps)
         if speed.refresh == TASK:
             self._kept_keys()
-        self.pipeline.executor.prepare(self._shape(queries, guidance, speed), knots, speed)
+        shape = self._shape(queries, guidance, speed)
+        self.pipeline.ready_decoder((1, 16, shape.target_frames, shape.height, shape.width))
+        self.pipeline.executor.prepare(shape, knots, speed)
 
     def warmup(
         self, steps: int | None = None, guidance: float = 1.5, queries: int = 1, speed: str | Speed = "exact"

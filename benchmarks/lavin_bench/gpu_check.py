@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,28 +102,26 @@ def _tests(visit: Visit, save: Save, first: bool) -> None:
 def _standard(visit: Visit, save: Save) -> None:
     """The standard run by our ways alone, with the launches of today."""
     without = [AUTHORS_EAGER, AUTHORS_COMPILED, *SLOWER]
-    _pipeline(visit, save, 512, without, error_steps=4)
+    _pipeline(visit, save, (512,), without)
 
 
 def _tuned(visit: Visit, save: Save) -> None:
     """The standard run and 256 px again, with the launches that tuning found."""
     with visit.tuned():
-        for size in (512, 256):
-            _pipeline(visit, save, size, [AUTHORS_EAGER, AUTHORS_COMPILED, *SLOWER], error_steps=4)
+        _pipeline(visit, save, (512, 256), [AUTHORS_EAGER, AUTHORS_COMPILED, *SLOWER])
 
 
 def _peers(visit: Visit, save: Save) -> None:
     """Ours and the authors' way interleaved, with the launches that tuning found."""
     with visit.tuned():
-        _pipeline(visit, save, 512, SLOWER, error_steps=4)
+        _pipeline(visit, save, (512,), SLOWER)
 
 
-def _pipeline(visit: Visit, save: Save, size: int, without: Any, error_steps: int) -> None:
+def _pipeline(visit: Visit, save: Save, sizes: Sequence[int], without: Sequence[str]) -> None:
     dtype = torch.float32 if visit.dry else torch.bfloat16
-    setting, repeats = visit.setting(size), 1 if visit.dry else 3
-    steps = 6 if visit.dry else 20
-    options = {"steps": steps, "error_steps": error_steps, "without": without, "whole": False, "checks": ()}
-    save(pipeline.run([setting], visit.device, dtype, repeats, **options, save=save))
+    chosen, repeats = [visit.setting(size) for size in sizes], 1 if visit.dry else 3
+    options = {"steps": 6 if visit.dry else 20, "error_steps": 4, "without": without, "whole": False, "checks": ()}
+    save(pipeline.run(chosen, visit.device, dtype, repeats, **options, save=save))
 
 
 def _tune(visit: Visit, save: Save, operator: str) -> None:
