@@ -43,7 +43,7 @@ def running(service: Service, token: str | None = None, hosts=None, page: bool =
             yield address
         finally:
             service.engine.stop(5)
-            server.should_exit = True
+            service.engine.ended = server.should_exit = True
             thread.join(30)
 
 

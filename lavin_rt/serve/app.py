@@ -68,4 +68,11 @@ def make_app(
         from lavin_rt.serve.page import mount_page
 
         app = mount_page(app, service)
-    return Guard(app, service.limits, token, hosts, lambda reason: service.metrics.refusals.labels(reason).inc())
+    return Guard(
+        app,
+        service.limits,
+        token,
+        hosts,
+        lambda reason: service.metrics.refusals.labels(reason).inc(),
+        lambda: service.engine.ended,
+    )

@@ -92,6 +92,9 @@ class Engine:
         most: `(kind, count) -> how many of so many of that kind may run together`, at least 1.
         limits: `queue` and `batch`.
         observe: told of every batch that ran: `(tickets, evaluations, seconds)`.
+
+    Attributes:
+        ended: set by the server when the last answer is out.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Engine:
         self._count = 0
         self._busy = False
         self._changed = threading.Condition()
+        self.ended = False
         self._draining = self._ended = False
         self._seconds = 0.5
         self._thread = threading.Thread(target=self._work, name="lavin-rt engine", daemon=True)

@@ -21,6 +21,7 @@ OPEN = ("/health", "/ready", "/login")
 """What is answered without a token: whether the service lives, and the way to log in."""
 WRONG_TOKEN_SECONDS = 0.5
 LOGIN_BYTES = 4096
+END_SECONDS = 0.25
 # Everything on the page comes from this service; the page's own scripts and styles are written into it.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -56,6 +57,7 @@ class Guard:
         hosts: names under which a service without a token may be asked, so that no page elsewhere reaches it through a
             name of its own that leads here; None asks for no name.
         refused: told the reason of every refusal.
+        ended: whether the service answers nothing more; what a browser holds open is let go then.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class Guard:
         token: str | None = None,
         hosts: Collection[str] | None = None,
         refused: Callable[[str], None] = lambda reason: None,
+        ended: Callable[[], bool] = lambda: False,
     ):
+        self.ended = ended
         self.app, self.limits, self.token, self.hosts, self.refused = app, limits, token, hosts, refused
         # Neither the token itself nor anything it could be guessed from is kept in the browser.
         self._cookie = hmac.new((token or "").encode(), b"lavin-rt page", hashlib.sha256).hexdigest()
@@ -155,7 +159,7 @@ class Guard:
         async def bounded() -> Message:
             nonlocal received, complete
             if complete:
-                return await receive()
+                return await self._until_the_end(receive)
             try:
                 message = await asyncio.wait_for(receive(), self.limits.body_seconds)
             except asyncio.TimeoutError:
@@ -169,6 +173,18 @@ class Guard:
             return message
 
         return bounded
+
+    async def _until_the_end(self, receive: Receive) -> Message:
+        """What comes behind a body: the client's leaving, or this service's."""
+        coming = asyncio.ensure_future(receive())
+        try:
+            while not coming.done():
+                if self.ended():
+                    return {"type": "http.disconnect"}
+                await asyncio.wait({coming}, timeout=END_SECONDS)
+            return coming.result()
+        finally:
+            coming.cancel()
 
 
 def too_large(limits: Limits) -> Refused:

@@ -64,7 +64,6 @@ class Page:
         self.service = service
         self._tickets: OrderedDict[str, Ticket] = OrderedDict()
         self.downloads = Path(tempfile.mkdtemp(prefix="lavin-rt-page-"))
-
         atexit.register(shutil.rmtree, self.downloads, ignore_errors=True)
 
     def names(self) -> list[str]:

@@ -84,4 +84,4 @@ class Server(uvicorn.Server):
         if not self.engine.stop(self.grace):
             log.warning("a run was ended after the %g s of grace", self.grace)
         time.sleep(LINGER_SECONDS)
-        self.should_exit = True
+        self.engine.ended = self.should_exit = True
