@@ -51,6 +51,17 @@ def kernels_table(record: dict[str, Any]) -> str:
     return f"{caption(record['header'])}\n\n{table(columns, rows)}"
 
 
+def tuning_table(record: dict[str, Any]) -> str:
+    """Of every kernel its candidates, the fastest first, and today's configuration named."""
+    rows = []
+    for kernel, found in record["kernels"].items():
+        for name, seconds in sorted(found["times"].items(), key=lambda item: item[1]["median"]):
+            rate = f"{found['flops'] / seconds['median'] / 1e12:.0f} TFLOP/s" if found.get("flops") else ""
+            before = " (default then)" if name == found["today"] else ""
+            rows.append([f"`{kernel}`", name + before, f"{seconds['median'] * 1e6:.0f} µs", rate])
+    return f"{caption(record['header'])}\n\n{table(['kernel', 'launch', 'median', 'useful'], rows)}"
+
+
 def forms_table(record: dict[str, Any]) -> str:
     """Median, peak memory and error of the forms of one computation, on a CPU."""
     rows = []
@@ -158,6 +169,7 @@ def render(record: dict[str, Any]) -> str:
         "kernels": kernels_table,
         "pipeline": pipeline_table,
         "startup": startup_table,
+        "tuning": tuning_table,
         "forms": forms_table,
         "quality": quality_table,
         "quality_speeds": speeds_table,
