@@ -210,7 +210,6 @@ def kernel_of(source: str, name: str, program: int):
         ),
         "tma": types.SimpleNamespace(async_copy_global_to_shared=_copy),
         "warpgroup_mma": lambda a, b, acc, use_acc=True, is_async=False: Product(a, b, acc, use_acc),
-        "warpgroup_mma_init": lambda acc: acc,
         "warpgroup_mma_wait": _wait_for_products,
     }
     exec(compile(ast.Module(jitted, []), "<gluon kernel>", "exec", dont_inherit=True), namespace)

@@ -1,7 +1,7 @@
 """Joint attention for Hopper (sm_90), in Gluon: one warp copies, two or three warpgroups multiply and take softmaxes.
 
-Not a default anywhere: a device's tuned configuration asks for it with `"variant": "gluon"`. Wants 16-bit rows, and a
-whole tile of keys in every branch, since it has no mask for values.
+A configuration asks for it with `"variant": "gluon"`, as the default of that capability does. Wants 16-bit rows, and
+a whole tile of keys in every branch, since it has no mask for values.
 
 Every warpgroup owns 64 query rows and its own copy of the loop; between them nothing is ordered but the tiles of keys
 and values, which all of them read. So one takes its softmax, about as long as its products at head size 72, while the
@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lavin_kernels.joint_attention_gluon_loops import ROWS, deep, matrix, overlap, peeled, plain
+from lavin_kernels.joint_attention_gluon_loops import ROWS, matrix, overlap, peeled, plain
 
 # Registers of a thread where 2 or 3 warpgroups share the 65,536 of a multiprocessor, less those of the copying group.
 REGISTERS = {2: 240, 3: 160}
@@ -170,11 +170,7 @@ def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile,
             q_rest = q_rest.load(gl.DotOperandLayout(0, SCORES, 2))
     tile_buffers = (k, k_rest, v, v_rest)
     tile_barriers = (k_ready, k_free, v_ready, v_free)
-    if LOOP == "deep":
-        largest, total, acc, acc_rest = deep(
-            q, q_rest, tile_buffers, tile_barriers, state, first_tile, tiles, scale, REST, STAGES, SCORES, ACC, ACC_REST
-        )
-    elif LOOP == "overlap":
+    if LOOP == "overlap":
         turns = (turn.index(group), turn.index((group + 1) % GROUPS), 1 if group == 0 else 0)
         largest, total, acc, acc_rest = overlap(
             q, q_rest, tile_buffers, tile_barriers, turns, state, first_tile, tiles, scale, REST, STAGES, SCORES, ACC,

@@ -2,9 +2,11 @@
 
 All of them compute the same; they differ in what the tensor cores have to do while a softmax is taken:
 
-- `plain`: nothing of this warpgroup's own; the others' products.
+- `plain` and `peeled`: nothing of this warpgroup's own; the others' products.
 - `overlap`: the values of the tile before (FlashAttention-3, arXiv 2407.08608, section 3.2).
-- `deep`: those and the scores of the tile behind, for which a thread holds the scores of two tiles.
+
+Starting the scores of the next tile ahead of the softmax too does not compile to more: the assembler then lets every
+product wait for the one before (C7514), as its analysis ends at the loop's edge, over which values would be in flight.
 """
 
 from triton.experimental import gluon
@@ -12,7 +14,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -67,12 +68,12 @@ def _shrink(acc, acc_rest, decay, REST: gl.constexpr, ACC: gl.constexpr, ACC_RES
 
 
 @gluon.jit
-def _finish(acc, acc_rest, weights, outstanding: gl.constexpr, REST: gl.constexpr):
-    """Waits for products of values, but not for the `outstanding` that were started behind them."""
+def _finish(acc, acc_rest, weights, REST: gl.constexpr):
+    """Waits for the products of values."""
     if REST:
-        acc, acc_rest, weights = warpgroup_mma_wait(outstanding, deps=(acc, acc_rest, weights))
+        acc, acc_rest, weights = warpgroup_mma_wait(0, deps=(acc, acc_rest, weights))
     else:
-        acc, weights = warpgroup_mma_wait(outstanding, deps=(acc, weights))
+        acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
     return acc, acc_rest
 
 
@@ -98,7 +99,7 @@ def plain(q, q_rest, buffers, barriers, state, first_tile, tiles, scale, REST: g
         weights = gl.convert_layout(weights.to(v.dtype), gl.DotOperandLayout(0, ACC, 2))
         mbarrier.wait(v_ready.index(stage), phase)
         acc, acc_rest = _start_values(acc, acc_rest, weights, matrix(v, stage), matrix(v_rest, stage), REST, ACC_REST)
-        acc, acc_rest = _finish(acc, acc_rest, weights, 0, REST)
+        acc, acc_rest = _finish(acc, acc_rest, weights, REST)
         mbarrier.arrive(v_free.index(stage))
     return largest, total, acc, acc_rest
 
@@ -126,7 +127,7 @@ def _values_of(acc, acc_rest, weights, decay, buffers, barriers, tile, REST: gl.
     weights = gl.convert_layout(weights.to(v.dtype), gl.DotOperandLayout(0, ACC, 2))
     mbarrier.wait(v_ready.index(stage), tile // STAGES & 1)
     acc, acc_rest = _start_values(acc, acc_rest, weights, matrix(v, stage), matrix(v_rest, stage), REST, ACC_REST)
-    acc, acc_rest = _finish(acc, acc_rest, weights, 0, REST)
+    acc, acc_rest = _finish(acc, acc_rest, weights, REST)
     mbarrier.arrive(v_free.index(stage))
     return acc, acc_rest
 
@@ -182,71 +183,12 @@ def overlap(q, q_rest, buffers, barriers, turns, state, first_tile, tiles, scale
         largest, total, new_weights, decay = _softmax(scores, largest, total, scale)
         # It has been waited for; here it keeps the assembler from waiting for the products ahead of the softmax.
         mbarrier.wait(v_ready.index(before), (tile - 1) // STAGES & 1)
-        acc, acc_rest = _finish(acc, acc_rest, weights, 0, REST)
+        acc, acc_rest = _finish(acc, acc_rest, weights, REST)
         mbarrier.arrive(v_free.index(before))
         acc, acc_rest = _shrink(acc, acc_rest, decay, REST, ACC, ACC_REST)
         weights = gl.convert_layout(new_weights.to(v.dtype), OPERAND)
     last = (tiles - 1) % STAGES
     mbarrier.wait(v_ready.index(last), (tiles - 1) // STAGES & 1)
     acc, acc_rest = _start_values(acc, acc_rest, weights, matrix(v, last), matrix(v_rest, last), REST, ACC_REST)
-    acc, acc_rest = _finish(acc, acc_rest, weights, 0, REST)
-    return largest, total, acc, acc_rest
-
-
-@gluon.jit
-def _deep_step(q, q_rest, buffers, barriers, state, tile, scale, REST: gl.constexpr, STAGES: gl.constexpr,
-               SCORES: gl.constexpr, ACC: gl.constexpr, ACC_REST: gl.constexpr):  # fmt: skip
-    """Starts the scores behind a tile, takes its softmax, and starts its values once those before are there."""
-    k, k_rest, v, v_rest = buffers
-    k_ready, k_free, v_ready, v_free = barriers
-    scores, weights, largest, total, acc, acc_rest = state
-    PIECES: gl.constexpr = 2 if REST else 1
-    stage = tile % STAGES
-    behind = (tile + 1) % STAGES
-    mbarrier.wait(k_ready.index(behind), (tile + 1) // STAGES & 1)
-    new_scores = _start_scores(q, q_rest, matrix(k, behind), matrix(k_rest, behind), REST, SCORES)
-    largest, total, new_weights, decay = _softmax(scores, largest, total, scale)
-    acc, acc_rest = _finish(acc, acc_rest, weights, PIECES, REST)
-    mbarrier.arrive(v_free.index((tile + STAGES - 1) % STAGES), pred=tile > 0)
-    acc, acc_rest = _shrink(acc, acc_rest, decay, REST, ACC, ACC_REST)
-    weights = gl.convert_layout(new_weights.to(v.dtype), gl.DotOperandLayout(0, ACC, 2))
-    mbarrier.wait(v_ready.index(stage), tile // STAGES & 1)
-    acc, acc_rest = _start_values(acc, acc_rest, weights, matrix(v, stage), matrix(v_rest, stage), REST, ACC_REST)
-    new_scores = warpgroup_mma_wait(PIECES, deps=(new_scores,))
-    mbarrier.arrive(k_free.index(behind))
-    return new_scores, weights, largest, total, acc, acc_rest
-
-
-@gluon.jit
-def deep(q, q_rest, buffers, barriers, state, first_tile, tiles, scale, REST: gl.constexpr, STAGES: gl.constexpr,
-         SCORES: gl.constexpr, ACC: gl.constexpr, ACC_REST: gl.constexpr):  # fmt: skip
-    """Starts the scores of the next tile before a softmax, under which the values of the tile before run too."""
-    _, _, v, v_rest = buffers
-    v_ready = barriers[2]
-    largest, total, acc, acc_rest = state
-    scores = _first(q, q_rest, buffers, barriers, state, first_tile, scale, REST, SCORES)
-    BLOCK_N: gl.constexpr = v.shape[2]
-    weights = gl.zeros([ROWS, BLOCK_N], v.dtype, gl.DotOperandLayout(0, ACC, 2))
-    acc = warpgroup_mma_init(acc)
-    if REST:
-        acc_rest = warpgroup_mma_init(acc_rest)
-    state = (scores, weights, largest, total, acc, acc_rest)
-    # Two tiles a pass, so that the scores of one tile need not be moved to where those of the other were.
-    pairs = (tiles - 1) // 2
-    for pair in range(pairs):
-        for half in gl.static_range(2):
-            state = _deep_step(
-                q, q_rest, buffers, barriers, state, 2 * pair + half, scale, REST, STAGES, SCORES, ACC, ACC_REST
-            )
-    for tile in range(2 * pairs, tiles - 1):  # one pass or none
-        state = _deep_step(q, q_rest, buffers, barriers, state, tile, scale, REST, STAGES, SCORES, ACC, ACC_REST)
-    scores, weights, largest, total, acc, acc_rest = state
-    acc, acc_rest = _finish(acc, acc_rest, weights, 0, REST)
-    largest, total, new_weights, decay = _softmax(scores, largest, total, scale)
-    acc, acc_rest = _shrink(acc, acc_rest, decay, REST, ACC, ACC_REST)
-    weights = gl.convert_layout(new_weights.to(v.dtype), gl.DotOperandLayout(0, ACC, 2))
-    last = (tiles - 1) % STAGES
-    mbarrier.wait(v_ready.index(last), (tiles - 1) // STAGES & 1)
-    acc, acc_rest = _start_values(acc, acc_rest, weights, matrix(v, last), matrix(v_rest, last), REST, ACC_REST)
-    acc, acc_rest = _finish(acc, acc_rest, weights, 0, REST)
+    acc, acc_rest = _finish(acc, acc_rest, weights, REST)
     return largest, total, acc, acc_rest
