@@ -88,10 +88,12 @@ def ulp(values, dtype):
     return torch.finfo(dtype).eps * 2.0 ** values.abs().clamp_min(torch.finfo(dtype).tiny).log2().floor()
 
 
-def assert_in_budget(result, plain, truth, dtype):
-    """At most twice the largest error of plain PyTorch in that dtype, plus one unit in the last place."""
+def assert_in_budget(result, plain, truth, dtype, magnitude=None):
+    """At most twice the largest error of plain PyTorch in that dtype, plus one unit in the last place of the truth, or
+    of the `magnitude` of what was summed to get there.
+    """
     assert torch.isfinite(result).all()
-    allowed = 2 * (plain.double() - truth).abs().max() + ulp(truth, dtype)
+    allowed = 2 * (plain.double() - truth).abs().max() + ulp(truth if magnitude is None else magnitude, dtype)
     error = (result.double() - truth).abs()
     assert (error <= allowed).all(), (
         f"error {error.max():.3g}, allowed {allowed[error.argmax() // truth.shape[1]].max():.3g}"
@@ -109,7 +111,11 @@ def check(q, k, v, branches, head_size, counting, scale=None):
     plain = reference.joint_attention_with_lse(q, k, v, branches, head_size, scale)
     truth = reference.joint_attention_with_lse(q.double(), k.double(), v.double(), branches, head_size, scale)
     assert_in_budget(out, plain[0], truth[0], q.dtype)
-    assert_in_budget(lse, plain[1], truth[1], torch.float32)
+    # A score is a sum of products far larger than itself, in whatever order a processor adds them up.
+    _, magnitude = reference.joint_attention_with_lse(
+        q.double().abs(), k.double().abs(), v.double(), branches, head_size, scale
+    )
+    assert_in_budget(lse, plain[1], truth[1], torch.float32, magnitude)
     return out, lse
 
 
