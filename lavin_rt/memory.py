@@ -18,10 +18,11 @@ import torch
 from lavin_kernels.branches import Branches
 from lavin_rt.allocator import MIB, Allocator, Modelled
 from lavin_rt.config import DiTConfig
-from lavin_rt.executor import EVALUATIONS, _advance, _Schedule
+from lavin_rt.executor import EVALUATIONS
+from lavin_rt.guided_step import Schedule, guided_step
 from lavin_rt.images import from_pixels
 from lavin_rt.knots import schedule
-from lavin_rt.layout import Shape
+from lavin_rt.layout import Form, Shape
 from lavin_rt.model import JDiT
 from lavin_rt.networks import PackedNetwork
 from lavin_rt.vae import STVAE, VAEConfig, scale_latents, unscale_latents
@@ -106,7 +107,7 @@ def predict(
         stage("context encoded, decoder ready")
         network = PackedNetwork(dit, "triton")
         tables = network.table(schedule(steps))
-        buffers = _Schedule.make(tables, max(steps - 1, EVALUATIONS), META)
+        buffers = Schedule.make(tables, max(steps - 1, EVALUATIONS), META)
         kept["tables"] = tables
         stage("schedule")
         step = network.step(shape)
@@ -114,9 +115,9 @@ def predict(
         state = torch.empty(
             shape.queries, config.in_channels, shape.target_frames, shape.height, shape.width, device=META
         )
-        condition = step.buffers()
+        condition, difference = step.buffers(), torch.empty_like(state)
         allocator.empty_cache()
-        captured(partial(_advance, buffers, step, state, condition, shape.guided), 2)
+        captured(partial(guided_step, buffers, step, state, condition, difference, Form.exact(shape), shape.guided), 2)
         stage("step captured")
         captured(decode, 0)
         captured(encode, 0)
