@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lavin_export import onnx_cuda
 from lavin_export.onnx_support import OPSET, Report, check_support
 from lavin_rt.errors import missing_extra
 from lavin_rt.files import Progress
@@ -38,11 +39,13 @@ class Graph:
     Attributes:
         model: the intermediate representation.
         transposed: names of weights that are stored transposed.
+        widened: names of bfloat16 weights that are stored in float32.
         support: what it asks of TensorRT.
     """
 
     model: onnx_ir.Model
     transposed: frozenset[str]
+    widened: frozenset[str]
     support: Report
 
 
@@ -52,6 +55,7 @@ def trace(
     dynamic_shapes: Any,
     input_specification: Sequence[Mapping[str, Any]],
     output_specification: Sequence[Mapping[str, Any]],
+    cuda: bool = False,
 ) -> Graph:
     """Traces a module on the meta device into a graph that TensorRT and ONNX Runtime both take.
 
@@ -60,10 +64,11 @@ def trace(
         inputs: on the meta device.
         dynamic_shapes: of `torch.export.export`.
         input_specification, output_specification: names and shapes, see `lavin_rt.manifest.Manifest.parts`.
+        cuda: every node has a kernel of ONNX Runtime's for CUDA; else norms are what TensorRT runs fastest.
 
     Raises:
         InputError: a package that is missing.
-        RuntimeError: the graph holds something that the table of `onnx_support` does not.
+        RuntimeError: the graph holds something that the tables of `onnx_support` or `onnx_cuda` do not.
     """
     try:
         import onnx_ir
@@ -78,7 +83,7 @@ def trace(
             opset_version=OPSET,
             optimize=False,
             verbose=False,
-            custom_translation_table={torch.ops.aten.group_norm.default: _group_norm},
+            custom_translation_table={torch.ops.aten.group_norm.default: onnx_cuda.group_norm if cuda else _group_norm},
             input_names=[tensor["name"] for tensor in input_specification],
             output_names=[tensor["name"] for tensor in output_specification],
         )
@@ -91,7 +96,9 @@ def trace(
         onnxscript.optimizer.optimize(model)
     given = len(input_specification)
     del model.graph.inputs[given:]
-    transposed = _without_transposes(model.graph, {value.name for value in weights})
+    names = {value.name for value in weights}
+    transposed = _without_transposes(model.graph, names)
+    widened = onnx_cuda.cast_around(model.graph, names) if cuda else set()
     _name_constants(model.graph)
     for value in weights:
         if value.uses():
@@ -108,9 +115,10 @@ def trace(
     unused = [value.name for value in weights if not value.uses()]
     support = check_support(model)
     faults = support.faults + [f"the weight {name} is not used" for name in unused]
+    faults += onnx_cuda.cuda_faults(model) if cuda else []
     if faults:
-        raise RuntimeError(f"the traced graph is not one that TensorRT takes: {'; '.join(faults[:5])}")
-    return Graph(model, frozenset(transposed), support)
+        raise RuntimeError(f"the traced graph is not one that runs everywhere: {'; '.join(faults[:5])}")
+    return Graph(model, frozenset(transposed), frozenset(widened), support)
 
 
 def write(
@@ -141,6 +149,8 @@ def write(
             tensor = weight(value.name)
             if value.name in graph.transposed:
                 tensor = tensor.T
+            if value.name in graph.widened:
+                tensor = tensor.float()
             if tuple(tensor.shape) != value.shape.numpy() or tensor.nbytes != size:
                 raise RuntimeError(f"{value.name} is {tuple(tensor.shape)} {tensor.dtype}; the graph has {value}")
             file.write(memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()))
@@ -161,7 +171,7 @@ def on_meta(module: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 def _group_norm(x, num_groups, weight=None, bias=None, eps=1e-05, cudnn_enabled=False):
     """Group norm without weights as an instance norm of the groups, `[N, groups, rest]`: an operator that TensorRT has
-    had for long and ONNX Runtime has a kernel for, which GroupNormalization-21 is not.
+    had for long.
     """
     from onnxscript import opset23 as op
 

@@ -45,10 +45,12 @@ OPERATORS = {
     "Pad": Support(OLD, NUMBERS),
     "Range": Support(OLD, frozenset({"FLOAT", "INT32", "INT64"})),
     "RMSNormalization": Support((10, 15), FLOATS),
+    "ReduceMean": Support(OLD, NUMBERS, "constant axes"),
     "Reshape": Support(OLD, ANY),
     "Shape": Support(OLD, ANY),
     "Sigmoid": Support(OLD, FLOATS),
     "Slice": Support(OLD, ANY, "constant axes"),
+    "Sqrt": Support(OLD, FLOATS),
     "Squeeze": Support(OLD, ANY, "constant axes"),
     "Sub": Support(OLD, NUMBERS),
     "Tile": Support(OLD, ANY),
@@ -56,6 +58,7 @@ OPERATORS = {
     "Unsqueeze": Support(OLD, ANY, "constant axes"),
 }
 CONSTANT_INPUTS = {
+    "ReduceMean": (1,),
     "Slice": (3,),
     "Squeeze": (1,),
     "Unsqueeze": (1,),

@@ -27,6 +27,10 @@ def check_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
         VerificationError: one that differs, by name.
         InputError: a graph that names other files, or a checkpoint of another model.
     """
+    try:
+        import onnx_ir
+    except ImportError:
+        raise missing_extra("onnx_ir", "onnx", "verifying an ONNX artifact") from None
     from lavin_export.to_onnx import denoiser_weights
     from lavin_export.verify import VerificationError
 
@@ -48,6 +52,8 @@ def check_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
             # Linears are written transposed, as a MatMul wants them.
             if wanted.ndim == 2 and any(use.node.op_type == "MatMul" for use in value.uses()):
                 wanted = wanted.T
+            if wanted.dtype == torch.bfloat16 and value.dtype == onnx_ir.DataType.FLOAT:
+                wanted = wanted.float()  # of what ONNX Runtime has no bfloat16 kernel for
             wanted = wanted.detach().contiguous().view(-1).view(torch.uint8)
             found = torch.frombuffer(bytearray(value.const_value.tobytes()), dtype=torch.uint8)
             if not torch.equal(wanted, found):

@@ -102,37 +102,41 @@ def export_onnx(
 def write_graphs(
     artifact: ArtifactWriter, folder: Path, lengths: Sequence[int], progress: Progress | None = None
 ) -> list[Part]:
-    """Writes the denoiser and the VAE's networks, for clips of these numbers of frames, as ONNX files into a folder."""
+    """Writes the denoiser and the VAE's networks, for clips of these numbers of frames, as ONNX files into a folder, of
+    nodes that ONNX Runtime has kernels for on a CPU and on CUDA.
+    """
     import onnx
 
-    parts = [write_denoiser(artifact, folder, progress)]
+    parts = [write_denoiser(artifact, folder, progress, cuda=True)]
     for frames in lengths:
-        parts += [write_vae(artifact, folder, part, frames) for part in ("encoder", "decoder")]
+        parts += [write_vae(artifact, folder, part, frames, cuda=True) for part in ("encoder", "decoder")]
     for part in parts:
         onnx.checker.check_model(str(folder / part.file), full_check=True)
     return parts
 
 
-def write_denoiser(artifact: ArtifactWriter, folder: Path, progress: Progress | None = None) -> Part:
-    """Writes `denoiser.onnx` and `denoiser.onnx.data`."""
+def write_denoiser(
+    artifact: ArtifactWriter, folder: Path, progress: Progress | None = None, cuda: bool = False
+) -> Part:
+    """Writes `denoiser.onnx` and `denoiser.onnx.data`; with `cuda` ONNX Runtime has CUDA kernels for all of it."""
     config, dtype = artifact.config, artifact.dtype
     specification = denoiser_part.specification(config, artifact.dtype_name)
     inputs, outputs, ranges = specification
     with torch.device("meta"):
         module = Denoiser(JDiT(config).to(dtype))
     examples = [tensor.to("meta") for tensor in denoiser_part.example_inputs(config, dtype)]
-    graph = onnx_graph.trace(module, examples, denoiser_part.dynamic_shapes(), inputs, outputs)
+    graph = onnx_graph.trace(module, examples, denoiser_part.dynamic_shapes(), inputs, outputs, cuda)
     onnx_graph.write(graph, folder / "denoiser.onnx", denoiser_weights(artifact.file, config, dtype), progress)
     return Part("denoiser", "denoiser.onnx", ["denoiser.onnx.data"], inputs, outputs, ranges, graph.support)
 
 
-def write_vae(artifact: ArtifactWriter, folder: Path, part: str, frames: int) -> Part:
-    """Writes the VAE's "encoder" or "decoder" for clips of so many frames."""
+def write_vae(artifact: ArtifactWriter, folder: Path, part: str, frames: int, cuda: bool = False) -> Part:
+    """Writes the VAE's "encoder" or "decoder" for clips of so many frames; `cuda` as above."""
     name = vae_parts.part_name(part, frames)
     inputs, outputs, ranges = vae_parts.specification(part, artifact.dtype_name, frames)
     module, values = onnx_graph.on_meta(vae_module(artifact, part, frames))
     examples = [tensor.to("meta") for tensor in vae_parts.example_inputs(part, artifact.dtype, frames)]
-    graph = onnx_graph.trace(module, examples, vae_parts.dynamic_shapes(part), inputs, outputs)
+    graph = onnx_graph.trace(module, examples, vae_parts.dynamic_shapes(part), inputs, outputs, cuda)
     onnx_graph.write(graph, folder / f"{name}.onnx", values.__getitem__)
     return Part(name, f"{name}.onnx", [f"{name}.onnx.data"], inputs, outputs, ranges, graph.support)
 
