@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import case_names, golden_cases, relative_error
+from conftest import GOLDEN, case_names, golden_cases, relative_error
 from kernel_checks import DEVICE, INTERPRETED, kernel_test, launches, run_under_interpreter
+from safetensors.torch import load_file
 from test_golden import DITS, packed_forward
+from test_speeds import CASES as SPEEDS_OF_CASES
 
 from lavin_rt.model import JDiT
 from lavin_rt.sampler import sample
@@ -58,6 +60,17 @@ def test_sample(golden_dit, name, case):
     with on_device(dit):
         latents = sample(dit, case["cond_latents"], case["noise"], impl="triton", **options)
     assert relative_error(latents, case["latents"]) <= 1e-4
+
+
+@pytest.mark.slow  # minutes under the interpreter
+@kernel_test
+@pytest.mark.parametrize("name", ["uniform4_reuse"] if INTERPRETED else list(SPEEDS_OF_CASES))
+def test_speed(golden_dit, name):
+    dit, tiers = golden_dit("dit_a"), load_file(GOLDEN / "tiers_cases.safetensors")
+    cond, noise = tiers["cond_latents"].to(DEVICE), tiers["noise"].to(DEVICE)
+    with on_device(dit):
+        latents = sample(dit, cond, noise, impl="triton", speed=SPEEDS_OF_CASES[name])
+    assert relative_error(latents.cpu(), tiers[name]) <= 1e-4
 
 
 @kernel_test
