@@ -11,7 +11,6 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <tuple>
 
 #include "context.h"
 #include "error.h"
@@ -36,18 +35,24 @@ struct Options {
   bool time = false, quiet = false;
 };
 
-// The seed, and its text as Python writes the number: the choice of pairs is by the text.
-std::pair<uint64_t, std::string> parse_seed(const std::string& text) {
-  const char *first = text.data(), *last = first + text.size();
-  const bool negative = text.starts_with('-');
-  int64_t below = 0;
-  uint64_t value = 0;
-  const auto [stop, error] = negative ? std::from_chars(first, last, below) : std::from_chars(first, last, value);
-  if (error != std::errc() || stop != last) {
-    throw InputError("--seed is " + lavin::one_line(text, 40) + "; expected a whole number from -2**63 to 2**64 - 1");
+// All of an option's text as a number.
+template <typename Number>
+Number parse(const char* name, const std::string& text, const char* expected) {
+  const char* end = text.data() + text.size();
+  Number value{};
+  const auto [stop, error] = std::from_chars(text.data(), end, value);
+  if (error != std::errc() || stop != end || !std::isfinite(static_cast<double>(value))) {
+    throw InputError(std::string(name) + " is " + lavin::one_line(text, 40) + "; expected " + expected);
   }
-  return negative ? std::pair{static_cast<uint64_t>(below), std::to_string(below)}
-                  : std::pair{value, std::to_string(value)};
+  return value;
+}
+
+// Sets the seed, and its text as Python writes the number: the choice of pairs is by the text.
+void set_seed(Options& options, const std::string& text) {
+  constexpr char kExpected[] = "a whole number from -2**63 to 2**64 - 1";
+  const bool negative = text.starts_with('-');
+  options.seed = negative ? parse<int64_t>("--seed", text, kExpected) : parse<uint64_t>("--seed", text, kExpected);
+  options.seed_text = negative ? std::to_string(static_cast<int64_t>(options.seed)) : std::to_string(options.seed);
 }
 
 // Fills `options` when `app` parses.
@@ -59,7 +64,10 @@ void add_options(CLI::App& app, Options& options) {
     const auto read = [=, &value](const std::string& word) { value = lavin::parse_integer(word, name, least, most); };
     app.add_option_function<std::string>(name, read, about)->type_name("N");
   };
-  const auto seed = [&](const std::string& word) { std::tie(options.seed, options.seed_text) = parse_seed(word); };
+  const auto guidance = [&options](const std::string& word) {
+    options.guidance = parse<double>("--guidance", word, "a finite number, such as 1.5");
+  };
+  const auto seed = [&options](const std::string& word) { set_seed(options, word); };
 
   app.option_defaults()->take_last()->group("what to do");
   text("--artifact", "DIR", options.artifact, "the artifact's folder")->required();
@@ -74,10 +82,12 @@ void add_options(CLI::App& app, Options& options) {
   text("--size", "N|HxW", options.size,
        "height x width, multiples of 16 (default: the saved context's or the model's)");
   integer("--steps", options.steps, 2, 1000, "knots of the schedule, one that the artifact has (default: 20)");
-  app.add_option("--guidance", options.guidance, "guidance scale; 1.0 is faster (default: 1.5)")->type_name("X");
+  app.add_option_function<std::string>("--guidance", guidance, "guidance scale; 1.0 is faster (default: 1.5)")
+      ->type_name("X");
   app.add_option_function<std::string>("--seed", seed, "of pairs and noise, as in Python (default: 0)")->type_name("N");
   text("--noise", "FILE", options.noise, "take \"noise\" [1, 16, 1, height/8, width/8] of a .safetensors file");
-  text("--device", "", options.device, "where to run (default: cpu)")->check(CLI::IsMember({"cpu", "cuda"}));
+  const auto device = CLI::IsMember({"cpu", "cuda"}).description("");
+  text("--device", "cpu|cuda", options.device, "where to run (default: cpu)")->check(device);
   integer("--threads", options.threads, 1, 4096, "of the CPU (default: as many as torch takes)");
 
   app.option_defaults()->group("output");
@@ -85,7 +95,8 @@ void add_options(CLI::App& app, Options& options) {
   app.add_flag("--time", options.time, "print seconds as JSON on stdout");
   integer("--repeat", options.repeat, 1, 1'000'000, "answer N times, for --time (default: 1)");
   app.add_flag("-q,--quiet", options.quiet, "print errors only");
-  app.set_version_flag("--version", "lavin-native " LAVIN_VERSION ", torch " TORCH_VERSION);
+  app.set_version_flag("--version", "lavin-native " LAVIN_VERSION ", torch " TORCH_VERSION, "print it and exit");
+  app.set_help_flag("-h,--help", "print this and exit");
   app.footer("exit codes: 0 done, 1 the run failed, 2 something given cannot be used");
 }
 
@@ -104,9 +115,6 @@ at::Tensor read_noise(const std::string& path, int64_t height, int64_t width) {
 }
 
 void run(const Options& options) {
-  if (!std::isfinite(options.guidance)) {
-    throw InputError("--guidance is " + std::to_string(options.guidance) + "; expected a finite number, such as 1.5");
-  }
   lavin::check_output(options.output);
   if (!options.save_latents.empty()) lavin::check_writable(options.save_latents);
   std::error_code error;
