@@ -110,8 +110,7 @@ EncodedContext EncodedContext::load(const fs::path& path, const std::string& vae
     return found == file.metadata.end() ? std::string() : found->second;
   };
   if (described("format") != "lavin-rt encoded context") {
-    throw InputError(name +
-                     ": not an encoded context of lavin-rt (its metadata do not say so); expected a file saved as one");
+    throw InputError(name + ": not an encoded context of lavin-rt by its metadata; expected a file saved as one");
   }
   if (described("version") != "1") {
     throw InputError(name + ": is of version " + one_line(described("version"), 20) +

@@ -16,8 +16,7 @@ namespace {
 
 constexpr int64_t kMaxPixels = 178'956'970;  // where Pillow sees a decompression bomb
 
-// By libpng's rows: its simple interface changes pictures of 16 bits or with a gamma.
-
+// PNG is read by rows: libpng's simple interface changes pictures of 16 bits or with a gamma.
 // What libpng's callbacks reach; of plain types, since they leave by longjmp.
 struct Source {
   const char* at;

@@ -48,8 +48,7 @@ at::Tensor Runner::sample(const at::Tensor& condition, const at::Tensor& noise, 
     auto found = modulation_.find(name + std::to_string(steps));
     if (found == modulation_.end()) {
       throw InputError("steps is " + std::to_string(steps) + "; the artifact has the schedules of " +
-                       joined(manifest_.schedules) + "; choose one, or export it with --steps " +
-                       std::to_string(steps));
+                       joined(manifest_.schedules) + "; choose one or export with --steps " + std::to_string(steps));
     }
     return found->second;
   };
@@ -76,8 +75,7 @@ at::Tensor Runner::sample(const at::Tensor& condition, const at::Tensor& noise, 
     latents = at::add(latents, velocity, step);
     if (!latents.isfinite().all().item<bool>()) {
       throw std::runtime_error("latents became NaN or infinite in step " + std::to_string(i + 1) + " of " +
-                               std::to_string(evaluations) +
-                               "; check the weights, or export the artifact in float32 if they are sound");
+                               std::to_string(evaluations) + "; check the weights, or export in float32");
     }
     progress(i + 1, evaluations);
   }

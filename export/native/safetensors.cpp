@@ -29,14 +29,13 @@ at::Tensor read_tensor(const Json& entry, const std::shared_ptr<MappedFile>& fil
       throw InputError("it has a tensor of an impossible shape");
     }
   }
-  const int64_t first = offsets.size() == 2 ? offsets[0] : -1, last = first < 0 ? -1 : offsets[1];
-  if (first < 0 || last < first || static_cast<uint64_t>(last - first) != bytes) {
+  if (offsets.size() != 2 || offsets[0] < 0 || offsets[1] < offsets[0] || uint64_t(offsets[1] - offsets[0]) != bytes) {
     throw InputError("it has a tensor whose bytes do not make its shape");
   }
-  if (static_cast<uint64_t>(last) > file->size() - start) throw InputError("it is truncated");
+  if (uint64_t(offsets[1]) > file->size() - start) throw InputError("it is truncated");
   if (bytes == 0) return at::empty(shape, dtype);
   // Nothing writes into a package's constants; the pages are mapped to be read only.
-  void* data = const_cast<char*>(file->data()) + start + first;
+  void* data = const_cast<char*>(file->data()) + start + offsets[0];
   if (reinterpret_cast<uintptr_t>(data) % c10::elementSize(dtype)) {
     throw InputError("it has a tensor that is not aligned");
   }
