@@ -279,7 +279,7 @@ def test_a_loss_that_ran_away_brings_the_last_state_back(tmp_path):
     for step in trainer.steps():
         factor = 1e9 if len(seen) == 3 else 1.0
         seen.append(step)
-        trainer.update(factor * network(torch.ones(1, 2)).square().mean().clamp(min=0.1))
+        trainer.update(factor * (1 + 0 * network(torch.ones(1, 2)).sum()))
     assert seen == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5] and troubles == [0] and trainer.slower == 0.5
 
 
