@@ -17,6 +17,7 @@ pytest.importorskip("embreex", reason="needs the extra train")
 from lavin_rt.checkpoint import find_checkpoint, load_dit, load_vae
 from lavin_rt.errors import InputError
 from lavin_rt.mini import train_dit
+from lavin_rt.mini.compiled import Compiled
 from lavin_rt.mini.latents import LatentPool, TaskLatents, encode_pieces, to_device
 from lavin_rt.mini.pieces import CLIPS, PICTURES, Amounts, Arrivals, Piece, make_piece
 from lavin_rt.mini.presets import PRESETS
@@ -31,8 +32,8 @@ from lavin_rt.mini.train_dit import (
     shapes_of,
     task_shares,
 )
-from lavin_rt.mini.train_vae import keep_past_taps, make_vae, scale_to_unit_, vae_loss
-from lavin_rt.mini.training import Length, Rate
+from lavin_rt.mini.train_vae import make_vae, part_taps_, scale_to_unit_, vae_loss, whole_taps
+from lavin_rt.mini.training import Length, Rate, Trainer
 from lavin_rt.model import JDiT
 from lavin_rt.vae import VAEConfig, scale_latents
 
@@ -251,10 +252,46 @@ def test_folding_a_scale_into_the_vae_leaves_its_pictures(vae):
         assert torch.allclose(after.logvar - 2 * after.mean.abs().log(), before, atol=1e-2)
 
 
-def test_pictures_train_the_present_tap_alone(vae):
-    trained = copy.deepcopy(vae).train()
-    pixels, noise = torch.zeros(2, 3, 1, 32, 32), torch.zeros(2, 16, 1, 4, 4)
-    vae_loss(trained, pixels, noise, noise)[0].backward()
-    keep_past_taps(trained)
-    gradient = trained.decoder.conv_out.conv.weight.grad
-    assert not gradient[:, :, :-1].any() and gradient[:, :, -1].any()
+def test_pictures_do_not_see_how_a_kernel_is_divided_in_time(vae):
+    parted, generator = part_taps_(copy.deepcopy(vae)).train(), torch.Generator().manual_seed(0)
+    pixels, noise = torch.rand(2, 3, 1, 32, 32, generator=generator) * 2 - 1, torch.zeros(2, 16, 1, 4, 4)
+    expected = vae_loss(vae, pixels, noise, noise)[0]
+    loss = vae_loss(parted, pixels, noise, noise)[0]
+    loss.backward()
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    past = [parameter for name, parameter in parted.named_parameters() if name.endswith("weight.original1")]
+    assert len(past) > 10 and not any(parameter.grad.any() for parameter in past)
+    with torch.no_grad():
+        for parameter in past:
+            parameter.normal_(0, 0.05, generator=generator)
+        assert torch.allclose(vae_loss(parted, pixels, noise, noise)[0], expected, rtol=1e-3)
+        plain = whole_taps(parted)
+        clip = torch.rand(1, 3, 5, 32, 32, generator=generator)
+        assert torch.allclose(plain(clip), parted(clip), atol=1e-5)
+        assert not torch.allclose(plain(clip), vae(clip), atol=1e-2)
+
+
+def test_a_loss_that_ran_away_brings_the_last_state_back(tmp_path):
+    network = torch.nn.Linear(2, 1)
+    trainer = Trainer(network, Rate(0.1, 1), Length(steps=6), tmp_path, "line", log_every=1)
+    troubles, seen = [], []
+    trainer.on_trouble = lambda: troubles.append(trainer.step)
+    for step in trainer.steps():
+        factor = 1e9 if len(seen) == 3 else 1.0
+        seen.append(step)
+        trainer.update(factor * (1 + 0 * network(torch.ones(1, 2)).sum()))
+    assert seen == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5] and troubles == [0] and trainer.slower == 0.5
+
+
+def test_a_compilation_that_computes_something_else_is_not_used(tmp_path, monkeypatch, capsys):
+    network = torch.nn.Linear(3, 3)
+    compiled = Compiled(network, lambda net, x: net(x).square(), enabled=False)
+    compiled.enabled, tensors = True, (torch.zeros(4, 3),)
+    compiled.whole = lambda net, x: net(x).square() + net(x.detach()).sum()
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    compiled.warm_up(*tensors)
+    assert not compiled.enabled and "results differ" in capsys.readouterr().err
+    assert all(map(torch.equal, network.parameters(), before))
+    compiled.enabled, compiled.whole = True, compiled.function
+    compiled.warm_up(*tensors)
+    assert compiled.enabled and compiled.shapes == {((4, 3),)}

@@ -13,6 +13,7 @@ from torch import nn
 from lavin_rt.mini.training import autocast
 
 LIMIT = 64  # shapes that one function may be compiled for
+AGREEMENT = 0.35  # relative difference of compiled and plain gradients, of which 16 bits leave some hundredths
 
 
 class Compiled:
@@ -35,6 +36,7 @@ class Compiled:
         if enabled:
             torch._dynamo.config.recompile_limit = LIMIT
             torch._dynamo.config.accumulated_recompile_limit = 16 * LIMIT
+            torch._inductor.config.triton.mix_order_reduction = False  # young, and at work in gradients of norms
             if blocks is None:
                 self.whole = torch.compile(function, dynamic=False)
             else:
@@ -42,25 +44,55 @@ class Compiled:
                     block.compile(dynamic=False)
 
     def warm_up(self, *tensors: torch.Tensor) -> float:
-        """Compiles forward and backward for these shapes; returns the seconds it took. A failure is a warning."""
+        """Compiles forward and backward for these shapes; returns the seconds it took.
+
+        What comes out, results and gradients, is compared with the plain function's on random numbers, with parameters
+        that are no longer zero; where they differ nothing runs compiled. That and any failure is a warning.
+        """
         if not self.enabled:
             return 0.0
-        tensors = tuple(map(_plain, tensors))
-        began = time.monotonic()
+        began, kept = time.monotonic(), [p.detach().clone() for p in self.network.parameters()]
+        generator = torch.Generator(tensors[0].device).manual_seed(0)
+        tensors = tuple(torch.empty(t.shape, device=t.device).uniform_(generator=generator) for t in tensors)
         try:
-            with autocast(tensors[0].device):
-                results = self.whole(self.network, *tensors)
-            (results[0] if isinstance(results, tuple) else results).mean().backward()
-            if tensors[0].is_cuda:
-                torch.cuda.synchronize()
-            self.shapes.add(_shapes(tensors))
+            with torch.no_grad():
+                for parameter in self.network.parameters():
+                    noise = torch.empty(parameter.shape, device=parameter.device).normal_(generator=generator)
+                    parameter.add_(noise, alpha=0.02)
+            compiled = self._gradients(self.whole, tensors)
+            with torch.compiler.set_stance("force_eager"):
+                plain = self._gradients(self.function, tensors)
+            usual = sum(float(value.norm()) for value in plain.values()) / len(plain)
+            apart = {
+                name: float((compiled[name] - value).norm() / (value.norm() + 0.1 * usual))
+                for name, value in plain.items()
+            }
+            worst = sorted(apart, key=apart.get, reverse=True)[:5]
+            if apart[worst[0]] < AGREEMENT:
+                self.shapes.add(_shapes(tensors))
+            else:
+                self._give_up(RuntimeError(f"results differ: {', '.join(f'{n} {apart[n]:.2g}' for n in worst)}"))
         except torch.OutOfMemoryError:
             print("warning: out of memory while compiling for a shape", file=sys.stderr, flush=True)
             torch.cuda.empty_cache()
         except Exception as error:
             self._give_up(error)
-        self.network.zero_grad(set_to_none=True)
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self.network.parameters(), kept, strict=True):
+                    parameter.copy_(value)
+            self.network.zero_grad(set_to_none=True)
         return time.monotonic() - began
+
+    def _gradients(self, function: Callable[..., Any], tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        """The gradients of the mean of the function's first result, by the parameters' names, and that result."""
+        self.network.zero_grad(set_to_none=True)
+        with autocast(tensors[0].device):
+            results = function(self.network, *tensors)
+        result = results[0] if isinstance(results, tuple) else results
+        result.mean().backward()
+        found = {name: p.grad.float() for name, p in self.network.named_parameters() if p.grad is not None}
+        return found | {"result": result.detach().float()}
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
         if self.enabled and _shapes(tensors) in self.shapes:
@@ -72,6 +104,10 @@ class Compiled:
                 self._give_up(error)
         with torch.compiler.set_stance("force_eager"):
             return self.function(self.network, *tensors)
+
+    def stop(self) -> None:
+        """Runs everything as it is from now on."""
+        self.enabled = False
 
     def _give_up(self, error: Exception) -> None:
         """Compilers fail in many ways, none of which is worth a training run."""

@@ -80,6 +80,7 @@ class Setting:
         total_minutes: of everything.
         lora: rank of adapters that are trained in the place of all weights, or 0.
         checkpointing: compute activations again in the backward pass.
+        vae: weights that the VAE's training begins with; for folders of pairs the VAE as it is.
     """
 
     output: Path
@@ -91,6 +92,7 @@ class Setting:
     total_minutes: float | None = None
     lora: int = 0
     checkpointing: bool = False
+    vae: str | None = None
 
     def start(self) -> JDiT | None:
         """The weights to begin with; their VAE's file is put into the output folder, unless one is there."""
@@ -163,24 +165,24 @@ def _train_vae(chosen: Preset, setting: Setting, maker: PieceMaker) -> None:
     length = str((plan.steps, plan.seconds))
     if not finished.is_file() or finished.read_text() not in (length, OF_A_WARM_START):
         where = setting.output, plan, setting.device, setting.compile
-        train_vae(maker, chosen.vae, chosen.size, *where, chosen.patience)
+        start = None if setting.vae is None else load_vae(setting.vae, dtype=torch.float32)
+        train_vae(maker, chosen.vae, chosen.size, *where, chosen.patience, start)
         _write(finished, length)
 
 
-def train_on_folders(chosen: Preset, setting: Setting, folders: list[Path], vae: str | None, size: int) -> None:
+def train_on_folders(chosen: Preset, setting: Setting, folders: list[Path], size: int) -> None:
     """The transformer alone, on folders of example pairs, each a task.
 
     Args:
         chosen: whose transformer and plan are taken.
         folders: in the templates' layout.
-        vae: `stvae.pt` or `stvae.safetensors`; that of the warm start by default.
         size: of pictures, pixels a side.
     """
     stages = Stages(setting.output, setting.total_minutes)
     stages.note("start", device=_name(setting.device))
     dit, file = setting.start(), setting.output / "stvae.safetensors"
-    if vae is not None and not ranks()[0]:
-        save_vae(load_vae(vae), file)
+    if setting.vae is not None and not ranks()[0]:
+        save_vae(load_vae(setting.vae), file)
     if ranks()[1] > 1:
         dist.barrier()
     if not file.is_file():
@@ -224,7 +226,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--clips", type=int, help="to render (default: the preset's)")
     made.add_argument("--pairs", type=Path, nargs="+", metavar="DIR", help="train on these folders of example pairs")
     made.add_argument("--size", type=int, help="of the folders' pictures, pixels a side (default: the preset's)")
-    made.add_argument("--vae", help="stvae.pt or stvae.safetensors for the folders (default: the warm start's)")
+    made.add_argument("--vae", help="VAE to begin with, or for --pairs (default: the warm start's)")
     made.add_argument("--warm-start", metavar="CHECKPOINT", help="weights to begin with: a folder or a hub id")
     made.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank and merge them")
     made.add_argument("--checkpointing", action="store_true", help="less memory for a third more arithmetic")
@@ -260,9 +262,10 @@ def main(arguments: list[str] | None = None) -> int:
             given.total_minutes,
             given.lora,
             given.checkpointing,
+            given.vae,
         )
         if given.pairs:
-            train_on_folders(chosen, setting, given.pairs, given.vae, given.size or chosen.size)
+            train_on_folders(chosen, setting, given.pairs, given.size or chosen.size)
         else:
             train(chosen, setting)
     except InputError as error:

@@ -1,7 +1,7 @@
 """Training of the small ST-VAE, encoder and decoder: LaVin-DiT (arXiv 2411.11505), section 3.2.
 
 A batch is of pictures or, now and then, of clips. On single frames all time taps of a convolution see the same, and
-would be moved alike, which blurs clips in time: pictures train the present tap alone, clips train all.
+would be moved alike, which blurs clips in time: pictures train the taps' sum alone, clips also how it is divided.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import dataclasses
+import operator
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lavin_rt.checkpoint import save_vae
 from lavin_rt.errors import InputError
@@ -30,7 +32,7 @@ SQUARED_WEIGHT, ABSOLUTE_WEIGHT, EDGE_WEIGHT = 10.0, 0.5, 0.5
 KL_WEIGHT = 0.004  # of the mean over a latent's elements
 NOISE = 0.04  # of latents, besides the posterior's own: the decoder has to forgive the transformer's errors
 PHOTOGRAPHS, PHOTOGRAPHS_SHARE = "photographs", 0.3
-CLIP_EVERY, CLIPS_BEGIN = 6, 0.6  # steps between batches of clips, and when they begin (share of the training)
+CLIP_EVERY, CLIPS_BEGIN = 8, 0.3  # steps between batches of clips, and when they begin (share of the training)
 FEED_EVERY = 10  # steps between new pieces
 CLIP_COST = 8  # a clip costs as much as so many pictures
 TARGETS_A_TASK, INPUTS_A_TASK = 30, 10  # frames that the VAE takes of a task in a piece
@@ -84,11 +86,33 @@ def make_vae(config: VAEConfig, seed: int) -> STVAE:
     return vae
 
 
-def keep_past_taps(vae: nn.Module) -> None:
-    """Clears the gradients of the time taps that see the past, so that a step leaves them (nearly) as they are."""
+class Taps(nn.Module):
+    """A causal convolution's weight `[O, I, 3, k, k]` as the sum over its time taps, which is all that a picture sees,
+    and the taps of the past: pictures train the one, and the other can change without changing pictures.
+    """
+
+    def forward(self, total: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
+        return torch.cat([past, (total - past.sum(2)).unsqueeze(2)], dim=2)
+
+    def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return weight.sum(2), weight[:, :, :-1].clone()
+
+
+def part_taps_(vae: STVAE) -> STVAE:
+    """Puts every causal convolution's weight in that form. Returns the network."""
     for module in vae.modules():
-        if isinstance(module, CausalConv) and module.conv.weight.grad is not None:
-            module.conv.weight.grad[:, :, :-1] = 0
+        if isinstance(module, CausalConv) and module.conv.weight.shape[2] > 1:
+            parametrize.register_parametrization(module.conv, "weight", Taps())
+    return vae
+
+
+@torch.no_grad()
+def whole_taps(vae: STVAE) -> STVAE:
+    """A plain copy of such a network."""
+    plain = STVAE(vae.config).to(next(vae.parameters()).device)
+    for name, parameter in plain.named_parameters():
+        parameter.copy_(operator.attrgetter(name)(vae))
+    return plain
 
 
 def reconstruction_loss(result: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
@@ -214,15 +238,19 @@ def train_vae(
     device: torch.device,
     compile: bool,
     patience: float = 600.0,
+    start: STVAE | None = None,
 ) -> None:
-    """Trains in `output`, going on from the state there if any, and writes `stvae.safetensors` (float16) there."""
+    """Trains in `output`, going on from the state there if any, and writes `stvae.safetensors` (float16) there.
+
+    `start` is a float32 network to begin with, in the place of one of `config` from nothing.
+    """
     output = Path(output)
-    vae = make_vae(config, plan.seed).train().to(device)
+    rate = Rate(plan.peak, warmup=200) if start is None else Rate(plan.peak / 2, warmup=100, fall=0.8)
+    vae = part_taps_(make_vae(config, plan.seed) if start is None else start).train().requires_grad_().to(device)
     channels = config.latent_channels
     network = Compiled(vae, vae_loss, enabled=compile)
-    trainer = Trainer(
-        vae, Rate(plan.peak, warmup=200), Length(plan.steps, plan.seconds), output, "vae", decay=0.998, save_every=45
-    )
+    length = Length(plan.steps, plan.seconds)
+    trainer = Trainer(vae, rate, length, output, "vae", decay=0.998, save_every=45)
     trainer.resume()
     latent = channels, 1, size // 8, size // 8
     network.warm_up(*[torch.zeros(plan.batch, *rest, device=device) for rest in ((3, 1, size, size), latent, latent)])
@@ -233,10 +261,11 @@ def train_vae(
         pass
     if PICTURES not in store.frames:
         raise InputError(f"{maker.folder}: no pieces with pictures; see the warnings above")
-    finished, batch = copy.deepcopy(vae), plan.batch
+    averaged, batch = copy.deepcopy(vae), plan.batch
 
     def write() -> None:
-        trainer.averaged.copy_to(finished)
+        trainer.averaged.copy_to(averaged)
+        finished = whole_taps(averaged)
         generator = torch.Generator(device).manual_seed(plan.seed)
         some = store.draw(PICTURES, 256, generator)
         with torch.no_grad():
@@ -247,7 +276,6 @@ def train_vae(
         }
         trainer.log({"network": "vae", "step": trainer.step, "deviation": deviation, **figures})
         save_vae(scale_to_unit_(finished, deviation).half(), output / "stvae.safetensors")
-        finished.float()
 
     trainer.on_save = write
     torch.backends.cudnn.benchmark = device.type == "cuda"
@@ -273,9 +301,7 @@ def train_vae(
                 loss, divergence, squared = network(pixels, *noises)
             psnr = (10 * torch.log10(4 / squared)).mean()
             figures = {"psnr of clips": psnr} if clip else {"psnr": psnr}
-            trainer.update(
-                loss, len(pixels), None if clip else lambda: keep_past_taps(vae), divergence=divergence, **figures
-            )
+            trainer.update(loss, len(pixels), divergence=divergence, **figures)
         except torch.OutOfMemoryError:
             loss = divergence = squared = None
             trainer.optimizer.zero_grad(set_to_none=True)

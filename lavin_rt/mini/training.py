@@ -26,6 +26,7 @@ from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 
 CLOCK_EVERY = 10  # steps
+DIVERGED = 5.0  # times the lowest loss logged so far
 
 
 class AveragedWeights:
@@ -135,7 +136,8 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.samples = 0
-        self.slower = 1.0  # factor of the rate, smaller after a loss that was no number
+        self.slower = 1.0  # factor of the rate, smaller after a loss that ran away
+        self.best = math.inf
         self._sums: dict[str, tuple[torch.Tensor, int]] = {}
         self._logged = (0.0, 0)
         folder.mkdir(parents=True, exist_ok=True)
@@ -199,6 +201,8 @@ class Trainer:
     def steps(self) -> Iterator[int]:
         """The steps that are left, with progress; saves now and then and at the end, interrupted or not."""
         before, saved, began = self.seconds, self.seconds, time.monotonic()
+        if not self.step:
+            self.save()
         hidden = ranks()[0] > 0
         bar = tqdm(
             total=self.length.steps, initial=self.step, desc=self.name, unit="step", mininterval=10.0, disable=hidden
@@ -234,6 +238,9 @@ class Trainer:
     def on_save(self) -> None:
         """Called after every save; may be replaced."""
 
+    def on_trouble(self) -> None:
+        """Called after the loss ran away; may be replaced."""
+
     def update(
         self,
         loss: torch.Tensor,
@@ -243,8 +250,8 @@ class Trainer:
     ) -> None:
         """One optimiser step down a loss; logs the means of the loss and of `logged` now and then.
 
-        `before_step` is called between gradients and step. A loss that is no finite number is met when a line is
-        logged: training goes back to the state on disk, at half the rate.
+        `before_step` is called between gradients and step. A loss that ran away is met when a line is logged: training
+        goes back to the state on disk, at half the rate.
         """
         rate = self.rate.at(self.step, self.progress) * self.slower
         for group in self.optimizer.param_groups:
@@ -271,14 +278,14 @@ class Trainer:
             means /= ranks()[1]
         values = {key: round(value, 7) for key, value in zip(self._sums, means.tolist(), strict=True)}
         self._sums = {}
-        if not math.isfinite(values["loss"]):
+        if not values["loss"] < DIVERGED * self.best:
             self.slower /= 2
             if self.slower < 0.05 or not self.resume():
-                raise InputError(f"{self.name}: the loss is no finite number in step {self.step}; lower the rate")
-            print(
-                f"warning: {self.name}: the loss was no number; back to step {self.step} at half the rate", flush=True
-            )
+                raise InputError(f"{self.name}: the loss is {values['loss']} in step {self.step}; lower the rate")
+            print(f"warning: {self.name}: loss {values['loss']}; back to step {self.step} at half the rate", flush=True)
+            self.on_trouble()
             return
+        self.best = min(self.best, values["loss"])
         seconds, samples = self.seconds - self._logged[0], self.samples - self._logged[1]
         self._logged = (self.seconds, self.samples)
         speed = {"samples": self.samples, "samples/s": round(samples / seconds)} if samples and seconds > 0 else {}
