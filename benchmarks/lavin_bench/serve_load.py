@@ -137,6 +137,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         finally:
             service.terminate()
             service.wait(60)
+    print(json.dumps(figures), file=sys.stderr, flush=True)  # before the answers are held against the pipeline's own
     pipe = Pipeline.from_pretrained(device="cpu", dtype="float32")
     figures["worst_grey_levels"] = worst(pipe, asked[: options.check], answers[: options.check])
     return figures
