@@ -25,7 +25,7 @@ from lavin_rt.fitting import describe, what_fits
 from lavin_rt.guided_step import Schedule, guided_step
 from lavin_rt.layout import STORED, Form, Shape
 from lavin_rt.networks import Network, Step, Tensors, fill_keys
-from lavin_rt.speeds import TASK, Speed
+from lavin_rt.speeds import CONTEXT_TIME, TASK, Speed
 
 T = TypeVar("T")
 Callback = Callable[[int, int, torch.Tensor], None]
@@ -208,7 +208,7 @@ class Executor:
     def context_keys(self, shape: Shape, context: torch.Tensor) -> Tensors:
         """Keys and values of a context's frames, to be kept for any number of runs.
 
-        They are those of an evaluation at time 0 whose query and target are zero.
+        They are those of an evaluation at `CONTEXT_TIME` whose query and target are zero.
 
         Args:
             shape: unguided, `shape.kept` True; its queries are those of the context.
@@ -231,7 +231,7 @@ class Executor:
         grid = (shape.queries, network.config.in_channels, shape.query_frames, shape.height, shape.width)
         step.fill(condition, context, network.embed(torch.zeros(grid)))
         latents = torch.zeros(*grid[:2], shape.target_frames, *grid[3:], device=network.device)
-        step(latents, condition, *(table[0] for table in self._table(torch.tensor([0.0, 1.0]))))
+        step(latents, condition, *(table[0] for table in self._table(torch.tensor([CONTEXT_TIME, 1.0]))))
         return tuple(part.clone() for part in step.context(condition))
 
     def _run(self, plan: _Plan, forms: Sequence[Form], callback: Callback | None) -> None:
