@@ -16,8 +16,7 @@ from typing import Any
 from lavin_rt import images
 from lavin_rt.cli import print_json
 from lavin_rt.errors import InputError, missing_extra
-from lavin_rt.knots import schedule
-from lavin_rt.serve import speeds
+from lavin_rt.speeds import SPEEDS
 from lavin_rt.task import check_seed
 
 MANIFEST = "manifest.parquet"
@@ -35,11 +34,11 @@ def run_map(options: argparse.Namespace) -> None:
     for package in ("ray", "pyarrow", "fsspec"):
         if find_spec(package) is None:
             raise missing_extra(package, "ray", "lavin-rt map")
-    schedule(options.steps)
+    if options.speed not in SPEEDS:
+        raise InputError(f"--speed is {options.speed!r}; expected one of {', '.join(SPEEDS)}")
+    SPEEDS[options.speed].knots(options.steps)
     if options.size is not None:
         images.parse_size(options.size)
-    if options.speed not in speeds.speeds():
-        raise InputError(f"--speed is {options.speed!r}; expected one of {', '.join(speeds.speeds())}")
     for name in ("workers", "batch_size"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected 1 or more")
@@ -227,7 +226,7 @@ class Worker:
 
         if not rows:
             return
-        options: dict[str, Any] = speeds.options(self.options.speed)
+        options: dict[str, Any] = {"speed": self.options.speed}
         frames = 1 + (self.task.context.frames_per_clip - 1) // 4
         if self.task.context.posterior == "sample" and len(rows) > 1:
             raise InputError("a context of the posterior's sample runs one by one")

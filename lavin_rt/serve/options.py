@@ -58,7 +58,7 @@ def add_map(commands, checkpoint_options: Callable[[argparse.ArgumentParser], No
     how = fleet.add_argument_group("how to do it")
     how.add_argument("--pairs", type=int, default=4, help="pairs chosen from the task's folder (default: 4)")
     how.add_argument("--size", help="N or HEIGHTxWIDTH, multiples of 16 (default: what the model was trained at)")
-    how.add_argument("--steps", type=int, default=20, help="knots of the schedule, even, 4 to 136 (default: 20)")
+    how.add_argument("--steps", type=int, help="knots of the schedule, even, 4 to 136 (default: 20)")
     how.add_argument("--guidance", type=float, default=1.5, help="guidance scale; 1.0 is faster (default: 1.5)")
     how.add_argument("--seed", type=int, default=0, help="of pairs and noise; query i uses SEED + i (default: 0)")
     how.add_argument("--speed", default="exact", help="exact, or a faster one (default: exact)")

@@ -22,11 +22,12 @@ from PIL import Image
 from lavin_rt import context as contexts
 from lavin_rt import images
 from lavin_rt.packs import check_name
-from lavin_rt.serve import pictures, speeds
+from lavin_rt.serve import pictures
 from lavin_rt.serve.engine import Ticket
 from lavin_rt.serve.library import Entry
 from lavin_rt.serve.limits import Refused
 from lavin_rt.serve.service import PAIRS, Service
+from lavin_rt.speeds import SPEEDS
 
 REFRESH_SECONDS = 0.15
 STRIP = 8
@@ -101,7 +102,8 @@ class Page:
         try:
             if not query:
                 raise Refused(422, "no query yet; drop a picture first", "input")
-            kind = self.service.kind(name or "", int(steps), float(guidance), speed, int(pairs))
+            knots = None if SPEEDS[speed].owns_grid else int(steps)
+            kind = self.service.kind(name or "", knots, float(guidance), speed, int(pairs))
             content = await asyncio.to_thread(Path(query).read_bytes)
             clip = await asyncio.to_thread(pictures.decode, [content], self.service.limits, "query")
             ticket = self.service.submit(kind, clip, int(seed or 0))
@@ -112,7 +114,7 @@ class Page:
         self._tickets[name] = ticket
         try:
             while not ticket.future.done():
-                yield progress(ticket, kind.steps - 1), name, keep, keep, keep, strip
+                yield progress(ticket, kind.evaluations), name, keep, keep, keep, strip
                 await asyncio.sleep(REFRESH_SECONDS)
             answer = ticket.future.result()
             frames = answer.result.frames
@@ -245,7 +247,7 @@ def build(page: Page) -> gr.Blocks:
                     cancel = gr.Button("Cancel", elem_id="cancel", min_width=90)
                 message = gr.HTML(status(""), elem_id="status")
                 with gr.Accordion("How", open=False, elem_id="how"):
-                    speed = gr.Radio(list(speeds.speeds()), value=service.speed, label="Speed")
+                    speed = gr.Radio(list(SPEEDS), value=service.speed, label="Speed")
                     steps = gr.Slider(4, service.limits.steps, value=20, step=2, label="Steps")
                     guidance = gr.Slider(0, min(10, service.limits.guidance), value=1.5, step=0.1, label="Guidance")
                     seed = gr.Number(0, precision=0, label="Seed", minimum=0, maximum=2**53)

@@ -44,7 +44,9 @@ class RunForm:
         self,
         query: Annotated[list[UploadFile], File(description="one picture or animation, or a clip's frames in order")],
         seed: Annotated[int, Form(description="of the noise", ge=-(2**63), lt=2**64)] = 0,
-        steps: Annotated[int, Form(description="knots of the schedule, even, from 4 on")] = 20,
+        steps: Annotated[
+            int | None, Form(description="knots of the schedule, even, from 4 on; 20 if not given")
+        ] = None,
         guidance: Annotated[float, Form(description="guidance scale; 1.0 is faster")] = 1.5,
         speed: Annotated[str | None, Form(description="exact, or a faster way where the service has any")] = None,
         pairs: Annotated[int | None, Form(description="of the task's context")] = None,
@@ -214,7 +216,7 @@ def job_state(service: Service, job: Job) -> dict[str, Any]:
         "task": job.kind.entry.name,
         "state": ticket.state,
         "done": ticket.done,
-        "evaluations": ticket.total or job.kind.steps - 1,
+        "evaluations": ticket.total or job.kind.evaluations,
         "seconds_left": None if ticket.seconds_left is None else round(ticket.seconds_left, 2),
         "result": f"/v1/jobs/{job.id}/result" if ticket.state == "done" else None,
     }

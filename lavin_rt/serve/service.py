@@ -15,13 +15,12 @@ import torch
 
 from lavin_rt import images
 from lavin_rt.errors import InputError
-from lavin_rt.knots import schedule
 from lavin_rt.packs import TaskPack
-from lavin_rt.serve import speeds
 from lavin_rt.serve.engine import Answer, Engine, Ticket
 from lavin_rt.serve.library import Entry, Library
 from lavin_rt.serve.limits import Limits, Refused
 from lavin_rt.serve.metrics import Metrics
+from lavin_rt.speeds import SPEEDS
 from lavin_rt.task import check_seed, draw_noise, task_shape
 
 if TYPE_CHECKING:
@@ -38,16 +37,18 @@ class Kind:
     Attributes:
         entry: the task.
         pairs, size, frames: of its context: how many, (height, width) in pixels, frames of a clip.
-        steps, guidance, speed: of the run.
+        steps, guidance, speed: of the run; steps is None where the speed has a grid of its own.
+        evaluations: of the network, in all.
     """
 
     entry: Entry
     pairs: int
     size: tuple[int, int]
     frames: int
-    steps: int
+    steps: int | None
     guidance: float
     speed: str
+    evaluations: int
 
 
 @dataclasses.dataclass(eq=False)
@@ -80,11 +81,11 @@ class Service:
     """
 
     def __init__(
-        self, pipeline: Pipeline, limits: Limits | None = None, files: Sequence[str] = (), speed: str = speeds.EXACT
+        self, pipeline: Pipeline, limits: Limits | None = None, files: Sequence[str] = (), speed: str = "exact"
     ):
         self.pipeline, self.limits = pipeline, limits or Limits()
-        if speed not in speeds.speeds():
-            raise InputError(f"speed is {speed!r}; expected one of {', '.join(speeds.speeds())}")
+        if speed not in SPEEDS:
+            raise InputError(f"speed is {speed!r}; expected one of {', '.join(SPEEDS)}")
         self.speed = speed
         self.library = Library(pipeline, self.limits, files)
         self.engine = Engine(self._run, self._most, self.limits, self._observe)
@@ -94,7 +95,7 @@ class Service:
     def kind(
         self,
         name: str,
-        steps: int = 20,
+        steps: int | None = None,
         guidance: float = 1.5,
         speed: str | None = None,
         pairs: int | None = None,
@@ -107,17 +108,17 @@ class Service:
         """
         entry = self.library.find(name)
         speed = self.speed if speed is None else speed
+        if speed not in SPEEDS:
+            raise _unfit(f"speed is {speed[:40]!r}; expected one of {', '.join(SPEEDS)}")
         try:
-            schedule(steps)
+            knots = len(SPEEDS[speed].knots(steps))
             asked = None if size is None else images.parse_size(size)
         except InputError as error:
             raise Refused(422, str(error), "input") from None
-        if steps > self.limits.steps:
-            raise _unfit(f"steps is {steps}; expected {self.limits.steps} at most")
+        if knots > self.limits.steps:
+            raise _unfit(f"steps is {knots}; expected {self.limits.steps} at most")
         if not (math.isfinite(guidance) and 0 <= guidance <= self.limits.guidance):
             raise _unfit(f"guidance is {guidance}; expected 0 to {self.limits.guidance:g}, such as 1.5")
-        if speed not in speeds.speeds():
-            raise _unfit(f"speed is {speed[:40]!r}; expected one of {', '.join(speeds.speeds())}")
         most = min(entry.pairs, self.limits.pairs)
         pairs = min(PAIRS, most) if pairs is None and entry.size is None else most if pairs is None else pairs
         if not 1 <= pairs <= most:
@@ -127,7 +128,7 @@ class Service:
             raise _unfit(f"size is {size}; {entry.name} was made at {shown}, leave size out")
         picture = entry.size or asked or images.parse_size(self.pipeline.size)
         self._check_side(picture)
-        return Kind(entry, pairs, picture, entry.frames, steps, float(guidance), speed)
+        return Kind(entry, pairs, picture, entry.frames, steps, float(guidance), speed, knots - 1)
 
     def _check_side(self, size: tuple[int, int]) -> None:
         if max(size) > self.limits.side:
@@ -222,13 +223,14 @@ class Service:
         return most
 
     def _shape(self, kind: Kind, queries: int):
-        return task_shape(queries, kind.pairs, 1 + (kind.frames - 1) // 4, kind.size, guided=kind.guidance != 1.0)
+        frames, keeps = 1 + (kind.frames - 1) // 4, SPEEDS[kind.speed].keeps
+        return task_shape(queries, kind.pairs, frames, kind.size, kind.guidance != 1.0, keeps)
 
     def _run(self, tickets: Sequence[Ticket], callback: Callable) -> list[Result]:
         """One packed run; on the engine's thread."""
         kind: Kind = tickets[0].kind
         task = self.library.task(kind.entry, kind.pairs, kind.size)
-        options: dict[str, Any] = speeds.options(kind.speed)
+        options: dict[str, Any] = {"speed": kind.speed}
         if task.context.posterior == "sample":
             options["seed"] = tickets[0].seed  # which the posterior's draw takes its numbers from, too
         else:
