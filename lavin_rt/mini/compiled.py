@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import nn
 from lavin_rt.mini.training import autocast
 
 LIMIT = 64  # shapes that one function may be compiled for
+PIECES = 8  # that a batch goes through the plain function in, for comparison
 AGREEMENT = 0.35  # relative difference of compiled and plain gradients, of which 16 bits leave some hundredths
 
 
@@ -36,7 +38,9 @@ class Compiled:
         if enabled:
             torch._dynamo.config.recompile_limit = LIMIT
             torch._dynamo.config.accumulated_recompile_limit = 16 * LIMIT
-            torch._inductor.config.triton.mix_order_reduction = False  # young, and at work in gradients of norms
+            inductor = importlib.import_module("torch._inductor.config")
+            if hasattr(inductor.triton, "mix_order_reduction"):
+                inductor.triton.mix_order_reduction = False  # young, and at work in the gradients of norms
             if blocks is None:
                 self.whole = torch.compile(function, dynamic=False)
             else:
@@ -61,7 +65,7 @@ class Compiled:
                     parameter.add_(noise, alpha=0.02)
             compiled = self._gradients(self.whole, tensors)
             with torch.compiler.set_stance("force_eager"):
-                plain = self._gradients(self.function, tensors)
+                plain = self._gradients(self.function, tensors, PIECES)
             usual = sum(float(value.norm()) for value in plain.values()) / len(plain)
             apart = {
                 name: float((compiled[name] - value).norm() / (value.norm() + 0.1 * usual))
@@ -84,15 +88,25 @@ class Compiled:
             self.network.zero_grad(set_to_none=True)
         return time.monotonic() - began
 
-    def _gradients(self, function: Callable[..., Any], tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-        """The gradients of the mean of the function's first result, by the parameters' names, and that result."""
+    def _gradients(
+        self, function: Callable[..., Any], tensors: tuple[torch.Tensor, ...], pieces: int = 1
+    ) -> dict[str, torch.Tensor]:
+        """The gradients of the mean of the function's first result, by the parameters' names, and that result.
+
+        The batch may go through in pieces, as what is not compiled takes more memory.
+        """
         self.network.zero_grad(set_to_none=True)
-        with autocast(tensors[0].device):
-            results = function(self.network, *tensors)
-        result = results[0] if isinstance(results, tuple) else results
-        result.mean().backward()
-        found = {name: p.grad.float() for name, p in self.network.named_parameters() if p.grad is not None}
-        return found | {"result": result.detach().float()}
+        found = []
+        for part in zip(*(tensor.chunk(pieces) for tensor in tensors), strict=True):
+            with autocast(tensors[0].device):
+                results = function(self.network, *part)
+            share = len(part[0]) / len(tensors[0])
+            result = results[0] if isinstance(results, tuple) else results
+            (share * result.mean()).backward()
+            found.append(result.detach().float() if result.dim() else share * result.detach().float())
+        whole = torch.cat(found) if result.dim() else torch.stack(found).sum()
+        gradients = {name: p.grad.float() for name, p in self.network.named_parameters() if p.grad is not None}
+        return gradients | {"result": whole}
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
         if self.enabled and _shapes(tensors) in self.shapes:
