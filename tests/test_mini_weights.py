@@ -41,9 +41,11 @@ def test_the_weights_are_half_precision_and_small():
         assert all(parameter.isfinite().all() for parameter in network.parameters())
 
 
-def test_every_task_has_templates_that_differ():
-    assert sorted(path.name for path in TEMPLATES.iterdir()) == sorted(TASKS)
-    for task in TASKS.values():
+def test_every_task_of_the_weights_has_templates_that_differ():
+    """The shipped weights were trained on sixteen of the tasks that the trainer knows."""
+    names = sorted(path.name for path in TEMPLATES.iterdir())
+    assert len(names) == 16 and set(names) <= set(TASKS)
+    for task in map(TASKS.get, names):
         pairs = read_template(TEMPLATES / task.name)
         assert len(pairs) == 8
         clips = [load_clip(source) for pair in pairs for source in (pair.input, pair.target)]
