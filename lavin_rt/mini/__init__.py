@@ -28,10 +28,13 @@ given weights (`--warm-start`).
 
 **The shipped weights are older than the trainer and most tasks.** They are of the sixteen tasks that have a folder in
 `template/`, some of which are defined otherwise since (colorization without hints, symmetric blur, photographs from
-depth), and their VAE is a linear one. `training_log.jsonl` shows their three runs of the transformer on two shared CPU
-cores: 6800 steps; then 14000 steps by `--warm-start`, `negative` coming in at step 7600; then 560 steps at a lower rate,
-half of them clips. By the log's clocks that took 42 minutes for the VAE, 43, 88 and 3 for the transformer. The preset
-`mini` (13.9 M parameters, 33 tasks, a learned VAE) has run once on an H200: its VAE reached 30.7 dB on training's mix of
-pictures and 25.9 dB on held-out photographs before clips spoilt it; its transformer saw nine million samples in seven
-minutes and diverged, as its compiled gradients were wrong, which the trainer checks for since.
+depth), and their VAE is a linear one. `training_log.jsonl` shows their three runs of the transformer on two shared
+CPU cores: 6800 steps; then 14000 steps by `--warm-start`, `negative` coming in at step 7600; then 560 steps at a lower
+rate, half of them clips. By the log's clocks that took 42 minutes for the VAE, 43, 88 and 3 for the transformer.
+
+The preset `mini` (13.9 M parameters, 33 tasks, a learned VAE) has run once, on an H200, for fourteen minutes
+(`benchmarks/results/h200-mini-training.jsonl`). Its VAE reached 30.7 dB on training's mix of pictures and 25.9 dB on
+held-out photographs before clips spoilt it; `start/stvae.safetensors`, which is not part of the installed package, is
+it at that point, for `--vae`. Its transformer saw nine million samples in seven minutes and diverged within the first
+two hundred steps, which the plain computation does not do; compiled gradients are held against plain ones since.
 """
