@@ -275,7 +275,8 @@ def test_memory_is_counted_without_what_failed(dit, monkeypatch):
     def refused() -> None:
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
-    plan.advance = refused
+    [form] = plan.advances
+    plan.advances[form] = refused
     buffers = [weakref.ref(tensor) for tensor in (plan.latents, *plan.condition)]
     del plan, refused
     alive = []

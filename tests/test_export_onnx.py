@@ -52,7 +52,7 @@ def test_denoiser_sources_are_all_that_a_step_needs(golden_dit):
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     assert shapes == {name: source.shape for name, source in sources.items()}
     official = {place.official for place in official_layout(dit.config)}
-    used = [name for source in sources.values() for name in source.official]
+    used = [place.official for source in sources.values() for place in source.places]
     assert len(used) == len(set(used)) and set(used) < official
     parameters = sum(torch.Size(s.shape).numel() for s in denoiser.sources(PRESETS["lavin-dit-3.4b"]).values())
     assert 2.39e9 < parameters < 2.41e9  # of 3.40e9: no modulation, no time embedder, the last block pruned
