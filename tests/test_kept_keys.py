@@ -8,6 +8,7 @@ import kernel_checks
 import pytest
 import torch
 from kernel_checks import DTYPES, assert_within_budget, compiled_test, kernel_test, launches, poisoned_memory
+from test_joint_attention import assert_in_budget
 
 from lavin_kernels import Branches, joint_attention, joint_attention_with_lse, qk_norm_rope_into, reference, tuning
 
@@ -94,20 +95,22 @@ def attended(lens, dtype: torch.dtype, x_only: bool) -> tuple:
 
 
 @kernel_test
-@pytest.mark.parametrize("variant", ["pointer", "tma"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("x_only", [False, True])
+@pytest.mark.parametrize(("dtype", "x_only"), [(torch.float32, False), (torch.bfloat16, True), (torch.float16, False)])
 @pytest.mark.parametrize(
-    "lens", [((37, 5), (21, 9), (50, 17)), ((9, 33), (5, 7), (64, 0)), ((0, 3), (17, 2), (7, 90))], ids=str
+    "lens", [((19, 5), (11, 9), (20, 17)), ((9, 17), (5, 7), (32, 0)), ((0, 3), (17, 2), (7, 40))], ids=str
 )
-def test_attention_over_kept_keys(lens, x_only, dtype, variant):
+def test_attention_over_kept_keys(lens, x_only, dtype):
     arguments = attended(lens, dtype, x_only)
-    small = {"block_m": 32, "block_n": 16, "num_warps": 4, "num_stages": 2}
-    with poisoned_memory(), tuning.override("joint_attention", variant=variant, **small):
-        results = joint_attention_with_lse(*arguments)
+    small = {"variant": "pointer", "block_m": 16, "block_n": 16, "num_warps": 4, "num_stages": 2}
+    with poisoned_memory(), tuning.override("joint_attention", **small):
+        out, lse = joint_attention_with_lse(*arguments)
     plain = reference.joint_attention_with_lse(*arguments)
-    truth = reference.joint_attention_with_lse(*in_float64(arguments))
-    assert_within_budget(results, plain, truth)
+    q, k, *rest = in_float64(arguments)
+    truth = reference.joint_attention_with_lse(q, k, *rest)
+    assert_in_budget(out, plain[0], truth[0], dtype)
+    # As of `test_joint_attention`: scores are sums of products far larger than themselves.
+    magnitude = reference.joint_attention_with_lse(q.abs(), k.abs(), *rest)[1]
+    assert_in_budget(lse, plain[1], truth[1], torch.float32, magnitude)
 
 
 def test_kept_rows_are_those_of_one_longer_branch():
