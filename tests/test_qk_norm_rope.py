@@ -179,7 +179,7 @@ def test_every_candidate_is_right():
         ("main // (SIZE // 3)", "main // (SIZE // 2)"),
         ("tl.where(query_start == 0, target, row - split)", "(row - query_start)"),
         ("q_weight_ptr + stream * q_weight_stride", "q_weight_ptr"),
-        ("k_ptr + target * KV_HEADS", "k_ptr + row * KV_HEADS"),
+        ("k_ptr + key_target * KV_HEADS", "k_ptr + row * KV_HEADS"),
     ],
     ids=[
         "rotation sign",

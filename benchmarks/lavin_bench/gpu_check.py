@@ -121,7 +121,7 @@ def _pipeline(visit: Visit, save: Save, sizes: Sequence[int], without: Sequence[
     dtype = torch.float32 if visit.dry else torch.bfloat16
     chosen, repeats = [visit.setting(size) for size in sizes], 1 if visit.dry else 3
     options = {"steps": 6 if visit.dry else 20, "error_steps": 4, "without": without, "whole": False, "checks": ()}
-    save(pipeline.run(chosen, visit.device, dtype, repeats, **options, save=save))
+    save(pipeline.run(chosen, visit.device, dtype, repeats, **options, save=save, speeds=not visit.dry))
 
 
 def _tune(visit: Visit, save: Save, operator: str) -> None:
