@@ -20,7 +20,6 @@ from lavin_rt.networks import make_network
 from lavin_rt.speeds import SPEEDS, Speed
 from lavin_rt.vae import STVAE
 
-
 # Refreshed, reused and held, refreshed alone, reused alone: with the two exact shapes, six graphs.
 EVERY_FORM = Speed(evaluations=5, refresh={0, 3}, guided={0, 1})
 GRAPHS = 6
