@@ -136,6 +136,12 @@ def test_registration(lens):
         q = qk_norm_rope_into(cond, x, k, v, *arguments[4:])
         return joint_attention(q, k, v, branches, SIZE)
 
+    lens = (list(branches.cond_lens), list(branches.x_lens), list(branches.kept_lens))
+    rows = branches.key_rows if branches.kept_lens else branches.branch_rows
+    tables = (branches.table, branches.branch_rows, rows)
+    torch.library.opcheck(
+        torch.ops.lavin.qk_norm_rope_into.default, (*arguments[:4], *lens, *tables, *arguments[5:], 1e-6)
+    )
     inputs = list(arguments[:4])
     expected_inputs = [part.clone() for part in inputs]
     expected = step(*expected_inputs)

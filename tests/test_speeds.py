@@ -83,6 +83,14 @@ def test_every_context_refreshed_and_every_null_run_is_the_exact_run(dit):
     assert relative_error(kept, exact) <= 1e-6
 
 
+@pytest.mark.slow  # four compilations
+def test_compiled_equals_eager():
+    dit = randomize_(JDiT(DiTConfig(hidden_size=48, depth=1, num_heads=2, kv_group=2))).eval().requires_grad_(False)
+    cond, noise = latents(1, 16, 3, 4, 4), latents(1, 16, 1, 4, 4, seed=1)
+    eager, compiled = (sample(dit, cond, noise, impl="torch", compile=c, speed=FORMS[0]) for c in (False, True))
+    assert relative_error(compiled, eager) <= 1e-5
+
+
 def test_requests_leave_no_trace_in_one_another(dit):
     """Contexts, speeds and sizes in turn on one executor: every answer is that of an executor of its own."""
     network = make_network(dit, "torch")

@@ -194,11 +194,12 @@ class Meter:
             rows[name]["relative_error"] = relative_error((latents.cpu(),), (truth,))
             calls[name] = call
             self._say(f"{what}, {name}: first after {rows[name]['first_seconds']:.1f} s")
-        self._refuse({name: call for name, call in calls.items() if found[name].speed == "exact"}, calls, rows, what)
+        for name, row in rows.items():
+            if found[name].speed != "exact":
+                row["speed"] = found[name].speed
+        self._refuse(calls, rows, what)
         for name, timing in self._times(calls, what).items():
             rows[name]["seconds"] = timing.as_dict()
-            if found[name].speed != "exact":
-                rows[name]["speed"] = found[name].speed
             if not whole:
                 flops = self.setting.flops(found[name].speed, self.steps)
                 rate = flops / timing.median
@@ -207,11 +208,11 @@ class Meter:
             self._say(f"{what}, {line(rows[name])}")
         return [rows[name] for name in calls]
 
-    def _refuse(self, exact: dict[str, Sampling], calls: dict[str, Sampling], rows: dict[str, Any], what: str) -> None:
-        """Drops from `calls` the exact variants whose results are wrong; a speed's error is its price, and is shown."""
+    def _refuse(self, calls: dict[str, Sampling], rows: dict[str, Any], what: str) -> None:
+        """Drops the exact variants whose results are wrong; a speed's error is its price, and is shown."""
         own = rows.get(AUTHORS_EAGER, {}).get("relative_error", AUTHORS_BOUND)
         allowed = TOLERANCE if self.dtype == torch.float32 else 2 * own + torch.finfo(self.dtype).eps
-        for name in exact:
+        for name in [name for name in calls if "speed" not in rows[name]]:
             bound = AUTHORS_BOUND if name == AUTHORS_EAGER and self.dtype != torch.float32 else allowed
             error, apart = rows[name]["relative_error"], 0
             if hasattr(calls[name], "frames") and AUTHORS_EAGER in calls and self.dtype == torch.float32:

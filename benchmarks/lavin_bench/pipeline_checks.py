@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,27 +17,36 @@ from lavin_rt.executor import Executor
 from lavin_rt.knots import schedule
 from lavin_rt.model import JDiT
 from lavin_rt.networks import make_network
+from lavin_rt.speeds import SPEEDS, Speed
 from lavin_rt.vae import STVAE
+
+# Refreshed, reused and held, refreshed alone, reused alone: with the two exact shapes, six graphs.
+EVERY_FORM = Speed(evaluations=5, refresh={0, 3}, guided={0, 1})
+GRAPHS = 6
 
 
 def graphs_equal_eager(dit: JDiT, vae: STVAE, chosen: Sequence[Setting]) -> tuple[dict[str, Any], list[str]]:
     """Whether captured steps give the bits of eager ones: contexts A, B, A by two schedules at two sizes, the sizes in
-    turn, so that buffers and graphs of one are met after the other's. Returns the figures and what failed.
+    turn, so that buffers and graphs of one are met after the other's; then contexts A, B at a speed that refreshes,
+    reuses and holds. Returns the figures and what failed.
     """
     small = Setting(max(chosen[0].size // 2 // 16 * 16, 16), chosen[0].pairs, chosen[0].config)
     captured, eager = (Executor(make_network(dit), graphs=graphs) for graphs in (True, False))
     runs, unequal, evaluations = 0, 0, 0
-    for steps in (6, 4):
-        for context_seed in (0, 1, 0):
-            for setting in (chosen[0], small):
-                cond, noise = setting.latents(dit.device, context_seed)
-                results = []
-                for executor in (captured, eager):
-                    context, query = executor.embed(cond[:, :, :-1]), executor.embed(cond[:, :, -1:])
-                    results.append(executor.sample(setting.shape, context, query, noise, schedule(steps), GUIDANCE))
-                runs += 1
-                unequal += not torch.equal(*results)
-                evaluations += steps - 1
+    exact = [(steps, seed, setting) for steps in (6, 4) for seed in (0, 1, 0) for setting in (chosen[0], small)]
+    for knots, context_seed, setting, speed in [
+        *((schedule(steps), seed, setting, SPEEDS["exact"]) for steps, seed, setting in exact),
+        *((EVERY_FORM.knots(), seed, chosen[0], EVERY_FORM) for seed in (0, 1)),
+    ]:
+        cond, noise = setting.latents(dit.device, context_seed)
+        shape = dataclasses.replace(setting.shape, kept=speed.keeps)
+        results = []
+        for executor in (captured, eager):
+            context, query = executor.embed(cond[:, :, :-1]), executor.embed(cond[:, :, -1:])
+            results.append(executor.sample(shape, context, query, noise, knots, GUIDANCE, speed=speed))
+        runs += 1
+        unequal += not torch.equal(*results)
+        evaluations += len(knots) - 1
     figures = {
         "runs": runs,
         "unequal": unequal,
@@ -46,8 +56,8 @@ def graphs_equal_eager(dit: JDiT, vae: STVAE, chosen: Sequence[Setting]) -> tupl
     }
     failures = [f"graphs: {unequal} of {runs} runs differ from eager ones"] if unequal else []
     wanted = evaluations if captured.graphs else 0
-    if captured.replays != wanted or captured.captures != 2 * captured.graphs:
-        failures.append(f"graphs: {figures}; expected {wanted} replays of 2 graphs")
+    if captured.replays != wanted or captured.captures != GRAPHS * captured.graphs:
+        failures.append(f"graphs: {figures}; expected {wanted} replays of {GRAPHS} graphs")
     return figures, failures
 
 
