@@ -193,7 +193,7 @@ class Worker:
 
     def answer(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Answers what can be read together; what cannot says why."""
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         files, began = _filesystem(self.folder), time.monotonic()
         clips, good = [], []
@@ -205,6 +205,8 @@ class Worker:
                 with Image.open(io.BytesIO(_filesystem(row["query"]).cat_file(_path(row["query"])))) as image:
                     clips.append(images.load_clip(image))
                 good.append(row)
+            except UnidentifiedImageError:
+                row.update(status="failed", error="not a picture that can be read; expected PNG, JPEG, WebP, ...")
             except Exception as error:  # whatever a file system or a decoder raises is this one row's
                 row.update(status="failed", error=_line(error))
         try:
