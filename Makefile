@@ -25,7 +25,7 @@ test: lint
 check-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
-# With the torch at hand (PYTHON=...) and nothing installed, as a lent machine may have no network.
+# With the torch at hand (PYTHON=...) and nothing installed: a machine with a GPU may have no package index.
 # DIR is the folder for the JSON files; FULL=1 adds the whole matrix of sizes and pairs.
 gpu-check:
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/export:$(CURDIR)/benchmarks $(PYTHON) -m lavin_bench.gpu_check --output $(or $(DIR),gpu-check) $(if $(FULL),--full)

@@ -211,7 +211,7 @@ class Worker:
                 row.update(status="failed", error=_line(error))
         try:
             self._run(good, clips, files)
-        except Exception:
+        except Exception:  # which row it was is found by running each alone; its error is written down there
             for row, clip in zip(good, clips, strict=True):
                 try:
                     self._run([row], [clip], files)
