@@ -172,7 +172,7 @@ def test_budget_in_16_bits_is_twice_the_authors_own_error():
     errors = {AUTHORS_EAGER: 0.01, "within": 0.02, "beyond": 0.03}
     rows = {name: {"relative_error": error} for name, error in errors.items()}
     calls = dict.fromkeys(rows)
-    meter._refuse(dict(calls), calls, rows, "sampling")
+    meter._refuse(calls, rows, "sampling")
     assert set(calls) == {AUTHORS_EAGER, "within"} and "beyond" in meter.failures[0]
     assert "allowed 2.8e-02" in meter.failures[0]
 
