@@ -58,6 +58,16 @@ PRESETS = {
         vae_plan=VAEPlan(steps=8_000),
         plan=Plan(steps=16_000),
     ),
+    # A day on one core of a CPU, on the VAE at hand (`--vae FILE --vae-steps 0`): a third of the network.
+    "mini-cpu": Preset(
+        size=64,
+        amounts=Amounts(scenes=8_000, clips=500, ordinary=8_000, family=1_500, photographs=6_000),
+        vae=VAEConfig(block_out_channels=(64, 64, 64, 64), layers_per_block=1),
+        dit=DiTConfig(hidden_size=144, depth=8, num_heads=6, kv_group=3),
+        vae_plan=VAEPlan(steps=1_000),
+        plan=Plan(steps=20_000, tokens=8_192, log_every=50),
+        patience=3600.0,
+    ),
     # A minute on a CPU: shows that everything fits together and that losses fall, not what a trained model can do.
     "tiny": Preset(
         size=32,

@@ -163,6 +163,9 @@ def _train_vae(chosen: Preset, setting: Setting, maker: PieceMaker) -> None:
     """Unless the folder says that it is done."""
     finished, plan = setting.output / "vae-finished", chosen.vae_plan
     length = str((plan.steps, plan.seconds))
+    if setting.vae is not None and plan.steps == 0 and not finished.is_file():
+        save_vae(load_vae(setting.vae), setting.output / "stvae.safetensors")
+        _write(finished, length)
     if not finished.is_file() or finished.read_text() not in (length, OF_A_WARM_START):
         where = setting.output, plan, setting.device, setting.compile
         start = None if setting.vae is None else load_vae(setting.vae, dtype=torch.float32)
@@ -215,7 +218,9 @@ def parser() -> argparse.ArgumentParser:
         default="mini",
         help="tiny: a trial of a minute (default: mini)",
     )
-    made.add_argument("--vae-steps", type=int, help="optimiser steps of the VAE (default: the preset's)")
+    made.add_argument(
+        "--vae-steps", type=int, help="optimiser steps of the VAE; 0 keeps --vae as it is (default: the preset's)"
+    )
     made.add_argument("--vae-minutes", type=float, help="of the VAE's training, in the place of steps")
     made.add_argument("--dit-steps", type=int, help="optimiser steps of the transformer (default: the preset's)")
     made.add_argument("--minutes", type=float, help="of the transformer's training, in the place of steps")
@@ -301,7 +306,9 @@ def _chosen(given: argparse.Namespace) -> Preset:
     amounts = dataclasses.replace(
         chosen.amounts, scenes=given.scenes or chosen.amounts.scenes, clips=given.clips or chosen.amounts.clips
     )
-    vae_plan = dataclasses.replace(chosen.vae_plan, seed=given.seed, steps=given.vae_steps or chosen.vae_plan.steps)
+    vae_plan = dataclasses.replace(chosen.vae_plan, seed=given.seed)
+    if given.vae_steps is not None:
+        vae_plan = dataclasses.replace(vae_plan, steps=given.vae_steps)
     if given.vae_minutes is not None:
         vae_plan = dataclasses.replace(vae_plan, seconds=60 * given.vae_minutes, steps=given.vae_steps)
     plan = dataclasses.replace(
