@@ -13,7 +13,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(BIN)/python -m lavin_rt.demo --output demo
+	$(BIN)/python -m lavin_rt.cli.demo --output demo
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -9,24 +9,24 @@ from typing import Any
 
 import torch
 
-from lavin_rt import context as contexts
-from lavin_rt import images
-from lavin_rt.artifact import ArtifactNetwork, ArtifactVAE, Manifest
-from lavin_rt.artifact import load as load_artifact
-from lavin_rt.checkpoint import load_dit, load_vae
-from lavin_rt.checkpoint_header import RELEASED_SIZE, picture_size
-from lavin_rt.context import EncodedContext
+from lavin_rt.artifact.load import ArtifactNetwork, ArtifactVAE, Manifest
+from lavin_rt.artifact.load import load as load_artifact
+from lavin_rt.checkpoint.header import RELEASED_SIZE, picture_size
+from lavin_rt.checkpoint.load import load_dit, load_vae
+from lavin_rt.checkpoint.tensors import SafetensorsFile
 from lavin_rt.devices import DTYPES, out_of_memory, resolve_device, resolve_dtype
-from lavin_rt.download import Artifact, Checkpoint, find_model, template_roots
+from lavin_rt.dit.model import JDiT
 from lavin_rt.errors import InputError
-from lavin_rt.executor import Executor
 from lavin_rt.files import Progress
-from lavin_rt.model import JDiT
-from lavin_rt.networks import Network, make_network
-from lavin_rt.safetensors_io import SafetensorsFile
-from lavin_rt.speeds import Speed, speed_of
+from lavin_rt.find.model import Artifact, Checkpoint, find_model, template_roots
+from lavin_rt.pictures import context as contexts
+from lavin_rt.pictures import images
+from lavin_rt.pictures.context import EncodedContext
+from lavin_rt.sampling.denoisers import Network, make_network
+from lavin_rt.sampling.executor import Executor
+from lavin_rt.sampling.speeds import Speed, speed_of
 from lavin_rt.task import Result, Task, check_seed, draw_noise, task_shape
-from lavin_rt.vae import STVAE, scale_latents, unscale_latents
+from lavin_rt.vae.model import STVAE, scale_latents, unscale_latents
 
 __all__ = ["Pipeline", "Result", "Task", "draw_noise"]
 

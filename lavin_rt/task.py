@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lavin_rt import context as contexts
-from lavin_rt import images
-from lavin_rt.context import EncodedContext
+from lavin_rt.dit.layout import Shape
 from lavin_rt.errors import InputError
-from lavin_rt.executor import Callback
-from lavin_rt.layout import Shape
-from lavin_rt.networks import Tensors
-from lavin_rt.speeds import SPEEDS, TASK, Speed
+from lavin_rt.pictures import context as contexts
+from lavin_rt.pictures import images
+from lavin_rt.pictures.context import EncodedContext
+from lavin_rt.sampling.denoisers import Tensors
+from lavin_rt.sampling.executor import Callback
+from lavin_rt.sampling.speeds import SPEEDS, TASK, Speed
 
 if TYPE_CHECKING:
     from PIL import Image

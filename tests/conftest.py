@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lavin_rt.checkpoint import load_dit
-from lavin_rt.model import JDiT
+from lavin_rt.checkpoint.load import load_dit
+from lavin_rt.dit.model import JDiT
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -23,9 +23,12 @@ from typing import Any
 
 import torch
 
-from lavin_bench import gpu_summary, kernels, pipeline, startup, tune
-from lavin_bench.cases import settings
-from lavin_bench.pipeline_variants import AUTHORS_COMPILED, AUTHORS_EAGER, CPU_VAE, QUICK_CONFIG, Setting
+from lavin_bench import gpu_summary, startup
+from lavin_bench.kernels import bench as kernels
+from lavin_bench.kernels import tune
+from lavin_bench.kernels.cases import settings
+from lavin_bench.pipeline import bench as pipeline
+from lavin_bench.pipeline.variants import AUTHORS_COMPILED, AUTHORS_EAGER, CPU_VAE, QUICK_CONFIG, Setting
 from lavin_bench.report import write_record
 from lavin_bench.timing import header
 from lavin_kernels import tuning
@@ -160,8 +163,8 @@ def _graphs(visit: Visit, save: Save) -> None:
     if visit.dry:
         save({"kind": "graphs", "header": header(visit.device)})
         return
-    from lavin_bench.pipeline_checks import graphs_equal_eager
-    from lavin_bench.pipeline_variants import RELEASED_VAE, random_model, random_vae
+    from lavin_bench.pipeline.checks import graphs_equal_eager
+    from lavin_bench.pipeline.variants import RELEASED_VAE, random_model, random_vae
 
     dit = random_model(visit.setting(256).config, visit.device, torch.bfloat16).to(torch.bfloat16)
     figures, failures = graphs_equal_eager(dit, random_vae(RELEASED_VAE, visit.device), [visit.setting(256)])

@@ -162,8 +162,8 @@ def render(record: dict[str, Any]) -> str:
         ValueError: a kind of record that has no table.
     """
     # Which build on this module.
-    from lavin_bench.quality_report import quality_table, strangers_table
-    from lavin_bench.speeds_report import speeds_table
+    from lavin_bench.quality.report import quality_table, strangers_table
+    from lavin_bench.quality.speeds_report import speeds_table
 
     tables = {
         "kernels": kernels_table,

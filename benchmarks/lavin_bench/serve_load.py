@@ -97,7 +97,7 @@ def worst(pipe: Pipeline, asked: list[dict[str, Any]], answers: list) -> int:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Starts a service, loads it, ends it; the figures."""
-    command = [sys.executable, "-m", "lavin_rt.cli", "serve", "--port", "0", "--no-page", "--dtype", "float32"]
+    command = [sys.executable, "-m", "lavin_rt.cli.main", "serve", "--port", "0", "--no-page", "--dtype", "float32"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as service:
         try:
             load = Load(re.search(r"http://\S+", service.stdout.readline())[0], service.pid)

@@ -65,10 +65,10 @@ def child(options: dict[str, Any], clock: Clock) -> dict[str, Any]:
     """One start in this process, from the checkpoint's files to a picture's file. Returns the figures."""
     import torch
 
-    from lavin_rt import images
-    from lavin_rt.checkpoint import load_dit, load_vae
+    from lavin_rt.checkpoint.load import load_dit, load_vae
     from lavin_rt.devices import resolve_device, resolve_dtype
-    from lavin_rt.download import Artifact, find_model
+    from lavin_rt.find.model import Artifact, find_model
+    from lavin_rt.pictures import images
     from lavin_rt.pipeline import Pipeline
 
     clock.mark("imports")
@@ -151,8 +151,8 @@ def make_checkpoint(folder: Path, model: str, device: Any) -> Path:
     """Writes a checkpoint of random weights: `"small"` in float32, `"released"` (7 GB) in bfloat16."""
     import torch
 
-    from lavin_bench.pipeline_variants import CPU_CONFIG, CPU_VAE, RELEASED, RELEASED_VAE, random_model, random_vae
-    from lavin_rt.checkpoint import save_dit, save_vae
+    from lavin_bench.pipeline.variants import CPU_CONFIG, CPU_VAE, RELEASED, RELEASED_VAE, random_model, random_vae
+    from lavin_rt.checkpoint.load import save_dit, save_vae
     from lavin_rt.devices import release_cached
 
     config, vae, dtype = (
@@ -174,9 +174,9 @@ def run(options: dict[str, Any], model: str, repeats: int = 3, show: bool = True
         show: print as it goes.
     """
     from lavin_bench.timing import header, header_line
+    from lavin_rt.artifact.manifest import Manifest
     from lavin_rt.devices import resolve_device
-    from lavin_rt.download import Artifact, find_model
-    from lavin_rt.manifest import Manifest
+    from lavin_rt.find.model import Artifact, find_model
 
     device = resolve_device(options["device"])
     record: dict[str, Any] = {
@@ -235,7 +235,7 @@ def bench_startup(options: argparse.Namespace) -> None:
     from lavin_bench.timing import use_threads
     from lavin_rt.devices import resolve_device
     from lavin_rt.errors import InputError
-    from lavin_rt.images import check_writable, parse_size
+    from lavin_rt.pictures.images import check_writable, parse_size
 
     if options.output:
         check_writable(options.output)

@@ -98,7 +98,7 @@ def export(options: argparse.Namespace) -> None:
     """Runs the command."""
     if options.kind == "verify":
         from lavin_export.verify import from_arguments, shown
-        from lavin_rt.cli import print_json
+        from lavin_rt.cli.main import print_json
 
         verification = from_arguments(options)
         if options.json:
@@ -110,8 +110,8 @@ def export(options: argparse.Namespace) -> None:
     module.from_arguments(options)
     if options.quiet:
         return
+    from lavin_rt.artifact.manifest import Manifest
     from lavin_rt.devices import gigabytes
-    from lavin_rt.manifest import Manifest
 
     manifest = Manifest.read(options.output)
     if manifest.verification.get("passed"):

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lavin_export import denoiser as denoiser_part
-from lavin_export import vae_parts
 from lavin_export.cli import common_options
-from lavin_export.manifest import ArtifactWriter, writing
-from lavin_rt.aoti_session import CPU_LEVELS, PERMUTED
-from lavin_rt.checkpoint import Checkpoint, find_checkpoint, load_dit
+from lavin_export.networks import denoiser as denoiser_part
+from lavin_export.networks import vae as vae_parts
+from lavin_export.writer import ArtifactWriter, writing
+from lavin_rt.artifact.aoti import CPU_LEVELS, PERMUTED
+from lavin_rt.checkpoint.load import Checkpoint, find_checkpoint, load_dit
+from lavin_rt.checkpoint.tensors import write_safetensors
 from lavin_rt.devices import resolve_device, resolve_dtype
+from lavin_rt.dit.packed import resolve_impl
 from lavin_rt.errors import InputError
-from lavin_rt.packed import resolve_impl
-from lavin_rt.safetensors_io import write_safetensors
 
 # Compiler's options by what `--cpu` says: vector bits and architecture; None is the machine's own.
 CPUS: dict[str, tuple[int | None, str | None]] = {
@@ -113,7 +113,7 @@ def compile_denoiser(artifact: ArtifactWriter, device: torch.device, cpu: str) -
     shapes = denoiser_part.dynamic_shapes()
     impl = resolve_impl("auto", device, config)
     if impl == "triton":
-        from lavin_export.kernel_denoiser import BATCH, KernelDenoiser
+        from lavin_export.networks.kernel_denoiser import BATCH, KernelDenoiser
 
         network: nn.Module = KernelDenoiser(dit)
         ranges["batch"] = list(BATCH)
@@ -238,7 +238,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def from_arguments(arguments: argparse.Namespace) -> Path:
     """Runs `lavin-rt export aoti`."""
-    from lavin_rt.run import Progress
+    from lavin_rt.cli.run import Progress
 
     checkpoint = find_checkpoint(arguments.checkpoint, revision=arguments.revision)
     with Progress(arguments.quiet).bar("compiling", " parts") as progress:

@@ -18,20 +18,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from lavin_export import vae_parts
-from lavin_export.denoiser import Denoiser
-from lavin_export.onnx_weights import check_weights, widened
-from lavin_rt.aoti_session import read_weights
-from lavin_rt.artifact import ArtifactNetwork, ArtifactVAE, assemble
-from lavin_rt.checkpoint import Checkpoint, find_checkpoint, load_dit, load_vae
+from lavin_export.networks import vae as vae_parts
+from lavin_export.networks.denoiser import Denoiser
+from lavin_export.to_onnx.weights import check_weights, widened
+from lavin_rt.artifact.aoti import read_weights
+from lavin_rt.artifact.load import ArtifactNetwork, ArtifactVAE, assemble
+from lavin_rt.artifact.manifest import Manifest, file_sha256
+from lavin_rt.artifact.sizes import check_ranges, ranges_of, sized
+from lavin_rt.checkpoint.load import Checkpoint, find_checkpoint, load_dit, load_vae
+from lavin_rt.checkpoint.names import official_layout
 from lavin_rt.devices import current_device, resolve_device
+from lavin_rt.dit.model import JDiT
 from lavin_rt.errors import InputError
-from lavin_rt.knots import schedule
-from lavin_rt.manifest import Manifest, file_sha256
-from lavin_rt.model import JDiT
-from lavin_rt.official_layout import official_layout
-from lavin_rt.part_sizes import check_ranges, ranges_of, sized
-from lavin_rt.vae import STVAE
+from lavin_rt.sampling.schedule import schedule
+from lavin_rt.vae.model import STVAE
 
 PASS, RUN = 1e-5, 1e-4  # relative errors allowed in float32
 EVALUATIONS, GUIDANCE = 3, 1.5
@@ -160,7 +160,7 @@ def check_compiled_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
 def _denoiser(part: Mapping[str, Any], dit: JDiT) -> nn.Module:
     """What the part "denoiser" was compiled from."""
     if part.get("impl") == "triton":
-        from lavin_export.kernel_denoiser import KernelDenoiser
+        from lavin_export.networks.kernel_denoiser import KernelDenoiser
 
         return KernelDenoiser(dit)
     return Denoiser(dit)

@@ -13,15 +13,15 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lavin_kernels.ada_norm import ada_rms_norm, gated_residual, gated_residual_ada_rms_norm
     from lavin_kernels.branches import Branches
-    from lavin_kernels.group_norm import group_norm_silu
-    from lavin_kernels.joint_attention import joint_attention, joint_attention_with_lse
-    from lavin_kernels.qk_norm_rope import qk_norm_rope
-    from lavin_kernels.qk_norm_rope_into import qk_norm_rope_into
-    from lavin_kernels.spatial_norm import spatial_norm_silu
-    from lavin_kernels.stream_linear import stream_linear
-    from lavin_kernels.swiglu import swiglu
+    from lavin_kernels.ops.ada_norm import ada_rms_norm, gated_residual, gated_residual_ada_rms_norm
+    from lavin_kernels.ops.group_norm import group_norm_silu
+    from lavin_kernels.ops.joint_attention import joint_attention, joint_attention_with_lse
+    from lavin_kernels.ops.qk_norm_rope import qk_norm_rope
+    from lavin_kernels.ops.qk_norm_rope_into import qk_norm_rope_into
+    from lavin_kernels.ops.spatial_norm import spatial_norm_silu
+    from lavin_kernels.ops.stream_linear import stream_linear
+    from lavin_kernels.ops.swiglu import swiglu
 
 __all__ = [
     "Branches",

@@ -13,10 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lavin_rt import images
-from lavin_rt.cli import print_json
+from lavin_rt.cli.main import print_json
 from lavin_rt.errors import InputError, missing_extra
-from lavin_rt.speeds import SPEEDS
+from lavin_rt.pictures import images
+from lavin_rt.sampling.speeds import SPEEDS
 from lavin_rt.task import check_seed
 
 MANIFEST = "manifest.parquet"

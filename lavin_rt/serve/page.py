@@ -19,15 +19,15 @@ import torch
 from fastapi import FastAPI
 from PIL import Image
 
-from lavin_rt import context as contexts
-from lavin_rt import images
-from lavin_rt.packs import check_name
+from lavin_rt.pictures import context as contexts
+from lavin_rt.pictures import images
+from lavin_rt.pictures.packs import check_name
+from lavin_rt.sampling.speeds import SPEEDS
 from lavin_rt.serve import pictures
 from lavin_rt.serve.engine import Ticket
 from lavin_rt.serve.library import Entry
 from lavin_rt.serve.limits import Refused
 from lavin_rt.serve.service import PAIRS, Service
-from lavin_rt.speeds import SPEEDS
 
 REFRESH_SECONDS = 0.15
 STRIP = 8

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
 
-from lavin_rt import images
+from lavin_rt.pictures import images
 from lavin_rt.serve.limits import Limits, Refused, public_line
 
 if TYPE_CHECKING:

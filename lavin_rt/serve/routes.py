@@ -15,9 +15,9 @@ from fastapi import APIRouter, Depends, File, Form, Header, Request, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel
 
-from lavin_rt import images
 from lavin_rt.errors import InputError
-from lavin_rt.packs import TaskPack
+from lavin_rt.pictures import images
+from lavin_rt.pictures.packs import TaskPack
 from lavin_rt.serve import pictures
 from lavin_rt.serve.engine import Answer, Ticket
 from lavin_rt.serve.library import Entry

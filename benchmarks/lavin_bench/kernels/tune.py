@@ -1,0 +1,273 @@
+"""`lavin-rt bench tune`: times every kernel's launch candidates on the GPU at hand and writes the device's file.
+
+A candidate whose result is outside the kernel's error budget, or that does not fit the device, is dropped with the
+reason. Times are taken at the standard run's shapes, the candidates interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavin_bench.kernels.bench import check, relative_error
+from lavin_bench.kernels.cases import Case, cases, settings
+from lavin_bench.timing import header, measure
+from lavin_kernels import tuning
+from lavin_rt.devices import current_device, resolve_device
+from lavin_rt.errors import InputError
+from lavin_rt.files import written_whole
+from lavin_rt.pictures.images import check_writable
+
+# Every tuned kernel: the module that lists its candidates, and the operator whose case times it.
+KERNELS = {
+    "ada_rms_norm": ("ada_norm", "ada_rms_norm"),
+    "gated_residual": ("ada_norm", "gated_residual"),
+    "gated_residual_ada_rms_norm": ("ada_norm", "gated_residual_ada_rms_norm"),
+    "qk_norm_rope": ("qk_norm_rope", "qk_norm_rope"),
+    "swiglu": ("swiglu", "swiglu"),
+    "joint_attention": ("joint_attention", "joint_attention"),
+    "channel_moments": ("group_norm", "group_norm_silu"),
+    "group_norm_silu": ("group_norm", "group_norm_silu"),
+    "spatial_norm_silu": ("spatial_norm", "spatial_norm_silu"),
+}
+
+
+def candidates(kernel: str, capability: int) -> list[dict[str, int | str]]:
+    """The launch configurations that a kernel's module lists as worth timing, and that the capability can run."""
+    module = importlib.import_module(f"lavin_kernels.{KERNELS[kernel][0]}")
+    listed = module.CANDIDATES[kernel] if isinstance(module.CANDIDATES, Mapping) else module.CANDIDATES
+    fits = getattr(module, "fits", None)
+    return [candidate for candidate in listed if fits is None or fits(candidate, capability)]
+
+
+def overridden(kernel: str, candidate: Mapping[str, int | str], call: Callable[[], Any]) -> Callable[[], Any]:
+    """A call with one kernel launched as the candidate says."""
+
+    def run() -> Any:
+        with tuning.override(kernel, **candidate):
+            return call()
+
+    return run
+
+
+def tune(
+    kernel: str,
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int,
+    dropped: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Times a kernel's candidates and today's configuration in one case; returns times, what was dropped, the best.
+
+    `dropped` are candidates that are known not to work, with the reasons.
+    """
+    today = dict(tuning.config(kernel, device, dtype))
+    today_name = _named(today)
+    ours = case.variants["ours"]
+    kept: dict[str, Callable[[], Any]] = {}
+    configs: dict[str, dict[str, int | str]] = {}
+    dropped = dict(dropped or {})
+    truth = case.truth()
+    allowed = _allowed(case, dtype)
+    for candidate in [today, *(c for c in candidates(kernel, tuning.capability(device)) if c != today)]:
+        name = _named(candidate)
+        if name in dropped:
+            continue
+        run = overridden(kernel, candidate, ours.call)
+        try:
+            error = relative_error(ours.compared(run()), truth)
+            torch.cuda.synchronize(device)
+        except Exception as failure:  # Triton raises its own errors for what does not fit a device.
+            dropped[name] = _reason(failure)
+            continue
+        if not error <= allowed:
+            dropped[name] = f"wrong result, error {error:.1e}"
+            continue
+        kept[name], configs[name] = run, candidate
+    if today_name not in kept:
+        raise RuntimeError(f"{kernel}: today's configuration fails on this device: {dropped[today_name]}")
+    timings = measure(kept, repeats, warmup=2, device=device, graph=device.type == "cuda")
+    best = min(timings, key=lambda name: timings[name].median)
+    times = {name: timing.as_dict() for name, timing in timings.items()}
+    return {
+        "case": case.name,
+        "flops": case.flops,
+        "bytes": case.bytes,
+        "today": today_name,
+        "best": configs[best],
+        "times": times,
+        "dropped": dropped,
+    }
+
+
+def _allowed(case: Case, dtype: torch.dtype) -> float:
+    """The error budget of a candidate."""
+    eager = dataclasses.replace(case, variants={"eager": case.variants["eager"]})
+    return 2 * check(eager, dtype)["eager"] + torch.finfo(dtype).eps
+
+
+def _reason(failure: Exception) -> str:
+    return " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+
+
+def case_of(kernel: str, device: torch.device, dtype: torch.dtype) -> Case:
+    """The standard run's case of a kernel."""
+    operator = KERNELS[kernel][1]
+    return next(case for case in cases(settings(device)[0], device, dtype) if case.operator == operator)
+
+
+def tried(
+    kernels: Sequence[str], device: torch.device, dtype: torch.dtype, workers: int, seconds: float
+) -> dict[str, dict[str, str]]:
+    """Of every kernel the candidates that end a process, hang or fail, with the reasons.
+
+    Each of `workers` processes compiles and runs its share once, so that one which aborts in the compiler or never
+    returns takes nothing with it, and all that work are in Triton's cache afterwards.
+    """
+    listed = [(kernel, candidate) for kernel in kernels for candidate in candidates(kernel, tuning.capability(device))]
+    shares = [listed[first::workers] for first in range(min(workers, len(listed)))]
+    command = [sys.executable, "-m", "lavin_bench.kernels.tune", str(device), str(dtype).removeprefix("torch.")]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / str(number) for number in range(len(shares))]
+        running = []
+        for share, output in zip(shares, outputs, strict=True):
+            with output.open("w") as out:
+                process = subprocess.Popen([*command, json.dumps(share)], stdout=out, stderr=subprocess.DEVNULL)
+            running.append(process)
+        deadline = time.monotonic() + seconds
+        try:
+            for process in running:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, deadline - time.monotonic()))
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+        said = [_lines(output) for output in outputs]
+    found: dict[str, dict[str, str]] = {kernel: {} for kernel in kernels}
+    for share, lines in zip(shares, said, strict=True):
+        for number, (kernel, candidate) in enumerate(share):
+            # The first of a share without a word ended or held up its process; those behind it were not reached.
+            silent = "ended or held up its process" if number == len(lines) else "not reached"
+            reason = lines[number] if number < len(lines) else silent
+            if reason:
+                found[kernel][_named(candidate)] = reason
+    return found
+
+
+def _lines(output: Path) -> list[str]:
+    """What one process said of its candidates, in their order."""
+    return [json.loads(line)["said"] for line in output.read_text().splitlines() if line.startswith('{"said"')]
+
+
+def _try_candidates(device: torch.device, dtype: torch.dtype, share: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """What one of the processes of `tried` does: a line of JSON per candidate that says what went wrong, or nothing."""
+    made: dict[str, tuple[Case, Any, float]] = {}
+    for kernel, candidate in share:
+        said = ""
+        try:
+            if kernel not in made:
+                case = case_of(kernel, device, dtype)
+                made = {kernel: (case, case.truth(), _allowed(case, dtype))}
+            case, truth, allowed = made[kernel]
+            ours = case.variants["ours"]
+            error = relative_error(ours.compared(overridden(kernel, candidate, ours.call)()), truth)
+            torch.cuda.synchronize(device)
+            if not error <= allowed:
+                said = f"wrong result, error {error:.1e}"
+        except Exception as failure:
+            said = _reason(failure)
+        print(json.dumps({"said": said}), flush=True)
+
+
+def _named(candidate: Mapping[str, int | str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in candidate.items())
+
+
+def tune_all(
+    device: torch.device,
+    operator: str,
+    repeats: int,
+    save: Callable[[dict[str, Any]], None],
+    workers: int | None = None,
+    seconds: float = 90.0,
+) -> dict[str, Any]:
+    """Tunes every kernel of an operator whose name contains `operator`; returns the record, which `save` gets after
+    every kernel.
+    """
+    dtype = torch.bfloat16
+    record: dict[str, Any] = {"kind": "tuning", "header": header(device), "kernels": {}, "failures": []}
+    chosen = [kernel for kernel, (_, of) in KERNELS.items() if operator in of]
+    chosen.sort(key=lambda kernel: "attention" not in kernel)  # what matters most comes first
+    dropped = tried(chosen, device, dtype, workers or max(2, os.cpu_count() or 2), seconds)
+    for kernel in chosen:
+        try:
+            found = tune(kernel, case_of(kernel, device, dtype), device, dtype, repeats, dropped[kernel])
+        except Exception as failure:  # one kernel's failure is written down and ends no other's tuning
+            record["failures"].append(f"{kernel}: {_reason(failure)}")
+            print(f"FAILED {record['failures'][-1]}", flush=True)
+        else:
+            record["kernels"][kernel] = found
+            medians = {name: times["median"] for name, times in found["times"].items()}
+            before, after = medians[found["today"]], min(medians.values())
+            print(f"{kernel}: {before * 1e6:.1f} -> {after * 1e6:.1f} us with {found['best']}", flush=True)
+        save(record)
+    return record
+
+
+def bench_tune(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    device = resolve_device(options.device)
+    if device.type != "cuda":
+        raise InputError("tuning needs a CUDA device, this machine has none; the defaults of lavin_kernels serve it")
+    if not any(options.operator in operator for _, operator in KERNELS.values()):
+        raise InputError(
+            f"no tuned operator has {options.operator!r} in its name; expected one of "
+            + ", ".join(dict.fromkeys(operator for _, operator in KERNELS.values()))
+        )
+    path = Path(options.output) if options.output else tuning.config_file(torch.cuda.get_device_name(device))
+    check_writable(path)
+    try:
+        tuned = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); repair it or take it away") from None
+
+    def save(record: dict[str, Any]) -> None:
+        # After every kernel, so that a failure in a later one loses nothing.
+        for target, content in (
+            (path, merged(tuned, record)),
+            *([(Path(options.json), record)] if options.json else []),
+        ):
+            with written_whole(target) as partial:
+                partial.write_text(json.dumps(content, indent=2) + "\n")
+
+    with torch.no_grad(), current_device(device):
+        record = tune_all(device, options.operator, options.repeats, save)
+    print(f"wrote {path}")
+    if record["failures"]:
+        raise RuntimeError(f"{len(record['failures'])} kernels were not tuned: {record['failures'][0]}")
+
+
+def merged(tuned: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """A device's file of launch configurations (`lavin_kernels.tuning`) with a record's best ones."""
+    best = {kernel: {**tuned.get(kernel, {}), "bfloat16": found["best"]} for kernel, found in record["kernels"].items()}
+    return {**tuned, **best}
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        _try_candidates(torch.device(sys.argv[1]), getattr(torch, sys.argv[2]), json.loads(sys.argv[3]))

@@ -1,0 +1,176 @@
+"""The autoencoder's fast form against its plain one: `python -m lavin_bench.pipeline.vae_forms`.
+
+Widths and layers of the released weights, random weights, one square picture. All forms compute the same function of
+the same weights; where one does not, no times are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavin_bench.report import write_record
+from lavin_bench.timing import header, header_line, measure
+from lavin_rt.vae.layers import DerivedKernel
+from lavin_rt.vae.model import STVAE, VAEConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOLERANCE = 1e-5  # relative error of a whole pass in float32
+# How a form computes, and whether its input is channels-last: the plain one in both memory layouts, so that the
+# comparison does not hang on the layout.
+FORMS = {
+    "plain": ("plain", False),
+    "plain, channels-last": ("plain", True),
+    "torch": ("torch", False),
+    "triton": ("triton", False),
+}
+DIRECTIONS = ("encode", "decode")
+Run = Callable[[], torch.Tensor]
+
+
+def random_vae(seed: int = 0) -> STVAE:
+    """The released shape, weights that keep activations near one; none is zero, so that every tap and bias counts."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        vae = STVAE(VAEConfig())
+    vae = vae.to_empty(device="cpu").requires_grad_(False).eval()
+    for name, parameter in vae.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            is_norm_weight = "norm" in name and name.endswith("weight")
+            parameter.normal_(1.0 if is_norm_weight else 0.0, 0.1, generator=generator)
+    return vae
+
+
+def one_pass(vae: STVAE, form: str, direction: str, size: int) -> Run:
+    """A call that encodes or decodes one picture of `size` pixels a side."""
+    impl, channels_last = FORMS[form]
+    shape = (1, 3, 1, size, size) if direction == "encode" else (1, 16, 1, size // 8, size // 8)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(vae.device, vae.dtype)
+    x = x.contiguous(memory_format=torch.channels_last_3d) if channels_last else x
+
+    def run() -> torch.Tensor:
+        vae.use(impl)
+        with torch.inference_mode():
+            return vae.encode(x).mean if direction == "encode" else vae.decode(x)
+
+    return run
+
+
+def resident_bytes(field: str) -> int:
+    """This process's `VmRSS`, or its peak `VmHWM` (the peak of getrusage starts at the parent's in a new process)."""
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def peak_bytes(vae: STVAE, run: Run) -> tuple[int, int]:
+    """Highest memory of a first pass beyond what was held before, and what of it are derived kernels that stay."""
+    if vae.device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        before = resident_bytes("VmRSS")
+        run()
+        peak = resident_bytes("VmHWM") - before
+    return peak, sum(module.kept_bytes for module in vae.modules() if isinstance(module, DerivedKernel))
+
+
+def peak_in_new_process(form: str, direction: str, options: argparse.Namespace) -> list[int]:
+    """`peak_bytes` where nothing ran before, so that neither allocator nor derived kernels are warm."""
+    command = [
+        sys.executable,
+        "-m",
+        "lavin_bench.pipeline.vae_forms",
+        "--peak",
+        form,
+        direction,
+        "--size",
+        str(options.size),
+    ]
+    command += ["--threads", str(options.threads), "--device", options.device, "--dtype", options.dtype]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def checked_errors(runs: dict[str, Run], truth: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """Every form's relative error against the plain form in float32; exits where one is above its limit."""
+    errors = {form: float((run().cpu().double() - truth).norm() / truth.norm()) for form, run in runs.items()}
+    limit = TOLERANCE if dtype == torch.float32 else 2 * errors["plain"]
+    wrong = {form: error for form, error in errors.items() if not error <= limit}
+    if wrong:
+        raise SystemExit(f"no times: relative errors {wrong} are above {limit:.1e}")
+    return errors
+
+
+def compare(direction: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per form."""
+    dtype = DTYPES[options.dtype]
+    forms = [form for form in FORMS if form != "triton" or options.device != "cpu"]
+    vae = random_vae()
+    truth = one_pass(vae, "plain", direction, options.size)().double()
+    vae = vae.to(options.device, dtype)
+    runs = {form: one_pass(vae, form, direction, options.size) for form in forms}
+    errors = checked_errors(runs, truth, dtype)
+    timings = measure(runs, options.repeats, device=options.device)
+    rows = []
+    for form, timing in timings.items():
+        peak, kept = peak_in_new_process(form, direction, options)
+        speedup = timings["plain"].median / timing.median
+        row = {"direction": direction, "form": form, "seconds": timing.as_dict(), "speedup": speedup}
+        rows.append(row | {"relative_error": errors[form], "peak_bytes": peak, "derived_kernel_bytes": kept})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="lavin_bench.pipeline.vae_forms", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=128, help="height and width in pixels, a multiple of 8")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument(
+        "--peak", nargs=2, metavar=("FORM", "DIRECTION"), help="print peak and derived bytes of one pass"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak:
+        form, direction = options.peak
+        vae = random_vae().to(options.device, DTYPES[options.dtype])
+        print(json.dumps(peak_bytes(vae, one_pass(vae, form, direction, options.size))))
+        return
+    where = header(options.device)
+    print(header_line(where))
+    rows = [row for direction in DIRECTIONS for row in compare(direction, options)]
+    picture = f"one frame of {options.size}x{options.size} pixels, {options.dtype}"
+    print(f"{picture}, median of {options.repeats} (lowest, highest)")
+    for row in rows:
+        seconds = row["seconds"]
+        print(
+            f"{row['direction']:8}{row['form']:22}{1e3 * seconds['median']:9.2f} ms "
+            f"({1e3 * seconds['low']:.2f}, {1e3 * seconds['high']:.2f})  {row['speedup']:.2f}x"
+            f"  error {row['relative_error']:.1e}  peak {row['peak_bytes'] / 2**20:.0f} MiB"
+            f" of which derived kernels {row['derived_kernel_bytes'] / 2**20:.0f}"
+        )
+    if options.json:
+        result = {
+            "header": where,
+            "size": options.size,
+            "dtype": options.dtype,
+            "repeats": options.repeats,
+            "rows": rows,
+        }
+        write_record(options.json, result)
+
+
+if __name__ == "__main__":
+    main()

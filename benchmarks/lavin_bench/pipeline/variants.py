@@ -1,0 +1,298 @@
+"""The rungs of the pipeline's waterfall: the same sampling, from the way the authors run it to the fastest one here."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lavin_bench.pipeline import authors_way
+from lavin_bench.pipeline.authors_way import AuthorsWay
+from lavin_bench.pipeline.flops import speed_flops
+from lavin_bench.pipeline.vae_forms import resident_bytes
+from lavin_rt.dit.config import PRESETS, DiTConfig
+from lavin_rt.dit.layout import Shape
+from lavin_rt.dit.model import JDiT
+from lavin_rt.pictures import images
+from lavin_rt.pipeline import Pipeline
+from lavin_rt.sampling import sampler
+from lavin_rt.sampling.denoisers import Network, PackedNetwork
+from lavin_rt.sampling.executor import Executor
+from lavin_rt.sampling.speeds import SPEEDS, TASK
+from lavin_rt.vae.model import STVAE, VAEConfig
+
+Sampling = Callable[[int], torch.Tensor]
+"""`steps -> latents [1, 16, 1, h, w]`: one sampling, of which the first compiles and captures what there is."""
+
+RELEASED, RELEASED_VAE = PRESETS["lavin-dit-3.4b"], VAEConfig()
+CPU_CONFIG = DiTConfig(hidden_size=576, depth=6, num_heads=8, kv_group=4)
+# Nine encodings and a decoding are 4.6 % of the small transformer's FLOPs at 128 px, as they are 3.6 % of the
+# released one's at 512 px: a wider VAE would flatter whoever encodes the context once.
+CPU_VAE = VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1)
+QUICK_CONFIG = DiTConfig(hidden_size=48, depth=2, num_heads=2, kv_group=2)
+GUIDANCE = 1.5
+
+AUTHORS_EAGER, AUTHORS_COMPILED = "authors' way, eager", "authors' way, compiled"
+
+
+@torch.no_grad()
+def random_model(config: DiTConfig, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> JDiT:
+    """A float32 model of random weights that `dtype` holds exactly, none zero, activations at unit scale.
+
+    Made on the device. As after loading a checkpoint, the modulation linears are not on it: `modulation_source` has
+    them in the host's memory, in `dtype`.
+    """
+    with torch.device("meta"):
+        dit = JDiT(config)
+    for block in dit.blocks:
+        block.modulation.drop()
+    dit = dit.to_empty(device=device).requires_grad_(False).eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in dit.named_parameters():
+        norm = name.endswith(("_norm", "embedder.1.weight"))
+        std = 0.1 if norm or parameter.dim() == 1 or name.endswith("_embed") else parameter.shape[-1] ** -0.5
+        parameter.normal_(float(norm), std, generator=generator)
+        parameter.copy_(parameter.to(dtype))
+    hidden, linears = config.hidden_size, []
+    for _ in range(config.depth):
+        weight = torch.randn(2, 4 * hidden, hidden, device=device, generator=generator) * hidden**-0.5
+        bias = torch.randn(2, 4 * hidden, device=device, generator=generator) * 0.1
+        linears.append((weight.to("cpu", dtype), bias.to("cpu", dtype)))
+    dit.modulation_source = lambda index, *place: tuple(part.to(*place) for part in linears[index])
+    return dit
+
+
+@torch.no_grad()
+def random_vae(config: VAEConfig, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> STVAE:
+    """A float32 VAE of random weights that `dtype` holds exactly, likewise."""
+    with torch.device("meta"):
+        vae = STVAE(config)
+    vae = vae.to_empty(device=device).requires_grad_(False).eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in vae.named_parameters():
+        norm = "norm" in name and name.endswith("weight") and parameter.dim() == 1
+        std = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
+        parameter.normal_(float(norm), std, generator=generator)
+        parameter.copy_(parameter.to(dtype))
+    return vae
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One row of the matrix: a square picture and a number of pairs, guided, one query."""
+
+    size: int
+    pairs: int
+    config: DiTConfig = RELEASED
+    vae: VAEConfig = RELEASED_VAE
+
+    @property
+    def name(self) -> str:
+        return f"{self.size} px, {self.pairs} pair{'s' * (self.pairs > 1)}"
+
+    @property
+    def shape(self) -> Shape:
+        latent = self.size // 8
+        return Shape(1, 2 * self.pairs + 1, 1, 1, latent, latent, guided=True)
+
+    @property
+    def useful_flops(self) -> int:
+        """Of one step; the same for all variants, whatever they spare or pad."""
+        return authors_way.useful_flops(self.config, self.shape.frame_tokens, self.shape.condition_frames)
+
+    def flops(self, speed: str, steps: int) -> int:
+        """Of a whole sampling at a speed, counted alike; `steps` are the knots of a speed without a grid."""
+        chosen = SPEEDS[speed]
+        knots = chosen.knots(None if chosen.owns_grid else steps)
+        return speed_flops(self.config, self.shape, chosen, len(knots) - 1)
+
+    def latents(self, device: torch.device, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """A random condition and noise, the same on every device."""
+        generator, shape = torch.Generator().manual_seed(seed), self.shape
+        frames = torch.randn(1, 16, shape.cond_frames + 1, shape.height, shape.width, generator=generator).to(device)
+        return frames[:, :, :-1].contiguous(), frames[:, :, -1:].contiguous()
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One rung.
+
+    Attributes:
+        make: gets everything ready that outlives a query of a task, and returns the sampling of the next query.
+        modulates: whether the modulation linears, 28 % of the parameters, have to be in the device's memory.
+        speed: a name in `lavin_rt.SPEEDS`; all but `exact` are further from the truth than rounding, on purpose.
+    """
+
+    make: Callable[[], Sampling]
+    modulates: bool
+    speed: str = "exact"
+
+
+class Baselines:
+    """The authors' way over a model, eager and compiled; each is made once, as a compilation takes minutes."""
+
+    def __init__(self, dit: JDiT, vae: STVAE | None = None):
+        self.dit, self.vae = dit, vae
+        self._made: dict[bool, AuthorsWay] = {}
+
+    def way(self, compile: bool, steps: int | None = None) -> AuthorsWay:
+        if compile not in self._made:
+            self._made[compile] = AuthorsWay(self.dit, self.vae, compile=compile, guidance=GUIDANCE)
+        if steps is not None:
+            self._made[compile].knots = authors_way.knots(steps)
+        return self._made[compile]
+
+
+def variants(dit: JDiT, setting: Setting, baselines: Baselines) -> dict[str, Variant]:
+    """The rungs that the model's device has, in the order of the waterfall.
+
+    Each starts from an encoded context and an encoded query and ends with the target's latents; ours keep between two
+    queries of a task what a task keeps.
+    """
+    cond, noise = setting.latents(dit.device)
+
+    def authors(compile: bool) -> Variant:
+        def make() -> Sampling:
+            baselines.way(compile)
+            return lambda steps: baselines.way(compile, steps).sample(cond, noise)
+
+        return Variant(make, modulates=True)
+
+    def ours(network: Callable[[], Network], graphs: bool = False, speed: str = "exact") -> Variant:
+        chosen = SPEEDS[speed]
+        shape = dataclasses.replace(setting.shape, kept=chosen.keeps)
+
+        def make() -> Sampling:
+            executor = Executor(network(), graphs=graphs)
+            context, keys = executor.embed(cond[:, :, :-1]), None
+            if chosen.refresh == TASK:
+                keys = executor.context_keys(dataclasses.replace(shape, guided=False), context)
+
+            def sample(steps: int) -> torch.Tensor:
+                query = executor.embed(cond[:, :, -1:])
+                knots = chosen.knots(None if chosen.owns_grid else steps)
+                return executor.sample(shape, context, query, noise, knots, GUIDANCE, None, chosen, keys)
+
+            return sample
+
+        return Variant(make, modulates=False, speed=speed)
+
+    found = {
+        AUTHORS_EAGER: authors(compile=False),
+        AUTHORS_COMPILED: authors(compile=True),
+        "exact savings": ours(lambda: PackedNetwork(dit, "torch")),
+    }
+    cuda = dit.device.type == "cuda"
+    if cuda:
+        found["Triton kernels"] = ours(lambda: PackedNetwork(dit, "triton"))
+        found["CUDA graphs"] = ours(lambda: PackedNetwork(dit, "triton"), graphs=True)
+    else:
+        found["savings, compiled"] = ours(lambda: PackedNetwork(dit, "torch", compile=True))
+    for speed in SPEEDS:
+        if speed != "exact":
+            network = partial(PackedNetwork, dit, "triton" if cuda else "torch", compile=not cuda)
+            found[f"{'CUDA graphs' if cuda else 'savings, compiled'}, {speed}"] = ours(network, cuda, speed=speed)
+    return found
+
+
+def task_pixels(setting: Setting) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor, torch.Tensor]:
+    """Random pictures `[H, W, 3]` uint8: a context's pairs, an earlier query of its task, and a query."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (2 * setting.pairs + 2, setting.size, setting.size, 3)
+    *context, earlier, query = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return list(zip(context[::2], context[1::2], strict=True)), earlier, query
+
+
+@torch.no_grad()
+def oracles(dit: JDiT, vae: STVAE, setting: Setting, steps: int, whole: bool) -> list[torch.Tensor]:
+    """The plain model's latents of what `variants` and, where `whole`, `whole_calls` do, in the model's dtype."""
+    sampled = sampler.sample(dit, *setting.latents(dit.device), steps, GUIDANCE, "plain").cpu()
+    context, _, query = task_pixels(setting)
+    if not whole:
+        return [sampled]
+    noise = setting.latents(torch.device("cpu"))[1]
+    # float32 means float32, also where cuDNN would rather have fewer bits.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        task = Pipeline(dit, vae, impl="plain").task(context, size=setting.size)
+        [result] = task.run([query], steps=steps, guidance=GUIDANCE, noise=noise)
+    return [sampled, result.latents]
+
+
+def whole_calls(dit: JDiT, vae: STVAE, setting: Setting, baselines: Baselines) -> dict[str, Variant]:
+    """Whole calls from a query's pixels to its answer's, at the second query of a task; a call's `frames` are its
+    last answer.
+    """
+    context, earlier, query = task_pixels(setting)
+    noise = setting.latents(torch.device("cpu"))[1]
+
+    def authors(compile: bool) -> Variant:
+        def make() -> Sampling:
+            baselines.way(compile)
+            shown = torch.stack([picture for pair in context for picture in pair])
+
+            def answer(steps: int) -> torch.Tensor:
+                frames = [images.to_pixels(pictures.permute(0, 3, 1, 2)) for pictures in (shown, query[None])]
+                latents, answered = baselines.way(compile, steps).answer(*frames, noise)
+                answer.frames = images.from_pixels(answered).cpu()
+                return latents
+
+            return answer
+
+        return Variant(make, modulates=True)
+
+    def ours(compile: bool) -> Variant:
+        def make() -> Sampling:
+            pipe = Pipeline(dit, vae, compile=compile)
+            task = pipe.task(context, size=setting.size)
+            task(earlier, guidance=GUIDANCE)
+
+            def answer(steps: int) -> torch.Tensor:
+                [result] = task.run([query], steps=steps, guidance=GUIDANCE, noise=noise)
+                answer.frames, answer.image = result.frames, result.image  # a call ends with a PIL image
+                return result.latents
+
+            return answer
+
+        return Variant(make, modulates=False)
+
+    found = {AUTHORS_EAGER: authors(compile=False), AUTHORS_COMPILED: authors(compile=True)}
+    if dit.device.type == "cuda":
+        return found | {"task(query)": ours(compile=False)}
+    return found | {"task(query), eager": ours(compile=False), "task(query), compiled": ours(compile=True)}
+
+
+def weights_bytes(dit: JDiT, modulates: bool) -> int:
+    """Memory of the weights that a variant needs."""
+    modulation = 2 * 4 * dit.config.hidden_size * (dit.config.hidden_size + 1) * dit.config.depth
+    elements = sum(parameter.numel() for parameter in dit.parameters()) + modulates * modulation
+    return elements * dit.dtype.itemsize
+
+
+def main() -> None:
+    """Prints the peak memory of one variant on a CPU, in bytes beyond all weights: what a fresh process can tell."""
+    parser = argparse.ArgumentParser(prog="lavin_bench.pipeline.variants", description=main.__doc__)
+    parser.add_argument("variant")
+    parser.add_argument("--size", type=int, required=True)
+    parser.add_argument("--pairs", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    setting = Setting(options.size, options.pairs, QUICK_CONFIG if options.quick else CPU_CONFIG)
+    dit = random_model(setting.config, torch.device("cpu"))
+    variant = variants(dit, setting, Baselines(dit))[options.variant]
+    before = resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here on
+    sample = variant.make()
+    sample(options.steps)
+    sample(options.steps)
+    print(resident_bytes("VmHWM") - before)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The record of `lavin-rt bench quality --speed` for people: tables, and the picture of cost against loss."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lavin_bench.quality.report import signed, value
+from lavin_bench.report import caption, table
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 460, 70, 190, 56, 52
+LEAST_LOSS, MOST_LOSS = 0.001, 1.0  # of the picture's axis, which is logarithmic
+COLOURS = ("#3b82f6", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#db2777", "#65a30d", "#6e7781")
+STYLE = """
+    text { font: 12px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #6e7781 }
+    .title { font-size: 15px; font-weight: 600 }
+    .axis { stroke: #9aa4af; stroke-width: 1 }
+    @media (prefers-color-scheme: dark) { text { fill: #9da7b1 } }
+"""
+
+
+def speeds_table(record: dict[str, Any]) -> str:
+    """Regressions and mappings, then one-to-many tasks, a row a task and speed; and what fails its bound."""
+    of = f"{record['pairs']} pairs, {record['size']} px, guidance {record['guidance']}"
+    text = [f"{record['checkpoint']}, {of}, at least {_queries(record)} queries a task. {caption(record['header'])}"]
+    grids = [f"{row['speed']}: {row['evaluations']} evaluations" for row in record["speeds"]]
+    text.append(f"{'; '.join(grids)}.")
+    for one_to_many, title in ((False, ""), (True, "One query, many right answers (no bound is asked of these):")):
+        rows = [
+            _row(task, row) for task in record["tasks"] if task["one_to_many"] == one_to_many for row in task["rows"]
+        ]
+        if rows:
+            columns = ["task", "speed", "measure", "to exact ± 95 %", "at worst", "dB to exact", "TFLOP", "s a query"]
+            text.append(f"{title}\n\n{table(columns, rows).rstrip()}".strip())
+    text.append(verdict(record))
+    text += [f"Skipped: {one['task']}, {one['reason']}." for one in record["skipped"]]
+    return "\n\n".join(text) + "\n"
+
+
+def verdict(record: dict[str, Any]) -> str:
+    """Which tasks are outside of which speed's bound."""
+    rows = [(task["task"], row) for task in record["tasks"] for row in task["rows"]]
+    outside = [
+        f"{row['speed']} in {task} ({row['worst_loss']:.1%})" for task, row in rows if row.get("within") is False
+    ]
+    asked = sum("within" in row for _, row in rows)
+    if not asked:
+        return "No bound is asked of these speeds and tasks."
+    of_those = f"; outside: {', '.join(outside)}" if outside else ""
+    return f"{asked - len(outside)} of {asked} within their bounds{of_those}."
+
+
+def front(record: dict[str, Any]) -> str:
+    """An SVG: loss at the bad end of the interval over the share of exact's FLOPs, one line a task."""
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'role="img">',
+        f"  <style>{STYLE}  </style>",
+        _text(16, 24, f"Loss against work, {record['checkpoint']}, {_queries(record)} queries a task", "title"),
+        _text(
+            16, 42, "relative loss of the deciding measure at the bad end of its 95 % interval; both axes logarithmic"
+        ),
+    ]
+    shares = [row["flops"] / task["rows"][0]["flops"] for task in record["tasks"] for row in task["rows"][1:]]
+    least = min(shares, default=0.05) / 1.2
+    for loss in (0.001, 0.01, 0.1, 1.0):
+        y = _y(loss)
+        parts.append(f'  <line class="axis" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>')
+        parts.append(_text(LEFT - 8, y + 4, f"{loss:.1%}", anchor="end"))
+    for share in (0.05, 0.1, 0.2, 0.5, 1.0):
+        if share >= least:
+            parts.append(_text(_x(share, least), HEIGHT - BOTTOM + 20, f"1/{1 / share:g}", anchor="middle"))
+    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "FLOPs, of exact's", anchor="middle"))
+    for index, task in enumerate(record["tasks"]):
+        colour = COLOURS[index % len(COLOURS)]
+        points = [
+            (_x(row["flops"] / task["rows"][0]["flops"], least), _y(row["worst_loss"]), row["speed"])
+            for row in task["rows"][1:]
+        ]
+        dash = ' stroke-dasharray="4 3"' if task["one_to_many"] else ""
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in points)
+        parts.append(f'  <polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"{dash}/>')
+        parts += [f'  <circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y, _ in points]
+        y = TOP + 8 + 17 * index
+        parts.append(f'  <rect x="{WIDTH - RIGHT + 16}" y="{y - 9}" width="10" height="10" fill="{colour}"/>')
+        parts.append(_text(WIDTH - RIGHT + 32, y, task["task"] + (" *" if task["one_to_many"] else "")))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _row(task: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    name, exact = task["deciding"], task["rows"][0]
+    cells = [task["task"], row["speed"], f"{name} {value(name, row['measures'][name])}"]
+    if row is exact:
+        cells += ["", "", ""]
+    else:
+        worst = f"{row['worst_loss']:.1%}"
+        cells.append(signed(name, row["better_than_exact"][name]))
+        cells += [f"**{worst}**" if row.get("within") is False else worst, f"{row['psnr_to_exact']:.1f}"]
+    return [*cells, f"{row['flops'] / 1e12:.3g} (1/{exact['flops'] / row['flops']:.1f})", f"{row['seconds']:.3f}"]
+
+
+def _queries(record: dict[str, Any]) -> int:
+    return min(task["queries"] for task in record["tasks"])
+
+
+def _x(share: float, least: float) -> float:
+    return LEFT + (WIDTH - LEFT - RIGHT) * math.log(share / least) / math.log(1 / least)
+
+
+def _y(loss: float) -> float:
+    span = math.log(MOST_LOSS / LEAST_LOSS)
+    at = math.log(min(max(loss, LEAST_LOSS), MOST_LOSS) / LEAST_LOSS) / span
+    return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * at
+
+
+def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
+    attributes = f' class="{kind}"' if kind else ""
+    return f'  <text x="{x:.1f}" y="{y:.1f}"{attributes} text-anchor="{anchor}">{html.escape(text)}</text>'
+
+
+def summary(record: dict[str, Any]) -> Sequence[str]:
+    """What stands below the tasks' lines on a terminal."""
+    return [verdict(record), *(f"Skipped: {one['task']}: {one['reason']}" for one in record["skipped"])]

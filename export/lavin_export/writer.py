@@ -1,0 +1,263 @@
+"""Writing an artifact: a folder that appears whole and verified, or not at all.
+
+    with writing(output, "onnx", checkpoint, dtype, target, options, steps=(20,)) as artifact:
+        artifact.config, artifact.dtype, artifact.file      # the transformer's header, open for streaming
+        artifact.vae()                                      # the checkpoint's STVAE, float32 on the CPU, loaded once
+        artifact.dit()                                      # the checkpoint's JDiT in the artifact's dtype; NOT for
+                                                            # exports of the released size in little memory
+        ... write files into artifact.folder ...
+        artifact.add_part("denoiser", "denoiser.onnx", ["denoiser.onnx.data"], inputs, outputs, ranges)
+                                                            # as denoiser.specification and vae_parts.specification say
+        artifact.write_modulation()                         # modulation.safetensors, read block by block
+        artifact.versions["onnx"] = onnx.__version__
+        artifact.verify(device)                             # writes errors and budgets into the manifest; raises
+
+What it writes, `lavin_rt.artifact.manifest.Manifest` reads; nothing else passes between the two packages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavin_rt.artifact.manifest import FORMAT, KINDS, MODULATION, NAME, VERSION, Manifest, file_sha256
+from lavin_rt.checkpoint.header import check_tensors, dit_config, picture_size
+from lavin_rt.checkpoint.load import Checkpoint, ModulationInFile, load_dit, load_vae
+from lavin_rt.checkpoint.names import official_layout, resident_layout
+from lavin_rt.checkpoint.tensors import SafetensorsFile, write_safetensors
+from lavin_rt.devices import DTYPES
+from lavin_rt.dit.config import DiTConfig
+from lavin_rt.dit.model import JDiT
+from lavin_rt.dit.modulation import modulation_table
+from lavin_rt.errors import InputError
+from lavin_rt.files import written_whole
+from lavin_rt.pictures.context import vae_fingerprint
+from lavin_rt.sampling.schedule import schedule
+from lavin_rt.vae.model import LATENT_SCALE, LATENT_SHIFT, STVAE
+
+ANY_DEVICE: dict[str, Any] = {"device": "any", "compute_capability": None}
+
+
+@contextlib.contextmanager
+def writing(
+    output: str | os.PathLike,
+    kind: str,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    target: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    steps: Sequence[int] = (20,),
+    templates: bool = True,
+) -> Iterator[ArtifactWriter]:
+    """A folder to export into, beside `output`, renamed to it when the block ends and removed if the block fails.
+
+    Args:
+        output: the artifact's folder; must not exist, or be empty.
+        kind: "onnx", "tensorrt" or "aoti".
+        checkpoint: what `find_checkpoint` found.
+        dtype: that the networks compute in: float32, float16 or bfloat16.
+        target: device and compute capability, see `Manifest`; any device by default.
+        options: of the export, for the record; plain values.
+        steps: schedules to tabulate the modulation of.
+        templates: copy the checkpoint's template folder, where it has one, so that tasks go by name.
+
+    Raises:
+        InputError: a folder that is in use, a checkpoint that cannot be read, a schedule that does not exist or comes
+            twice.
+    """
+    if kind not in KINDS or dtype not in DTYPES.values():
+        raise InputError(f"cannot export {kind!r} in {dtype}; expected {', '.join(KINDS)} in {', '.join(DTYPES)}")
+    if not steps:
+        raise InputError("no schedule to export; expected at least one number of steps, such as 20")
+    if len(set(steps)) < len(steps):
+        raise InputError(f"steps are {list(steps)}, which names a schedule twice; give each once")
+    for count in steps:
+        schedule(count)
+    target_folder = Path(output)
+    if target_folder.exists() and (not target_folder.is_dir() or any(target_folder.iterdir())):
+        raise InputError(f"{output} is there and not empty; give another folder, or remove it first")
+    with written_whole(output) as partial:
+        partial.mkdir(parents=True)
+        artifact = ArtifactWriter(partial, kind, checkpoint, dtype, target or ANY_DEVICE, options or {}, tuple(steps))
+        yield artifact
+        if templates and checkpoint.templates is not None:
+            shutil.copytree(checkpoint.templates, partial / "template", symlinks=False)
+        artifact.write_manifest()
+
+
+class ArtifactWriter:
+    """An artifact being written; made by `writing`.
+
+    Attributes:
+        folder: where its files go.
+        kind, dtype, target, options, steps: as given to `writing`.
+        config: the transformer's.
+        file: the transformer's open header.
+        checkpoint: its files.
+        versions: of packages, for the record.
+        verification: filled by `verify`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        kind: str,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        target: dict[str, Any],
+        options: dict[str, Any],
+        steps: tuple[int, ...],
+    ):
+        self.folder, self.kind, self.checkpoint = folder, kind, checkpoint
+        self.dtype, self.target, self.options, self.steps = dtype, target, options, steps
+        self.file = SafetensorsFile.open(os.path.abspath(checkpoint.dit))
+        self.config: DiTConfig = dit_config(self.file)
+        check_tensors(self.file, self.config, official_layout(self.config))
+        self.versions = {"lavin_rt": importlib.metadata.version("lavin-rt"), "torch": torch.__version__}
+        self.verification: dict[str, Any] = {}
+        self._parts: dict[str, dict[str, Any]] = {}
+        self._hashes: dict[tuple[str, int, int], dict[str, Any]] = {}
+        self._source: dict[str, Any] | None = None
+        self._vae: STVAE | None = None
+        self._dit: JDiT | None = None
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def vae(self) -> STVAE:
+        """The checkpoint's VAE, float32 on the CPU."""
+        if self._vae is None:
+            self._vae = load_vae(self.checkpoint.vae, dtype=torch.float32)
+        return self._vae
+
+    def dit(self) -> JDiT:
+        """The checkpoint's transformer in the artifact's dtype on the CPU, all of it in memory but the modulation."""
+        if self._dit is None:
+            self._dit = load_dit(self.checkpoint.dit, dtype=self.dtype)
+        return self._dit
+
+    def add_part(
+        self,
+        name: str,
+        file: str,
+        weights: Sequence[str],
+        inputs: Sequence[dict[str, Any]],
+        outputs: Sequence[dict[str, Any]],
+        ranges: dict[str, list[int]] | list[dict[str, list[int]]],
+        **more: Any,
+    ) -> None:
+        """Enters a compiled network, whose files lie in `folder`; the fields are those of `Manifest.parts`, and `more`
+        is kept beside them for the record.
+        """
+        self._parts[name] = {
+            "file": file,
+            "weights": list(weights),
+            "inputs": list(inputs),
+            "outputs": list(outputs),
+            "ranges": ranges,
+            **more,
+        }
+
+    def write_modulation(self) -> None:
+        """Writes the modulation of every schedule, float32, from the weights as the checkpoint has them.
+
+        `knots.N` `[N]`, `blocks.N` `[N - 1, depth, 2, 4, D]` and `head_scale.N` `[N - 1, D]`. Reads one block's linears
+        at a time.
+        """
+        dit = modulation_model(self.file, self.config)
+        tensors: dict[str, torch.Tensor] = {}
+        for steps in self.steps:
+            knots = schedule(steps)
+            table = modulation_table(dit, knots[:-1])
+            tensors |= {f"knots.{steps}": knots, f"blocks.{steps}": table.blocks}
+            tensors[f"head_scale.{steps}"] = table.head_scale
+        layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        write_safetensors(self.folder / MODULATION, layout, tensors.values(), {"format": FORMAT})
+
+    def verify(self, device: torch.device | str = "cpu", **limits: Any) -> dict[str, Any]:
+        """Runs what was written against the plain model on `device`, see `lavin_export.verify.verify_artifact`, and
+        keeps the errors for the manifest.
+
+        Raises:
+            VerificationError: an error above its budget.
+        """
+        from lavin_export.verify import verify_artifact
+
+        self.write_manifest()
+        self.verification = verify_artifact(self.folder, self.checkpoint, device, **limits)
+        return self.verification
+
+    def write_manifest(self) -> Manifest:
+        """Writes `manifest.json` over all files of the folder, and reads it back."""
+        if self._source is None:
+            self._source = {
+                "name": _public_name(self.checkpoint),
+                "dit_sha256": file_sha256(self.checkpoint.dit),
+                "vae_sha256": file_sha256(self.checkpoint.vae),
+            }
+        values = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": self.kind,
+            "dtype": self.dtype_name,
+            "config": dataclasses.asdict(self.config),
+            "latent_scaling": {"shift": LATENT_SHIFT, "scale": LATENT_SCALE},
+            "size": picture_size(self.file),
+            "vae_fingerprint": vae_fingerprint(self.vae().state_dict()),
+            "target": self.target,
+            "versions": self.versions,
+            "source": self._source,
+            "schedules": list(self.steps),
+            "parts": self._parts,
+            "files": {path.name: self._entry(path) for path in sorted(self.folder.iterdir()) if _is_listed(path)},
+            "verification": self.verification,
+            "options": self.options,
+        }
+        (self.folder / NAME).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        return Manifest.read(self.folder)
+
+    def _entry(self, path: Path) -> dict[str, Any]:
+        """Hash and size of a file, hashed again only when it has changed."""
+        status = path.stat()
+        key = (path.name, status.st_size, status.st_mtime_ns)
+        if key not in self._hashes:
+            self._hashes[key] = {"sha256": file_sha256(path), "bytes": status.st_size}
+        return self._hashes[key]
+
+
+def modulation_model(file: SafetensorsFile, config: DiTConfig) -> JDiT:
+    """A float32 model of which only what makes modulation tables has memory; the rest is on the meta device."""
+    with torch.device("meta"):
+        dit = JDiT(config)
+    for block in dit.blocks:
+        block.modulation.drop()
+    wanted = ("time_embedder.", "prompt_embed", "answer_embed", "head.modulation.")
+    with file.reader() as reader:
+        for place in resident_layout(config):
+            if place.parameter.startswith(wanted):
+                value = torch.empty(place.shape)
+                reader.read_into(place.official, value)
+                owner, _, name = place.parameter.rpartition(".")
+                setattr(dit.get_submodule(owner), name, torch.nn.Parameter(value, requires_grad=False))
+    dit.modulation_source = ModulationInFile(file, config)
+    return dit
+
+
+def _is_listed(path: Path) -> bool:
+    """Whether the manifest names a path: all files but itself; templates are pictures, and may be changed."""
+    return path.is_file() and path.name != NAME
+
+
+def _public_name(checkpoint: Checkpoint) -> str:
+    """A hub id with its commit, or the last part of a local path: an artifact is handed on, the maker's folders not."""
+    return checkpoint.source if "@" in checkpoint.source else Path(checkpoint.source).name

@@ -1,0 +1,253 @@
+"""Running an artifact: its networks in the place of the model's own, without the checkpoint.
+
+What comes from others is checked in this order, and nothing is loaded before: the manifest, the trust that code needs,
+the device, the files' sizes and hashes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+
+from lavin_rt.artifact.manifest import KINDS_OF_CODE, MODULATION, Manifest, is_artifact
+from lavin_rt.artifact.sizes import check_ranges
+from lavin_rt.checkpoint.tensors import SafetensorsFile
+from lavin_rt.dit.layout import Form, Shape
+from lavin_rt.errors import InputError
+from lavin_rt.files import Progress
+from lavin_rt.sampling.denoisers import LatentCondition, Tensors
+from lavin_rt.sampling.speeds import Speed
+from lavin_rt.vae.model import LATENT_SCALE, LATENT_SHIFT, Posterior
+from lavin_rt.vae.tiling import Axis, blended, decode_axes, encode_axes
+
+__all__ = ["ArtifactNetwork", "ArtifactVAE", "Manifest", "assemble", "is_artifact", "load"]
+
+Session = Callable[..., Tensors]
+
+
+def load(
+    folder: str | os.PathLike,
+    device: torch.device | str = "cpu",
+    trust: bool = False,
+    progress: Progress | None = None,
+    provider: str = "auto",
+) -> tuple[ArtifactNetwork, ArtifactVAE, Manifest]:
+    """Loads an artifact.
+
+    Args:
+        folder: with its `manifest.json`.
+        device: to run on.
+        trust: whether code of this artifact may run: TensorRT plans and AOTInductor packages are code, ONNX graphs are
+            not and need none.
+        progress: `(bytes hashed, bytes in all)`.
+        provider: of ONNX Runtime, see `lavin_rt.artifact.onnxruntime.Session`.
+
+    Raises:
+        InputError: not an artifact, one of another version, not trusted, for another device, damaged or incomplete.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    manifest = Manifest.read(folder)
+    if manifest.kind in KINDS_OF_CODE and not trust:
+        raise InputError(
+            f"{folder} is a {manifest.kind} artifact, whose files are code; nothing of it was run: "
+            "pass --trust if you trust whoever made it"
+        )
+    if manifest.latent_scaling != {"shift": LATENT_SHIFT, "scale": LATENT_SCALE}:
+        raise InputError(
+            f"{folder} scales latents by {manifest.latent_scaling}; this package knows {LATENT_SHIFT} and "
+            f"{LATENT_SCALE} only"
+        )
+    manifest.check_device(device)
+    manifest.check_files(progress)
+    return *assemble(manifest, device, provider), manifest
+
+
+def assemble(manifest: Manifest, device: torch.device, provider: str = "auto") -> tuple[ArtifactNetwork, ArtifactVAE]:
+    """The networks of an artifact whose files have been checked."""
+    open_part = _opener(manifest, device, provider)
+    return ArtifactNetwork(manifest, device, open_part("denoiser")), ArtifactVAE(manifest, device, open_part)
+
+
+def _opener(manifest: Manifest, device: torch.device, provider: str) -> Callable[[str], Session]:
+    """Loads a part by its name."""
+    if manifest.kind == "onnx":
+        from lavin_rt.artifact.onnxruntime import Session
+
+        return lambda name: Session(manifest.folder, manifest.parts[name], manifest, device, provider)
+    if manifest.kind == "tensorrt":
+        from lavin_rt.artifact.tensorrt import Session as Plan
+
+        return lambda name: Plan(manifest.folder, manifest.parts[name], manifest, device)
+    from lavin_rt.artifact.aoti import AotiSession
+
+    return lambda name: AotiSession(manifest.folder, manifest.parts[name], manifest, device)
+
+
+class ArtifactNetwork:
+    """An artifact's denoiser as an executor runs it (`lavin_rt.sampling.denoisers.Network`): one call a branch kind."""
+
+    compiles = False
+
+    def __init__(self, manifest: Manifest, device: torch.device, session: Session):
+        self.manifest, self.device, self.session = manifest, device, session
+        self.config, self.dtype, self.impl = manifest.config, manifest.dtype, manifest.kind
+        self.capturable = bool(getattr(session, "capturable", manifest.kind in KINDS_OF_CODE))
+
+    def table(self, knots: torch.Tensor) -> Tensors:
+        """Modulation `[n - 1, depth, 2, 4, D]` and head scale `[n - 1, D]` float32 of a schedule's knots `[n]`.
+
+        Raises:
+            InputError: a schedule that the artifact was exported without, with those it has; a damaged file.
+        """
+        steps, config = len(knots), self.config
+        if steps not in self.manifest.schedules:
+            has = ", ".join(map(str, self.manifest.schedules))
+            raise InputError(
+                f"{self.manifest.folder} has no modulation for steps {steps}; it has {has}: "
+                f"choose one of these, or export it with --steps {steps}"
+            )
+        shapes = {
+            "knots": (steps,),
+            "blocks": (steps - 1, config.depth, 2, 4, config.hidden_size),
+            "head_scale": (steps - 1, config.hidden_size),
+        }
+        file, tensors = SafetensorsFile.open(self.manifest.folder / MODULATION), {}
+        with file.reader() as reader:
+            for name, shape in shapes.items():
+                entry = file.entries.get(f"{name}.{steps}")
+                if entry is None or entry.shape != shape or entry.dtype != "F32":
+                    raise InputError(f"{file.path}: {name}.{steps} is {entry}, expected F32 {shape}; export it again")
+                tensors[name] = torch.empty(shape)
+                reader.read_into(f"{name}.{steps}", tensors[name])
+        if not torch.equal(tensors["knots"], knots.cpu().float()):
+            raise InputError(f"{file.path}: its {steps} knots are not this package's; export the artifact again")
+        return tensors["blocks"].to(self.device), tensors["head_scale"].to(self.device)
+
+    def embed(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents with their frames as rows, `[n, T, 16, h, w]`."""
+        return latents.to(self.device, self.dtype).transpose(1, 2)
+
+    def check(self, shape: Shape) -> None:
+        """Raises an `InputError` for a shape that the artifact was not exported for."""
+        for frames in {shape.cond_frames, *([1 + shape.query_frames] if shape.guided else [])}:
+            sizes = {
+                "batch": shape.queries,
+                "cond_frames": frames,
+                "target_frames": shape.target_frames,
+                "height": shape.height,
+                "width": shape.width,
+            }
+            check_ranges(self.manifest.parts["denoiser"], sizes, str(self.manifest.folder))
+
+    def check_speed(self, speed: Speed) -> None:
+        """Raises an `InputError` for a speed that the artifact was not exported for, with those it has."""
+        if speed.name != "exact":
+            raise InputError(f"{self.manifest.folder} has no speed {speed.name}; it has exact: leave speed out")
+
+    def step(self, shape: Shape, form: Form | None = None, once: bool = False) -> LatentCondition:
+        """The network at one shape; an `InputError` as of `check`."""
+        self.check(shape)
+        form = Form.exact(shape) if form is None else form
+        # What a plan needs for a shape goes with the shape's graph.
+        session = self.session.calls() if self.manifest.kind == "tensorrt" else self.session
+        return LatentCondition(shape, self.dtype, self.device, partial(self._velocity, session), form)
+
+    def _velocity(
+        self, session: Session, latents: torch.Tensor, cond_latents: torch.Tensor, *rows: torch.Tensor
+    ) -> torch.Tensor:
+        velocity = session(latents.to(self.dtype), cond_latents, *rows)[0]
+        # A session may answer in memory of its own, which its next call writes over.
+        return velocity.clone() if self.manifest.kind == "onnx" and self.device.type == "cuda" else velocity
+
+    def workspace(self, shape: Shape) -> int:
+        """Bytes of one branch kind's activations; a half more than the packed step takes a row, as nothing is reused
+        on purpose.
+        """
+        rows = shape.queries * (shape.cond_frames + shape.target_frames) * shape.frame_tokens
+        width = 8 * self.config.hidden_size + 4 * self.config.mlp_size
+        return rows * width * self.dtype.itemsize
+
+    def running(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+
+class ArtifactVAE:
+    """An artifact's encoder and decoder with the methods of `lavin_rt.vae.model.STVAE` that a pipeline calls.
+
+    Pictures, and clips of the lengths that were exported; a clip's parts are loaded when one comes.
+    """
+
+    def __init__(self, manifest: Manifest, device: torch.device, open_part: Callable[[str], Session]):
+        self.manifest, self.device, self.dtype = manifest, device, manifest.dtype
+        self.fingerprint = manifest.vae_fingerprint
+        self._open = open_part
+        self._sessions = {name: open_part(name) for name in ("vae_encoder", "vae_decoder")}
+
+    def use(self, impl: str) -> ArtifactVAE:
+        """Itself: an artifact computes in one way."""
+        return self
+
+    def encode(
+        self,
+        pixels: torch.Tensor,
+        *,
+        tile: int | str | None = None,
+        chunk: int | None = None,
+        batch: int | None = None,
+    ) -> Posterior:
+        """The posterior of `[N, 3, T, H, W]`; arguments as `STVAE.encode`, `batch` aside, as it runs one at a time.
+
+        Raises:
+            InputError: clips of a length, or pictures of a size, that the artifact was not exported for.
+        """
+        axes = encode_axes(pixels.shape, tile, chunk)
+        moments = self._run("vae_encoder", pixels, axes, lambda frames: frames)
+        mean, logvar = moments.chunk(2, dim=1)
+        return Posterior(mean, logvar)
+
+    def decode(
+        self,
+        latents: torch.Tensor,
+        *,
+        tile: int | str | None = None,
+        chunk: int | None = None,
+        batch: int | None = None,
+    ) -> torch.Tensor:
+        """Pixels of raw latents `[N, 16, t, h, w]`; arguments as `STVAE.decode`, `batch` aside.
+
+        Raises:
+            InputError: as `encode`.
+        """
+        axes = decode_axes(latents.shape, tile, chunk)
+        return self._run("vae_decoder", latents, axes, lambda frames: 1 + 4 * (frames - 1))
+
+    def _run(
+        self, part: str, x: torch.Tensor, axes: list[Axis] | None, frames_of: Callable[[int], int]
+    ) -> torch.Tensor:
+        def run(piece: torch.Tensor) -> torch.Tensor:
+            session = self._session(part, frames_of(piece.shape[2]))
+            return torch.cat(session(piece.to(self.device, self.dtype).contiguous()), dim=1)
+
+        results = [run(item) if axes is None else blended(run, item, axes) for item in x.split(1)]
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _session(self, part: str, frames: int) -> Session:
+        name = part if frames == 1 else f"{part}_clip{frames}"
+        if name not in self.manifest.parts:
+            lengths = sorted(int(n.removeprefix(f"{part}_clip") or 0) if "clip" in n else 1 for n in self._parts(part))
+            raise InputError(
+                f"{self.manifest.folder} takes clips of {', '.join(map(str, lengths))} frames, not {frames}; "
+                f"export it with --clip-frames {frames}"
+            )
+        if name not in self._sessions:
+            self._sessions[name] = self._open(name)
+        return self._sessions[name]
+
+    def _parts(self, part: str) -> list[str]:
+        return [name for name in self.manifest.parts if name.startswith(part)]

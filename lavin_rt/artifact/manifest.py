@@ -1,0 +1,346 @@
+"""The manifest of an artifact: a folder with one model compiled for ONNX Runtime, TensorRT or AOTInductor.
+
+An artifact may come from anyone: whatever its manifest says is checked here before a file of it is opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import stat
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavin_rt.artifact.sizes import parse_size, ranges_of, shown
+from lavin_rt.devices import DTYPES
+from lavin_rt.dit.config import DiTConfig
+from lavin_rt.errors import InputError
+from lavin_rt.files import Progress
+
+FORMAT, VERSION = "lavin-rt artifact", 1
+NAME = "manifest.json"
+KINDS = ("onnx", "tensorrt", "aoti")
+KINDS_OF_CODE = ("tensorrt", "aoti")
+MODULATION = "modulation.safetensors"
+PARTS = ("denoiser", "vae_encoder", "vae_decoder")
+MAX_BYTES = 16 * 2**20
+BLOCK = 4 * 2**20
+# Options of TensorRT exports that only 0.1 had; its plans with one of them are not run.
+ONLY_IN_0_1 = ("plugins", "refit", "strip_plan", "weight_streaming", "version_compatible")
+
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_PART = re.compile(r"denoiser|vae_(?:encoder|decoder)(?:_clip[0-9]{1,4})?")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Manifest:
+    """What an artifact is.
+
+    Attributes:
+        folder: where it lies.
+        kind: "onnx", "tensorrt" or "aoti".
+        dtype: that the networks compute in.
+        config: the transformer's.
+        vae_fingerprint: of the VAE, as `lavin_rt.pictures.context.vae_fingerprint`.
+        latent_scaling: {"shift", "scale"} between the VAE and the transformer.
+        size: of the pictures that the checkpoint was trained on, pixels a side.
+        target: {"device": "any", "cpu" or "cuda", "compute_capability": [major, minor] or None}.
+        schedules: numbers of knots that the modulation file has.
+        parts: by name ("denoiser", "vae_encoder", "vae_decoder", "vae_encoder_clip5", ...) {"file", "weights": [files],
+            "inputs", "outputs": [{"name", "dtype", "shape"}], "ranges"}. A shape's items are numbers, names of sizes
+            such as "batch", or multiples of one ("8*rows"); "ranges" gives the least and the most of every name, or is
+            a list of such maps of which one has to fit.
+        files: {"sha256", "bytes"} of every file but the manifest itself.
+        versions, source, options, verification: of the export, for the record.
+    """
+
+    folder: Path
+    kind: str
+    dtype: torch.dtype
+    config: DiTConfig
+    vae_fingerprint: str
+    latent_scaling: dict[str, float]
+    size: int
+    target: dict[str, Any]
+    schedules: tuple[int, ...]
+    parts: dict[str, dict[str, Any]]
+    files: dict[str, dict[str, Any]]
+    versions: dict[str, str]
+    source: dict[str, Any]
+    options: dict[str, Any]
+    verification: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike) -> Manifest:
+        """Reads and checks a folder's manifest; opens no other file.
+
+        Raises:
+            InputError: no manifest, one of another format or version, or one that contradicts itself.
+        """
+        folder = Path(folder)
+        path = folder / NAME
+        values = _read_json(path)
+        if values.get("format") != FORMAT:
+            raise InputError(f"{path} is not of a lavin-rt artifact (its format is {shown(values.get('format'))})")
+        if values.get("version") != VERSION:
+            raise InputError(
+                f"{path} is of version {shown(values.get('version'))}, this package reads {VERSION}; export it again"
+            )
+        try:
+            return cls(folder=folder, **_parsed(values))
+        except InputError as error:
+            raise InputError(f"{path}: {error}; export it again") from None
+
+    def check_files(self, progress: Progress | None = None) -> None:
+        """Compares every file with its size and hash.
+
+        Args:
+            progress: called with (bytes read, bytes in all), from one thread at a time.
+
+        Raises:
+            InputError: a file that is missing, no plain file, or not the one that was exported.
+        """
+        for name, entry in self.files.items():
+            self._check_file(name, entry["bytes"])
+        total, done, lock = sum(entry["bytes"] for entry in self.files.values()), 0, threading.Lock()
+
+        def add(count: int) -> None:
+            nonlocal done
+            with lock:
+                done += count
+                if progress is not None:
+                    progress(done, total)
+
+        with ThreadPoolExecutor(max_workers=2) as pool:  # hashing releases the interpreter
+            digests = pool.map(lambda name: file_sha256(self.folder / name, add), self.files)
+            for (name, entry), digest in zip(self.files.items(), digests, strict=True):
+                if digest != entry["sha256"]:
+                    raise InputError(
+                        f"{self.folder / name} is not the file that was exported (SHA-256 {digest[:12]}..., the "
+                        f"manifest has {entry['sha256'][:12]}...); export or fetch the artifact again"
+                    )
+
+    def _check_file(self, name: str, size: int) -> None:
+        path = self.folder / name
+        try:
+            status = os.lstat(path)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise InputError(f"{path}: {reason}; the artifact is not complete, export or fetch it again") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path} is no plain file; an artifact holds neither links nor devices: copy the file")
+        if status.st_size != size:
+            raise InputError(
+                f"{path} has {status.st_size:,} bytes, the manifest says {size:,}; export or fetch the artifact again"
+            )
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises an `InputError` where the artifact was made for another kind of device or another GPU."""
+        wanted = self.target["device"]
+        if wanted not in ("any", device.type):
+            raise InputError(
+                f"{self.folder} was exported for {wanted} and cannot run on {device}; "
+                f"choose --device {wanted} or export it for {device.type}"
+            )
+        capability = self.target.get("compute_capability")
+        if device.type != "cuda" or capability is None:
+            return
+        found = torch.cuda.get_device_capability(device)
+        if tuple(capability) == found:
+            return
+        raise InputError(
+            f"{self.folder} was exported for a GPU of compute capability {capability[0]}.{capability[1]}, {device} has "
+            f"{found[0]}.{found[1]}; export it on this machine"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What `lavin-rt info` shows."""
+        denoiser = self.parts["denoiser"]
+        shown = [
+            "; ".join(f"{name} {least} to {most}" for name, (least, most) in one.items()) for one in ranges_of(denoiser)
+        ]
+        checked = self.verification
+        sampling = checked.get("sampling")
+        return {
+            "artifact": str(self.folder),
+            "kind": self.kind,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "for": _target_text(self.target),
+            "exported from": self.source.get("name"),
+            **dataclasses.asdict(self.config),
+            "size": self.size,
+            "schedules": list(self.schedules),
+            "parts": list(self.parts),
+            "sizes (latents)": shown,
+            "bytes": sum(entry["bytes"] for entry in self.files.values()),
+            "vae_fingerprint": self.vae_fingerprint,
+            "versions": [f"{name} {version}" for name, version in self.versions.items()],
+            "verified": "yes" if checked.get("passed") is True else "no",
+            "sampling error": sampling.get("error") if isinstance(sampling, dict) else None,
+        }
+
+
+def is_artifact(path: str | os.PathLike) -> bool:
+    """Whether a path is a folder with a `manifest.json` that says it is an artifact (of whatever version)."""
+    path = Path(path)
+    if not (path / NAME).is_file():
+        return False
+    try:
+        return _read_json(path / NAME).get("format") == FORMAT
+    except InputError:
+        return False
+
+
+def file_sha256(path: str | os.PathLike, add: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file, 64 hexadecimal digits, read 4 MiB at a time; `add` is told the bytes of each time."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            if add is not None:
+                add(len(block))
+    return digest.hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        status = os.lstat(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; expected the manifest of an artifact") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path} is no plain file; an artifact holds neither links nor devices: copy the file")
+    if status.st_size > MAX_BYTES:
+        raise InputError(f"{path} has {status.st_size:,} bytes; no manifest is larger than {MAX_BYTES:,}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; expected the manifest of an artifact") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON ({type(error).__name__}); export or fetch the artifact again") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds {type(values).__name__}, expected a JSON object; export the artifact again")
+    return values
+
+
+def _parsed(values: dict[str, Any]) -> dict[str, Any]:
+    """A manifest's fields, checked."""
+    kind, dtype = values.get("kind"), values.get("dtype")
+    if kind not in KINDS:
+        raise InputError(f"kind is {shown(kind)}, expected one of {', '.join(KINDS)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise InputError(f"dtype is {shown(dtype)}, expected one of {', '.join(DTYPES)}")
+    config = DiTConfig.from_dict(_typed(values, "config", dict), "config")
+    files = _typed(values, "files", dict)
+    for name, entry in files.items():
+        check_file_name(name)
+        size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if type(size) is not int or size < 0 or not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise InputError(f"the entry of {name} is {shown(entry)}, expected its bytes and sha256")
+    if MODULATION not in files:
+        raise InputError(f"it lists no {MODULATION}")
+    parts = _typed(values, "parts", dict)
+    for name, part in parts.items():
+        _check_part(name, part, files)
+    missing = [name for name in PARTS if name not in parts]
+    if missing:
+        raise InputError(f"it has no part {', '.join(missing)}")
+    schedules = _typed(values, "schedules", list)
+    if not schedules or not all(type(steps) is int and 2 <= steps <= 1000 for steps in schedules):
+        raise InputError(f"schedules are {shown(schedules)}, expected numbers of knots")
+    scaling = _typed(values, "latent_scaling", dict)
+    if not all(isinstance(scaling.get(name), float | int) for name in ("shift", "scale")):
+        raise InputError(f"latent_scaling is {shown(scaling)}, expected shift and scale")
+    size = _typed(values, "size", int)
+    if size < 16 or size % 16:
+        raise InputError(f"size is {size}, expected a positive multiple of 16")
+    target = _typed(values, "target", dict)
+    capability = target.get("compute_capability")
+    pair = isinstance(capability, list) and len(capability) == 2 and all(type(number) is int for number in capability)
+    if target.get("device") not in ("any", "cpu", "cuda") or not (capability is None or pair):
+        raise InputError(f"target is {shown(target)}, expected a device and a compute capability")
+    options = _typed(values, "options", dict)
+    if kind == "tensorrt":
+        _check_options(options, target)
+    return {
+        "kind": kind,
+        "dtype": DTYPES[dtype],
+        "config": config,
+        "vae_fingerprint": _typed(values, "vae_fingerprint", str),
+        "latent_scaling": scaling,
+        "size": size,
+        "target": target,
+        "schedules": tuple(schedules),
+        "parts": parts,
+        "files": files,
+        "versions": {str(k): str(v) for k, v in _typed(values, "versions", dict).items()},
+        "source": _typed(values, "source", dict),
+        "options": options,
+        "verification": _typed(values, "verification", dict),
+    }
+
+
+def check_file_name(name: object) -> None:
+    """Raises an `InputError` unless `name` is a plain file name: no folder, nothing hidden, nothing special."""
+    if not isinstance(name, str) or not _FILE.fullmatch(name) or name == NAME:
+        raise InputError(f"it names the file {shown(name)}; expected plain names of files in its folder")
+
+
+def _check_part(name: str, part: Any, files: Mapping[str, Any]) -> None:
+    if not _PART.fullmatch(name):
+        raise InputError(f"the part {shown(name)} is unknown")
+    if not isinstance(part, dict):
+        raise InputError(f"part {name} is {shown(part)}, expected an object")
+    for file in [part.get("file"), *_typed(part, "weights", list)]:
+        check_file_name(file)
+        if file not in files:
+            raise InputError(f"part {name} needs {file}, which is not among the files")
+    sizes = set()
+    for role in ("inputs", "outputs"):
+        tensors = _typed(part, role, list)
+        if not tensors:
+            raise InputError(f"part {name} has no {role}")
+        for tensor in tensors:
+            shape = tensor.get("shape") if isinstance(tensor, dict) else None
+            if not isinstance(shape, list) or not isinstance(tensor.get("name"), str):
+                raise InputError(f"part {name} has {shown(tensor)} among its {role}")
+            if tensor.get("dtype") not in list(DTYPES):
+                raise InputError(f"part {name}: dtype of {tensor['name']} is {shown(tensor.get('dtype'))}")
+            names = {parse_size(item)[1] for item in shape if not (type(item) is int and item > 0)}
+            if role == "inputs":
+                sizes |= names
+            elif names - sizes:
+                raise InputError(f"part {name}: no input gives the size {', '.join(sorted(names - sizes))}")
+    ranges = part.get("ranges")
+    for one in ranges if isinstance(ranges, list) and ranges else [ranges]:
+        bounds = one.values() if isinstance(one, dict) else [None]
+        if not all(isinstance(b, list) and len(b) == 2 and all(type(n) is int and n > 0 for n in b) for b in bounds):
+            raise InputError(f"part {name} has the ranges {shown(ranges)}")
+
+
+def _check_options(options: Mapping[str, Any], target: Mapping[str, Any]) -> None:
+    given = [name for name in ONLY_IN_0_1 if options.get(name)]
+    if target.get("hardware_compatibility") is not None:
+        given.append("hardware_compatibility")
+    if given:
+        switches = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"it was made with {switches}, which only lavin-rt 0.1 had")
+
+
+def _typed(values: Mapping[str, Any], name: str, kind: type) -> Any:
+    if not isinstance(values.get(name), kind):
+        raise InputError(f"{name} is {shown(values.get(name))}, expected {kind.__name__}")
+    return values[name]
+
+
+def _target_text(target: Mapping[str, Any]) -> str:
+    capability = target.get("compute_capability")
+    text = "any device" if target["device"] == "any" else target["device"]
+    return text + (f", compute capability {capability[0]}.{capability[1]}" if capability else "")

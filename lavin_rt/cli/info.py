@@ -1,0 +1,156 @@
+"""`lavin-rt info`: what a checkpoint or an artifact is, and what this machine can run it with."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+
+import torch
+
+from lavin_rt.artifact.manifest import Manifest
+from lavin_rt.cli.main import print_json
+from lavin_rt.devices import gigabytes, resolve_device, resolve_dtype
+from lavin_rt.dit.config import PRESETS
+from lavin_rt.dit.packed import resolve_impl
+from lavin_rt.errors import InputError
+from lavin_rt.find.model import Artifact, Checkpoint, find_model
+
+
+def info(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    record: dict = {"machine": machine(device, dtype)}
+    checks = []
+    if options.self_check:
+        from lavin_rt.sampling.self_check import check_known_answers
+
+        checks += check_known_answers(device)
+    if options.checkpoint:
+        model = find_model(options.checkpoint, revision=options.revision, trust=getattr(options, "trust", False))
+        if isinstance(model, Artifact):
+            record["artifact"] = artifact(model, device, options.self_check)
+        else:
+            record["checkpoint"], more = checkpoint(options, model, device, dtype)
+            record["memory on a GPU"] = memory(model)
+            checks += more
+    if options.self_check:
+        record["self-check"] = [
+            {"name": check.name, "error": check.error, "allowed": check.allowed, "passed": check.passed}
+            for check in checks
+        ]
+    if options.json:
+        print_json(record)
+    else:
+        show(record)
+    if not all(check.passed for check in checks):
+        raise RuntimeError("the self-check failed: results of this machine cannot be trusted")
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> dict:
+    """Versions and the device that a run would take."""
+    released = PRESETS["lavin-dit-3.4b"]
+    described = {
+        "lavin-rt": importlib.metadata.version("lavin-rt"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "device": f"{device} ({_device_name(device)})",
+        "dtype": str(dtype).removeprefix("torch."),
+        "impl": resolve_impl("auto", device, released),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        described["compute capability"] = f"{major}.{minor}"
+        described["memory"] = f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} GiB"
+    return described
+
+
+def artifact(model: Artifact, device: torch.device, self_check: bool) -> dict:
+    """What an artifact is and whether it runs here; hashes its files for the self-check only, and loads none.
+
+    Raises:
+        InputError: a manifest that cannot be read, or with `self_check` a file that is not the one exported.
+    """
+    manifest = Manifest.read(model.folder)
+    record = {**manifest.record(), "artifact": model.source}
+    try:
+        manifest.check_device(device)
+        record["runs here"] = f"yes, on {device}"
+    except InputError as error:
+        record["runs here"] = f"no: {error}"
+    if self_check:
+        manifest.check_files()
+    record["files"] = "as exported" if self_check else "not checked (--self-check does)"
+    return record
+
+
+def checkpoint(
+    options: argparse.Namespace, files: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> tuple[dict, list]:
+    """What a checkpoint holds; loads its weights for the self-check only."""
+    from lavin_rt.checkpoint.load import describe, load_dit
+
+    described = describe(files)
+    impl = resolve_impl(options.impl, device, described.config)
+    record = {**described.record(), "impl": impl}
+    if not options.self_check:
+        return record, []
+    from lavin_rt.sampling.self_check import check_checkpoint
+
+    dit = load_dit(files.dit, device=device, dtype=dtype, strict=options.strict)
+    return record, [check_checkpoint(dit, impl)]
+
+
+def memory(files: Checkpoint) -> dict:
+    """What a first and a second picture take on a GPU in bfloat16, as predicted (`lavin_rt.sampling.memory`), with the released
+    autoencoder's shape.
+    """
+    from lavin_rt.checkpoint.header import picture_size
+    from lavin_rt.checkpoint.load import describe
+    from lavin_rt.checkpoint.tensors import SafetensorsFile
+    from lavin_rt.sampling.memory import PAIRS, predict
+    from lavin_rt.task import task_shape
+    from lavin_rt.vae.model import VAEConfig
+
+    size = picture_size(SafetensorsFile.open(files.dit))
+    stages = predict(describe(files).config, VAEConfig(), task_shape(1, PAIRS, 1, (size, size), guided=True))
+    last = stages[-1]
+    return {
+        "for": f"{size}x{size}, {PAIRS} pairs, bfloat16",
+        **{
+            stage.name: f"{gigabytes(stage.allocated)} GB allocated, {gigabytes(stage.reserved)} GB reserved"
+            for stage in stages
+        },
+        "at most": f"{gigabytes(last.peak_allocated)} GB allocated, {gigabytes(last.peak_reserved)} GB reserved",
+    }
+
+
+def show(record: dict) -> None:
+    """The record as aligned lines."""
+    for section, values in record.items():
+        print(section)
+        if isinstance(values, list):
+            for check in values:
+                verdict = "ok" if check["passed"] else "FAILED"
+                print(f"  {verdict}  {check['name']}: error {check['error']:.1e}, allowed {check['allowed']:.0e}")
+            continue
+        width = max(len(name) for name in values)
+        for name, value in values.items():
+            text = ", ".join(map(str, value)) if isinstance(value, list) else value
+            print(f"  {name:<{width}}  {'none' if text in ('', None) else text}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()

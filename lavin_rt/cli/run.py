@@ -1,0 +1,253 @@
+"""`lavin-rt run`: queries in, pictures out, with progress and a record."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lavin_rt.cli.main import print_json
+from lavin_rt.errors import InputError
+from lavin_rt.find.model import Artifact, Checkpoint, find_model, template_roots
+from lavin_rt.pictures import context as contexts
+from lavin_rt.pictures import images
+from lavin_rt.pipeline import Pipeline
+from lavin_rt.sampling.speeds import speed_of
+from lavin_rt.task import Result, Task, check_seed
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command; raises `InputError` for what cannot be used, before work is lost to it."""
+    queries = find_queries(options.query, options.clip)
+    outputs = output_paths(queries, options.output, options.grid)
+    speed = speed_of(options.speed)
+    knots = speed.knots(options.steps)
+    size = None if options.size is None else images.parse_size(options.size)
+    check_seed(options.seed, len(queries))
+    for query, output in zip(queries, outputs, strict=True):
+        # Read once to be checked and once to be answered: many large pictures need not be in memory together.
+        clip = images.load_clip(query)
+        images.check_clip_frames(len(clip), str(query))
+        images.check_output(output, len(clip), tuple(clip.shape[-2:]) if options.keep_size else size)
+        if options.grid:
+            images.check_output(grid_path(output), len(clip))
+    if options.save_context:
+        if not options.save_context.endswith(".safetensors"):
+            raise InputError(f"--save-context {options.save_context}: expected a name ending in .safetensors")
+        images.check_writable(options.save_context)
+    if options.tile is not None and (options.tile < 64 or options.tile % 16):
+        raise InputError(f"--tile is {options.tile}; expected a multiple of 16 from 64 on, in pixels")
+    if options.chunk is not None and options.chunk < 3:
+        raise InputError(f"--chunk is {options.chunk}; expected at least 3 latent frames")
+
+    progress = Progress(quiet=options.quiet or options.json)
+    began = time.perf_counter()
+    with progress.bar("loading", "B") as loading:
+        checkpoint = find_model(options.checkpoint, options.revision, options.trust, progress=loading)
+        check_task(options, checkpoint)
+        pipe = Pipeline.from_pretrained(
+            checkpoint,
+            device=options.device,
+            dtype=options.dtype,
+            impl=options.impl,
+            compile=options.compile,
+            graphs=not options.no_graphs,
+            tile=options.tile and options.tile // 8,
+            chunk=options.chunk,
+            strict=options.strict,
+            trust=options.trust,
+            progress=loading,
+        )
+    loaded = time.perf_counter()
+    task = pipe.task(
+        options.task,
+        pairs=options.pairs,
+        size=size,
+        seed=options.seed,
+        repeats=options.repeats,
+        posterior=options.posterior,
+    )
+    if options.save_context:
+        task.context.save(options.save_context)
+    encoded = time.perf_counter()
+    together = task.batch_size(len(queries), options.batch_size, options.guidance, speed)
+    # On a bar of its own, as compilation and capture may take longer than the sampling.
+    with progress.bar("preparing", " batches") as preparing:
+        preparing(0, 1)
+        task.prepare(together, options.steps, options.guidance, speed)
+        preparing(1, 1)
+    prepared = time.perf_counter()
+    seeds = answer(task, queries, outputs, together, options, progress)
+    seconds = {
+        "loading": loaded - began,
+        "context": encoded - loaded,
+        "preparing": prepared - encoded,
+        "queries": time.perf_counter() - prepared,
+    }
+    report(options, task, queries, outputs, seeds, seconds, knots.tolist())
+
+
+def check_task(options: argparse.Namespace, checkpoint: Checkpoint | Artifact) -> None:
+    """Finds what is wrong with the task before minutes go into reading weights."""
+    if options.task.endswith(".safetensors"):
+        contexts.EncodedContext.load(options.task)
+        return
+    folder = contexts.find_task(options.task, template_roots(checkpoint))
+    contexts.choose_pairs(contexts.read_template(folder), options.pairs, options.seed, options.repeats)
+
+
+def answer(
+    task: Task,
+    queries: list[Path],
+    outputs: list[Path | str],
+    together: int,
+    options: argparse.Namespace,
+    progress: Progress,
+) -> list[int | None]:
+    """Answers all queries, so many together, under one bar that counts steps; what is done is written at once.
+
+    Returns the seeds.
+    """
+    runs, done, seeds = -(-len(queries) // together), 0, []
+    with progress.bar("sampling", " steps") as sampling:
+
+        def callback(step: int, evaluations: int, latents: object) -> None:
+            nonlocal done
+            done += 1
+            sampling(done, runs * evaluations)
+
+        for first in range(0, len(queries), together):
+            some = slice(first, first + together)
+            clips = [images.load_clip(query) for query in queries[some]]
+            results = task.run(
+                # A clip is [T, 3, H, W]; as an array it is given as [T, H, W, 3].
+                [clip.permute(0, 2, 3, 1).numpy() for clip in clips],
+                steps=options.steps,
+                guidance=options.guidance,
+                seed=options.seed + first,
+                batch_size=together,
+                keep_size=options.keep_size,
+                callback=callback,
+                speed=options.speed,
+            )
+            for result, clip, output in zip(results, clips, outputs[some], strict=True):
+                images.save_picture(result.frames, output)
+                if options.grid:
+                    images.save_picture(grid_of(task, clip, result), grid_path(output))
+                seeds.append(result.seed)
+    return seeds
+
+
+def find_queries(given: list[str], clip: bool) -> list[Path]:
+    """The query pictures: what was given, and of folders (unless they are clips) the pictures in them."""
+    queries: list[Path] = []
+    for name in given:
+        # os.path.isdir takes names that no file can have, such as one of 300 characters, for not there.
+        if os.path.isdir(name) and not clip:
+            found = images.frame_files(name)
+            if not found:
+                raise InputError(f"{name}: no pictures in this folder; expected at least one query")
+            queries += found
+        else:
+            queries.append(Path(name))
+    return queries
+
+
+def output_paths(queries: list[Path], output: str, grid: bool) -> list[Path | str]:
+    """One output for every query: the file named, or files with the queries' names in the folder named."""
+    one_file = bool(Path(output).suffix) and not output.endswith(os.sep) and not os.path.isdir(output)
+    if one_file and len(queries) > 1:
+        raise InputError(f"--output {output} is one file for {len(queries)} queries; give a folder such as results/")
+    paths: list[Path | str] = [output] if one_file else [Path(output) / f"{query.stem}.png" for query in queries]
+    written = [os.path.realpath(path) for path in [*paths, *(grid_path(path) for path in paths if grid)]]
+    for path in written:
+        if written.count(path) > 1:
+            raise InputError(f"two pictures would both be written to {path}; rename a query or run them apart")
+    for query in queries:
+        if os.path.realpath(query) in written:
+            raise InputError(f"{query}: the output would replace the query itself; give another --output")
+    return paths
+
+
+def grid_path(output: Path | str) -> Path:
+    """`depth.png` has its grid in `depth-grid.png`."""
+    path = Path(output)
+    return path.with_name(f"{path.stem}-grid{path.suffix or '.png'}")
+
+
+def grid_of(task: Task, clip, result: Result):
+    """Context inputs and the query above, their targets and the result below."""
+    if task.frames is None:
+        return images.grid([[clip], [result.frames]], size=task.size)
+    return images.grid(task.frames.rows(clip, result.frames), size=task.size)
+
+
+def report(
+    options: argparse.Namespace,
+    task: Task,
+    queries: list[Path],
+    outputs: list[Path | str],
+    seeds: list[int | None],
+    seconds: dict[str, float],
+    times: list[float],
+) -> None:
+    """Says what was done: a record in JSON, or a line for every picture and one for the time."""
+    pipe = task.pipeline
+    setting = {
+        "checkpoint": pipe.source,
+        "task": options.task,
+        "pairs": task.context.pairs,
+        "size": list(task.size),
+        "speed": options.speed,
+        "steps": len(times),
+        "times": [round(time, 6) for time in times],
+        "guidance": options.guidance,
+        "impl": pipe.impl,
+        "compile": pipe.compile,
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+    }
+    if options.json:
+        answers = [
+            {"query": str(query), "output": str(output), "seed": seed}
+            for query, output, seed in zip(queries, outputs, seeds, strict=True)
+        ]
+        rounded = {part: round(value, 4) for part, value in seconds.items()}
+        print_json({**setting, "results": answers, "seconds": rounded})
+    elif not options.quiet:
+        for output, seed in zip(outputs, seeds, strict=True):
+            print(f"{output}  seed {seed}")
+        parts = ", ".join(f"{part} {value:.2f} s" for part, value in seconds.items())
+        print(f"{parts}  (speed {options.speed}, impl {pipe.impl}, {setting['device']}, {setting['dtype']})")
+
+
+class Progress:
+    """Bars on stderr, shown where it is a terminal."""
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet
+
+    def bar(self, what: str, unit: str) -> _Bar:
+        return _Bar(what, unit, disable=True if self.quiet else None)
+
+
+class _Bar:
+    """A tqdm bar that is told where it stands: `bar(done, total)`."""
+
+    def __init__(self, what: str, unit: str, disable: bool | None):
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc=what, unit=unit, unit_scale=unit == "B", disable=disable, file=sys.stderr, leave=False)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self._update
+
+    def _update(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()

@@ -1,0 +1,89 @@
+"""`lavin-rt task add` and `task show`: tasks kept in one file."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from lavin_rt.cli.main import print_json
+from lavin_rt.cli.run import Progress
+from lavin_rt.errors import InputError
+from lavin_rt.find.model import find_model, template_roots
+from lavin_rt.pictures import context as contexts
+from lavin_rt.pictures import images
+from lavin_rt.pictures.packs import TaskPack, check_name
+
+MOST_PAIRS = 8
+
+
+def add(options: argparse.Namespace) -> None:
+    """Encodes pairs into a pack; raises `InputError` for what cannot be used, before weights are read."""
+    from lavin_rt.pipeline import Pipeline
+
+    if not options.output.endswith(".safetensors"):
+        raise InputError(f"--output {options.output}: expected a name ending in .safetensors")
+    images.check_writable(options.output)
+    given = re.sub(r"[^a-z0-9_-]+", "-", Path(options.output).stem.lower()).strip("-_")
+    name = check_name(given[:64] if options.name is None else options.name)
+    size = None if options.size is None else images.parse_size(options.size)
+    checkpoint = find_model(options.checkpoint, options.revision, options.trust)
+    pairs = find_pairs(options, template_roots(checkpoint))
+    with Progress(quiet=False).bar("loading", "B") as loading:
+        pipe = Pipeline.from_pretrained(
+            checkpoint,
+            device=options.device,
+            dtype=options.dtype,
+            impl=options.impl,
+            strict=options.strict,
+            trust=options.trust,
+            progress=loading,
+        )
+    pack = TaskPack.of(pipe.task(pairs, size=size), name, options.words)
+    pack.save(options.output)
+    print(f"{options.output}  {described(pack)}")
+
+
+def find_pairs(options: argparse.Namespace, roots) -> list[contexts.Pair]:
+    """The pairs named on the command line: of a folder or task, or pictures input, target, input, target, ..."""
+    named = options.pairs_from
+    if len(named) == 1:
+        pairs = contexts.read_template(contexts.find_task(named[0], roots))
+        return contexts.choose_pairs(pairs, options.pairs or min(MOST_PAIRS, len(pairs)), options.seed)
+    if options.pairs is not None:
+        raise InputError("--pairs chooses from a folder; pictures are used whole, leave it out")
+    if len(named) % 2:
+        raise InputError(f"{len(named)} pictures; expected pairs: input target input target ...")
+    return [contexts.Pair(str(i // 2), *named[i : i + 2]) for i in range(0, len(named), 2)]
+
+
+def show(options: argparse.Namespace) -> None:
+    """Says what is in a pack, and writes its pairs as a sheet where that is asked for."""
+    pack = TaskPack.load(options.pack)
+    if options.output:
+        if pack.thumbnails is None:
+            raise InputError(f"{options.pack}: has no pictures of its pairs; make it anew with lavin-rt task add")
+        images.save_picture(images.grid([list(pack.thumbnails[0::2]), list(pack.thumbnails[1::2])]), options.output)
+    if options.json:
+        print_json(
+            {
+                "name": pack.name,
+                "words": pack.words,
+                "pairs": pack.context.pairs,
+                "size": list(pack.context.size),
+                "frames": pack.context.frames_per_clip,
+                "posterior": pack.context.posterior,
+                "vae_fingerprint": pack.context.vae_fingerprint,
+                "thumbnails": pack.thumbnails is not None,
+            }
+        )
+    else:
+        print(f"{options.pack}  {described(pack)}")
+
+
+def described(pack: TaskPack) -> str:
+    """A pack in one line."""
+    context = pack.context
+    clips = f", clips of {context.frames_per_clip} frames" if context.frames_per_clip > 1 else ""
+    pairs = f"{context.pairs} pair{'s' * (context.pairs != 1)} at {context.size[0]}x{context.size[1]}{clips}"
+    return f"{pack.name}: {pairs}" + (f"  ({pack.words})" if pack.words else "")

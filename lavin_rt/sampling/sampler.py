@@ -1,0 +1,89 @@
+"""Sampling from latents to latents, for one condition at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from lavin_rt.dit.layout import Shape
+from lavin_rt.dit.model import JDiT
+from lavin_rt.errors import InputError
+from lavin_rt.sampling.denoisers import make_network
+from lavin_rt.sampling.executor import Callback, Executor
+from lavin_rt.sampling.speeds import TASK, Speed, speed_of
+
+
+def sample(
+    dit: JDiT,
+    cond_latents: torch.Tensor,
+    noise: torch.Tensor,
+    steps: int | None = None,
+    guidance: float = 1.5,
+    impl: str = "auto",
+    query_frames: int = 1,
+    compile: bool = False,
+    callback: Callback | None = None,
+    speed: str | Speed = "exact",
+) -> torch.Tensor:
+    """Generates target latents for clean condition latents.
+
+    Args:
+        dit: the model.
+        cond_latents: `[B, 16, Tc, h, w]`, scaled latents `in1, target1, in2, target2, ..., query`.
+        noise: `[B, 16, Tx, h, w]`; both guidance branches start from it.
+        steps: knots of the published schedule, even, 4 to 136, 20 by default; the network is evaluated `steps - 1`
+            times. Not beside a speed that has a grid of its own.
+        guidance: classifier-free guidance scale; at 1.0 the null branch cancels and does not run.
+        impl: `"plain"`, `"torch"`, `"triton"` or `"auto"`.
+        query_frames: how many of the last condition frames are the query (more than one for clips).
+        compile: run the network through `torch.compile`.
+        callback: `(step, evaluations, latents)` after every step; raise `Cancelled`, or anything, in it to end the run.
+        speed: a name in `SPEEDS`, or a `Speed`; all but `exact` change the result by more than rounding.
+
+    Returns:
+        latents `[B, 16, Tx, h, w]` float32.
+
+    Raises:
+        InputError: shapes that do not belong together, a bad number of steps, an unknown `impl` or speed.
+        NonFiniteError: naming the step at which the latents stopped being finite.
+    """
+    speed = speed_of(speed)
+    knots = speed.knots(steps)
+    shape = dataclasses.replace(check_inputs(dit, cond_latents, noise, query_frames, guidance), kept=speed.keeps)
+    # For a single run a capture would cost more than it saves.
+    executor = Executor(make_network(dit, impl, compile), graphs=False)
+    frames = executor.embed(cond_latents)
+    context_rows = frames.shape[1] // shape.cond_frames * (shape.cond_frames - query_frames)
+    context, query = frames[:, :context_rows], frames[:, context_rows:]
+    keys = None
+    if speed.refresh == TASK:
+        keys = executor.context_keys(dataclasses.replace(shape, guided=False), context)
+    return executor.sample(shape, context, query, noise, knots, guidance, callback, speed, keys)
+
+
+def null_condition(cond_latents: torch.Tensor, query_frames: int = 1) -> torch.Tensor:
+    """The condition without its context: one zero frame and the query's frames, `[B, 16, 1 + query_frames, h, w]`."""
+    query = cond_latents[:, :, -query_frames:]
+    return torch.cat([torch.zeros_like(query[:, :, :1]), query], dim=2)
+
+
+def check_inputs(
+    dit: JDiT, cond_latents: torch.Tensor, noise: torch.Tensor, query_frames: int, guidance: float
+) -> Shape:
+    """The shape of a run, or an `InputError` that says which input does not fit."""
+    channels = dit.config.in_channels
+    for name, latents in (("cond_latents", cond_latents), ("noise", noise)):
+        if latents.dim() != 5 or latents.shape[1] != channels or not latents.is_floating_point():
+            raise InputError(
+                f"{name} is {latents.dtype} {list(latents.shape)}; expected floating point [B, {channels}, T, h, w]"
+            )
+    batch, _, frames, height, width = cond_latents.shape
+    if noise.shape[0] != batch or noise.shape[3:] != (height, width):
+        raise InputError(
+            f"noise is {list(noise.shape)}; expected [{batch}, {channels}, T, {height}, {width}], as cond_latents has"
+        )
+    if not math.isfinite(guidance):
+        raise InputError(f"guidance is {guidance}; expected a finite number, such as 1.5")
+    return Shape(batch, frames, query_frames, noise.shape[2], height, width, guided=guidance != 1.0)

@@ -1,0 +1,197 @@
+"""The benchmarks' own honesty: wrong results get no time, tables come from files. Nothing here is timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+
+from lavin_bench import report
+from lavin_bench.kernels.bench import WrongResult, check, relative_error, run
+from lavin_bench.kernels.cases import Setting, Variant, cases, settings
+from lavin_rt.cli.main import main
+from lavin_rt.dit.config import DiTConfig
+
+CPU = torch.device("cpu")
+TINY = Setting(32, 1, config=DiTConfig(hidden_size=48, depth=1, num_heads=2, kv_group=2))
+
+
+def test_every_case_is_right_on_the_cpu():
+    found = set()
+    reuse = dataclasses.replace(TINY, reuse=True)
+    for case in [*cases(TINY, CPU, torch.float32), *cases(reuse, CPU, torch.float32)]:
+        eager_only = dataclasses.replace(case, variants={"eager": case.variants["eager"]})
+        assert check(eager_only, torch.float32)["eager"] < 2e-6, case.name
+        assert case.bytes > 0 and case.skipped["ours"] == "the kernels need a CUDA device"
+        found.add(case.operator)
+    assert found == {
+        *("ada_rms_norm", "gated_residual", "gated_residual_ada_rms_norm", "qk_norm_rope", "swiglu"),
+        *("stream_linear", "joint_attention", "group_norm_silu", "spatial_norm_silu", "qk_norm_rope_into"),
+    }
+
+
+@pytest.mark.parametrize("fault", [lambda x: x * 1.01, lambda x: x.clone().fill_(float("nan")), torch.zeros_like])
+def test_a_wrong_result_gets_no_time(monkeypatch, fault, capsys):
+    def faulty_cases(*arguments):
+        for case in cases(*arguments):
+            right = case.variants["eager"]
+            wrong = Variant(lambda right=right: fault(right.call()), right.compared)
+            yield dataclasses.replace(case, variants={"eager": right, "ours": wrong})
+
+    monkeypatch.setattr("lavin_bench.kernels.bench.cases", faulty_cases)
+    record = run([TINY], CPU, torch.float32, "swiglu", repeats=1)
+    [failure] = record["failures"]
+    assert "swiglu [32 px, 1 pair, guided]: no times, wrong results: ours" in failure
+    assert not record["rows"] and " us" not in capsys.readouterr().out
+
+
+def test_a_wrong_baseline_is_found_too(monkeypatch):
+    [case] = [case for case in cases(TINY, CPU, torch.float32) if case.operator == "swiglu"]
+    with pytest.raises(WrongResult, match="eager"):
+        check(dataclasses.replace(case, variants={"eager": Variant(lambda: torch.ones(1))}), torch.float32)
+
+
+def test_relative_error_takes_the_worst_and_never_passes_nan():
+    truth = (torch.ones(4), torch.ones(4))
+    assert relative_error((torch.ones(4), torch.full((4,), 1.5)), truth) == pytest.approx(0.5)
+    assert relative_error((torch.ones(4), torch.full((4,), float("nan"))), truth) == float("inf")
+    with pytest.raises(WrongResult, match="1 results; expected 2"):
+        relative_error((torch.ones(4),), truth)
+
+
+def test_the_standard_run_has_the_published_work():
+    """10,240 + 3,072 rows and 23.17 TFLOP of attention in 22 blocks."""
+    [standard] = [s for s in settings(torch.device("cuda")) if s.size == 512 and not s.reuse]
+    branches = standard.layout(CPU).branches
+    lens = [cond + x for cond, x in zip(branches.cond_lens, branches.x_lens, strict=True)]
+    assert lens == [10240, 3072]
+    attention = 22 * sum(4 * rows * rows * 2304 for rows in lens)
+    assert attention / 1e12 == pytest.approx(23.17, abs=0.01)
+    assert len(settings(torch.device("cuda"), full=True)) == 18
+
+
+RECORD = {
+    "kind": "kernels",
+    "header": {
+        "device": "Some GPU",
+        "dtype": "bfloat16",
+        "torch": "2.13.0",
+        "date": "2026-01-02T03",
+        "commit": "a" * 40,
+    },
+    "rows": [
+        {
+            "operator": "joint_attention",
+            "setting": "512 px",
+            "variant": "ours",
+            "seconds": {"median": 2e-3, "low": 1.9e-3, "high": 2.1e-3},
+            "rate": 500e12,
+            "unit": "FLOP/s",
+            "share_of_ceiling": 0.63,
+            "relative_error": 2e-3,
+        }
+    ],
+}
+
+
+def test_report_fills_the_readme_from_files(tmp_path):
+    (tmp_path / "gpu.json").write_text(json.dumps(RECORD))
+    text = "before\n<!-- results: gpu.json -->\nstale\n<!-- end -->\nafter\n"
+    filled = report.fill(text, tmp_path)
+    assert "stale" not in filled and filled.startswith("before\n") and filled.endswith("<!-- end -->\nafter\n")
+    assert "| `joint_attention`, 512 px | ours | 2000 µs (1900–2100) | 500 TFLOP/s | 63% | 2.0e-03 |" in filled
+    assert "Some GPU, bfloat16, torch 2.13.0, 2026-01-02, commit aaaaaaaaaa." in filled
+    assert report.fill(filled, tmp_path) == filled
+
+
+def test_the_readme_is_as_the_result_files_say():
+    readme = report.RESULTS.parents[1] / "README.md"
+    assert report.fill(readme.read_text()) == readme.read_text(), "run python -m lavin_bench.report --write README.md"
+
+
+def test_operators_that_do_not_exist_are_refused(capsys):
+    assert main(["bench", "kernels", "--operator", "nosuch"]) == 2
+    assert "nosuch" in capsys.readouterr().err
+
+
+def test_every_result_file_makes_a_table():
+    for path in report.RESULTS.glob("*.json"):
+        assert report.render(json.loads(path.read_text())).count("|") > 10, path.name
+
+
+def test_tuning_keeps_the_fastest_right_candidate(monkeypatch):
+    """With stand-ins for the device: a wrong candidate and one that raises are dropped, and the choice is by median."""
+    from lavin_bench.kernels import tune
+    from lavin_bench.timing import Timing
+
+    [case] = [case for case in cases(TINY, CPU, torch.float32) if case.operator == "swiglu"]
+    right = case.variants["eager"]
+
+    def ours():
+        block = tune.tuning.config("swiglu", CPU, torch.float32)["block"]
+        if block == 1:
+            raise RuntimeError("out of shared memory")
+        return right.call() * (1.1 if block == 2 else 1.0)
+
+    case = dataclasses.replace(case, variants={"eager": right, "ours": Variant(ours)})
+    listed = [{"block": block, "num_warps": 1} for block in (1, 2, 3, 4)]
+    monkeypatch.setattr(tune, "candidates", lambda kernel, capability: listed)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def measured(calls, *arguments, **options):
+        return {name: Timing.of([1.0 if "block=4 " in name else 2.0]) for name in calls}
+
+    monkeypatch.setattr(tune, "measure", measured)
+    found = tune.tune("swiglu", case, CPU, torch.float32, repeats=1)
+    assert found["best"] == {"block": 4, "num_warps": 1}
+    assert found["dropped"] == {
+        "block=1 num_warps=1": "RuntimeError: out of shared memory",
+        "block=2 num_warps=1": "wrong result, error 1.0e-01",
+    }
+    assert len(found["times"]) == 3  # today's configuration and two candidates
+
+
+def test_candidates_that_end_or_hold_up_their_process_are_dropped_with_the_reason(monkeypatch):
+    """Two processes: one aborts at its second candidate, one never returns from its first."""
+    from lavin_bench.kernels import tune
+
+    program = (
+        "import json, os, sys, time\n"
+        "for kernel, candidate in json.loads(sys.argv[1]):\n"
+        "    if candidate['block'] == 3: os.abort()\n"
+        "    if candidate['block'] == 2: time.sleep(60)\n"
+        "    print(json.dumps({'said': 'wrong' * (candidate['block'] == 1)}), flush=True)\n"
+    )
+    popen = tune.subprocess.Popen
+    monkeypatch.setattr(
+        tune.subprocess,
+        "Popen",
+        lambda command, **options: popen([sys.executable, "-c", program, command[-1]], **options),
+    )
+    monkeypatch.setattr(tune, "candidates", lambda kernel, capability: [{"block": block} for block in (1, 2, 3, 4, 5)])
+    found = tune.tried(["swiglu"], CPU, torch.float32, workers=2, seconds=3)
+    silent = "ended or held up its process"
+    assert found == {
+        "swiglu": {"block=1": "wrong", "block=2": silent, "block=3": silent, "block=4": "not reached"}
+        | {"block=5": "not reached"}
+    }
+
+
+def test_every_tuned_kernel_has_candidates_and_a_case():
+    from lavin_bench.kernels.tune import KERNELS, candidates
+    from lavin_kernels import tuning
+
+    operators = {case.operator for case in cases(TINY, CPU, torch.float32)}
+    for kernel, (_, operator) in KERNELS.items():
+        assert operator in operators
+        keys = {frozenset(candidate) for candidate in candidates(kernel, tuning.CPU_CAPABILITY)}
+        today = frozenset(tuning.config(kernel, CPU, torch.bfloat16))
+        assert today in keys, f"{kernel}: candidates with {keys}, today {today}"
+
+
+def test_tuning_without_a_gpu_is_refused(capsys):
+    assert main(["bench", "tune", "--device", "cpu"]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err

@@ -1,0 +1,98 @@
+"""Task packs: made, shown, and taken wherever an encoded context is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_cli import write_picture, write_template
+
+from lavin_rt.cli.main import main
+from lavin_rt.errors import InputError
+from lavin_rt.pictures.context import EncodedContext
+from lavin_rt.pictures.packs import TaskPack, check_name, first_pairs
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    text = str(error.value)
+    assert text and "\n" not in text
+    return text
+
+
+def encoded(pairs: int = 2) -> EncodedContext:
+    latents = torch.randn(1, 16, 2 * pairs, 4, 6, generator=torch.Generator().manual_seed(0))
+    return EncodedContext(latents, "ab" * 16, (32, 48), "mean", pairs, 1)
+
+
+def test_a_pack_is_an_encoded_context_with_more_in_it(tmp_path):
+    path = tmp_path / "My Task!.safetensors"
+    thumbnails = torch.arange(4 * 3 * 8 * 12).remainder(256).to(torch.uint8).reshape(4, 3, 8, 12)
+    TaskPack(encoded(), "cracks", "finds cracks", thumbnails).save(path)
+    pack = TaskPack.load(path)
+    assert (pack.name, pack.words) == ("cracks", "finds cracks") and torch.equal(pack.thumbnails, thumbnails)
+    assert torch.equal(EncodedContext.load(path).latents, encoded().latents)
+    encoded().save(path)
+    plain = TaskPack.load(path)
+    assert plain.name == "my-task" and plain.words == "" and plain.thumbnails is None
+
+
+def test_the_first_pairs_of_a_context():
+    whole = encoded(3)
+    two = first_pairs(whole, 2)
+    assert two.pairs == 2 and torch.equal(two.latents, whole.latents[:, :, :4])
+    for count in (0, 4):
+        with pytest.raises(InputError, match="3 are there"):
+            first_pairs(whole, count)
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "A", "a b", "x" * 65, "-a", "a\n"])
+def test_names_that_are_none(name):
+    with pytest.raises(InputError) as error:
+        check_name(name)
+    assert "small letters" in one_line(error)
+
+
+def test_damaged_thumbnails(tmp_path):
+    from safetensors import safe_open
+
+    path = tmp_path / "a.safetensors"
+    TaskPack(encoded(), "a", "", torch.zeros(4, 3, 8, 8, dtype=torch.uint8)).save(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({**load_file(path), "thumbnails": torch.zeros(3, 3, 8, 8, dtype=torch.uint8)}, path, metadata)
+    with pytest.raises(InputError) as error:
+        TaskPack.load(path)
+    assert "thumbnails" in one_line(error)
+
+
+def test_add_show_and_run(tmp_path, capsys):
+    folder, pack = write_template(tmp_path / "pairs", 3), tmp_path / "mine.safetensors"
+    assert main(["task", "add", str(folder), "-o", str(pack), "--words", "of noise", "--size", "32"]) == 0
+    assert "mine: 3 pairs at 32x32  (of noise)" in capsys.readouterr().out
+    assert main(["task", "show", str(pack), "--json", "-o", str(tmp_path / "sheet.png")]) == 0
+    assert json.loads(capsys.readouterr().out)["pairs"] == 3 and (tmp_path / "sheet.png").exists()
+    query = write_picture(tmp_path / "query.png", 9)
+    run = ["run", "--query", str(query), "--steps", "4", "-q"]
+    assert main([*run, "--task", str(pack), "-o", str(tmp_path / "packed.png")]) == 0
+    given = [str(folder / f"{i}_{role}.png") for i in range(2) for role in ("input", "target")]
+    assert main(["task", "add", *given, "-o", str(pack), "--name", "two"]) == 0
+    assert "two: 2 pairs at 64x64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["depth", "-o", "x.png"], ".safetensors"),
+        (["a.png", "b.png", "c.png", "-o", "x.safetensors"], "3 pictures"),
+        (["a.png", "b.png", "-o", "x.safetensors", "--pairs", "1"], "leave it out"),
+        (["nothing-like-it", "-o", "x.safetensors"], "unknown task"),
+        (["depth", "-o", "x.safetensors", "--name", "A B"], "small letters"),
+    ],
+)
+def test_packs_that_cannot_be_made(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["task", "add", *arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert words in line and not (tmp_path / "x.safetensors").exists()

@@ -1,0 +1,22 @@
+"""Checks in a process of their own, one version of TensorRT's bindings in each: `trt_scenarios.py FOLDER NAME`.
+
+Prints one JSON object with what was found; fails with a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from support import trt_bindings
+
+
+def main(folder: str, name: str, *arguments: str) -> None:
+    trt = trt_bindings.import_bindings(Path(folder))
+    module = __import__(f"trt_{name}")
+    print(json.dumps(module.scenario(trt, *arguments)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
