@@ -1,37 +1,13 @@
-"""Fixtures: the golden tensors, which are inputs and outputs of the original model."""
+"""Fixtures that all tests share."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from support.golden import GOLDEN
 
 from lavin_rt.checkpoint.load import load_dit
 from lavin_rt.dit.model import JDiT
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def golden_cases(name: str, kind: str = "") -> dict[str, dict[str, torch.Tensor]]:
-    """The numbered cases of a golden file that start with `kind`, such as `{"forward0": {"latents": ..., ...}}`."""
-    cases: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(GOLDEN / f"{name}_cases.safetensors").items():
-        case, tensor = key.split(".")
-        if case.startswith(kind):
-            cases.setdefault(case, {})[tensor] = value
-    return cases
-
-
-def case_names(names: list[str], kind: str) -> list[tuple[str, str]]:
-    """Every (file, case) of a kind, to parametrise over."""
-    return [(name, case) for name in names for case in sorted(golden_cases(name, kind))]
-
-
-def relative_error(result: torch.Tensor, truth: torch.Tensor) -> float:
-    """`||result - truth|| / ||truth||` in float64."""
-    return ((result.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,10 @@ from lavin_kernels import tuning
 MINUTES = 9.5
 GRACE = 8.0  # seconds between the request to end and the kill
 TUNED = "tuned.json"
-FIRST_TESTS = ("joint_attention_gpu", "executor_gpu", "stream_linear", "golden_triton")
+FIRST_TESTS = (
+    "kernels/test_joint_attention_gpu.py", "sampling/test_executor_gpu.py", "kernels/test_stream_linear.py",
+    "kernels/test_golden_triton.py",
+)  # fmt: skip
 SLOWER = ("exact savings",)  # rungs of the waterfall that a short visit leaves out
 
 
@@ -76,9 +79,9 @@ class Part:
 
 def _tests(visit: Visit, save: Save, first: bool) -> None:
     """The GPU tests, in parallel where pytest-xdist is there: compiling takes most of their time."""
-    names = [f"tests/test_{name}.py" for name in FIRST_TESTS]
+    names = [f"tests/{name}" for name in FIRST_TESTS]
     files = (
-        names if first else [str(path) for path in sorted(Path("tests").glob("test_*.py")) if str(path) not in names]
+        names if first else [str(path) for path in sorted(Path("tests").rglob("test_*.py")) if str(path) not in names]
     )
     parallel = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     log = visit.folder / ("tests-first.log" if first else "tests.log")

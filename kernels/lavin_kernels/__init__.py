@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
-import types
 from typing import TYPE_CHECKING, Any
+
+from lavin_kernels.table import OPERATORS
 
 if TYPE_CHECKING:
     from lavin_kernels.branches import Branches
@@ -38,40 +38,17 @@ __all__ = [
     "swiglu",
 ]
 
-_MODULES = {
-    "Branches": "branches",
-    "ada_rms_norm": "ada_norm",
-    "gated_residual": "ada_norm",
-    "gated_residual_ada_rms_norm": "ada_norm",
-    "group_norm_silu": "group_norm",
-    "joint_attention": "joint_attention",
-    "joint_attention_with_lse": "joint_attention",
-    "qk_norm_rope": "qk_norm_rope",
-    "qk_norm_rope_into": "qk_norm_rope_into",
-    "spatial_norm_silu": "spatial_norm",
-    "stream_linear": "stream_linear",
-    "swiglu": "swiglu",
-}
-
-
-class _Package(types.ModuleType):
-    """Keeps `lavin_kernels.swiglu` the function: the import system would put the module of that name in its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _MODULES and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name == "Branches":
+        home = "branches"
+    elif name not in OPERATORS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _MODULES[name]
-    if module != "branches" and importlib.util.find_spec("triton") is None:
-        module = "reference_vae" if module in ("group_norm", "spatial_norm") else "reference"
-    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    elif importlib.util.find_spec("triton") is None:
+        home = f"reference.{OPERATORS[name].reference}"
+    else:
+        home = f"ops.{OPERATORS[name].module}"
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
     return value
 

@@ -105,8 +105,8 @@ def checkpoint(
 
 
 def memory(files: Checkpoint) -> dict:
-    """What a first and a second picture take on a GPU in bfloat16, as predicted (`lavin_rt.sampling.memory`), with the released
-    autoencoder's shape.
+    """What a first and a second picture take on a GPU in bfloat16, as predicted (`lavin_rt.sampling.memory`),
+    with the released autoencoder's shape.
     """
     from lavin_rt.checkpoint.header import picture_size
     from lavin_rt.checkpoint.load import describe

@@ -23,7 +23,7 @@ It knows scenes of spheres, boxes and cylinders at 64 x 64 pixels, not the world
   processes by FSDP2, or low-rank adapters.
 * `measures`: the paper's figures. `lavin-rt bench quality` draws the held-out queries and sets the yardsticks.
 
-`python -m lavin_rt.mini.train.__main__ --output DIR --cache DIR` trains from nothing, goes on where it stopped, or goes on from
+`python -m lavin_rt.mini.train --output DIR --cache DIR` trains from nothing, goes on where it stopped, or goes on from
 given weights (`--warm-start`).
 
 **The shipped weights are older than the trainer and most tasks.** They are of the sixteen tasks that have a folder in

@@ -1,7 +1,7 @@
 """Task packs: a task in one file, its encoded context with a name, words and small pictures of its pairs.
 
-A pack is an encoded context (`lavin_rt.pictures.context.EncodedContext`) with more in it, so that whatever takes the one takes
-the other: `lavin-rt run --task mytask.safetensors`, `Pipeline.task("mytask.safetensors")`, `lavin-rt serve`, `map`.
+A pack is an encoded context (`EncodedContext`) with more in it, so that whatever takes the one takes the other:
+`lavin-rt run --task mytask.safetensors`, `Pipeline.task("mytask.safetensors")`, `lavin-rt serve`, `map`.
 """
 
 from __future__ import annotations

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from support.golden import ROOT
 
 from lavin_bench import gpu_check, gpu_summary
 
@@ -108,7 +108,7 @@ def test_the_whole_script_runs_dry(tmp_path, monkeypatch):
     """All parts in their processes on a CPU, one of them with a limit that it cannot keep."""
     parts = {**gpu_check.PARTS, "kernels": dataclasses.replace(gpu_check.PARTS["kernels"], seconds=3.0)}
     monkeypatch.setattr(gpu_check, "PARTS", parts)
-    monkeypatch.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    monkeypatch.chdir(ROOT)
     names = [name for name in parts if name not in ("peers", "tests", "standard-tuned")]
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--dry-run", "--output", str(tmp_path), "--only", *names])
     assert gpu_check.main() == 1

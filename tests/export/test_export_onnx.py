@@ -61,7 +61,7 @@ def test_denoiser_sources_are_all_that_a_step_needs(golden_dit):
 
 @pytest.mark.parametrize("case", sorted(golden_cases("stvae")))
 def test_vae_modules(case):
-    case, vae = golden_cases("stvae")[case], load_vae(Path(__file__).parent / "golden" / "stvae.pt")
+    case, vae = golden_cases("stvae")[case], load_vae(Path(__file__).parents[1] / "golden" / "stvae.pt")
     frames = case["pixels"].shape[2]
     if frames % 4 != 1:
         pytest.skip("clips of a pipeline have 1 + 4 k frames")
@@ -263,7 +263,7 @@ def test_an_export_holds_few_weights_in_memory(tmp_path):
     """Three blocks of the released widths: weights of 1.1 GB written, of which no more than a few are held."""
     if not Path("/proc/self/status").exists():
         pytest.skip("resident memory is read from /proc, which is not here")
-    golden = str(Path(__file__).parent / "golden" / "stvae.pt")
+    golden = str(Path(__file__).parents[1] / "golden" / "stvae.pt")
     for job in ("write", "export"):
         done = subprocess.run(
             [sys.executable, "-c", MEASURE, tmp_path, golden, job], capture_output=True, text=True, check=False

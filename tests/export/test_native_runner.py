@@ -25,7 +25,7 @@ from lavin_rt.pictures import context as contexts
 from lavin_rt.pipeline import Pipeline
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")

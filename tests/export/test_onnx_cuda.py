@@ -8,7 +8,7 @@ import onnx_ir
 import pytest
 import torch
 from support.onnx_exports import golden_checkpoint
-from test_vae import SMALL
+from support.vae_shapes import SMALL
 
 from lavin_export.networks import vae as vae_parts
 from lavin_export.to_onnx import export as to_onnx

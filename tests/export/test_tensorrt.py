@@ -16,7 +16,7 @@ from support import trt_bindings
 
 pytestmark = pytest.mark.slow  # NVIDIA's wheels are fetched
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module", params=trt_bindings.VERSIONS)
@@ -26,8 +26,8 @@ def bindings(request) -> Path:
 
 def scenario(folder: Path, name: str, *arguments: str) -> dict:
     """What one of the scenarios found; its traceback where it fails."""
-    command = [sys.executable, str(HERE / "trt_scenarios.py"), str(folder), name, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    command = [sys.executable, "-m", "support.trt_scenarios", str(folder), name, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, cwd=TESTS)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.strip().splitlines()[-1])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDERS = {
     "lavin_kernels": "kernels/lavin_kernels",
     "lavin_rt": "lavin_rt",

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from support.golden import GOLDEN
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def call(*command: object, cwd: Path) -> str:

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.golden import GOLDEN, case_names, golden_cases, relative_error
+from support.golden import CASES as SPEEDS_OF_CASES
+from support.golden import DITS, GOLDEN, case_names, golden_cases, packed_forward, relative_error
 from support.kernel_checks import DEVICE, INTERPRETED, kernel_test, launches, run_under_interpreter
-from test_golden import DITS, packed_forward
-from test_speeds import CASES as SPEEDS_OF_CASES
 
 from lavin_rt.dit.model import JDiT
 from lavin_rt.sampling.sampler import sample

@@ -208,7 +208,7 @@ def test_public_names_are_functions_whatever_was_imported_first():
     code = (
         "import sys, lavin_kernels\n"
         "assert 'triton' not in sys.modules and 'lavin_kernels.ops.swiglu' not in sys.modules\n"
-        "import lavin_kernels.swiglu, lavin_kernels.stream_linear\n"
+        "import lavin_kernels.ops.swiglu, lavin_kernels.ops.stream_linear\n"
         "from lavin_kernels import *\n"
         "for name in lavin_kernels.__all__:\n"
         "    assert callable(getattr(lavin_kernels, name)), name\n"

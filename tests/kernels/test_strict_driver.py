@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -30,9 +29,8 @@ pytestmark = [
     ids=str,
 )
 def test_launches(capability, forms, kernels):
-    program = Path(__file__).with_name("triton_driver.py")
     run = subprocess.run(
-        [sys.executable, program, str(capability), forms, *kernels],
+        [sys.executable, "-m", "support.triton_driver", str(capability), forms, *kernels],
         capture_output=True, text=True, check=False, timeout=600,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip

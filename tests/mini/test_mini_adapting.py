@@ -25,7 +25,7 @@ from lavin_rt.mini.train.folders import folder_pools
 from lavin_rt.mini.train.sharded import TrainedDiT, adapt_, merged
 from lavin_rt.vae.model import STVAE, VAEConfig, scale_latents
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 PLAN = plan_of(6)
 
 
@@ -162,12 +162,12 @@ def test_presets_have_about_their_names_parameters(name: str, parameters: float)
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
     """Twenty steps to 1e-4, and as well when stopped in the middle."""
-    script = str(HERE / "sharded_training.py")
+    script = ["-m", "support.sharded_training"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([sys.executable, script, tmp_path / "one", "20"], check=True, cwd=HERE)
-    subprocess.run([*torchrun, script, tmp_path / "two", "20"], check=True, cwd=HERE)
+    subprocess.run([sys.executable, *script, tmp_path / "one", "20"], check=True, cwd=TESTS)
+    subprocess.run([*torchrun, *script, tmp_path / "two", "20"], check=True, cwd=TESTS)
     for steps in ("10", "20"):
-        subprocess.run([*torchrun, script, tmp_path / "parts", steps, "20"], check=True, cwd=HERE)
+        subprocess.run([*torchrun, *script, tmp_path / "parts", steps, "20"], check=True, cwd=TESTS)
     one, two, parts = (losses(tmp_path / name) for name in ("one", "two", "parts"))
     assert len(one) == 20 and one == pytest.approx(two, abs=1e-4) and one == pytest.approx(parts, abs=1e-4)
     first, second = (load_dit(tmp_path / name / "lavin_dit.safetensors") for name in ("one", "parts"))

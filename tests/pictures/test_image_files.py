@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from test_images import noise, one_line
+from support.pictures import noise, one_line
 
 from lavin_rt.errors import InputError
 from lavin_rt.pictures import images

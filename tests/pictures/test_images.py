@@ -4,31 +4,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from support.pictures import hwc, noise, one_line, untimed
 
 from lavin_rt.errors import InputError
 from lavin_rt.pictures import images
-
-# Nothing here is timed: neither examples nor their making.
-untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-def one_line(error) -> str:
-    """The message of an `InputError`, which has to fit on one line."""
-    message = str(error.value)
-    assert message and len(message.splitlines()) == 1
-    return message
-
-
-def noise(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def hwc(frames: torch.Tensor) -> np.ndarray:
-    return frames.movedim(-3, -1).numpy()
-
 
 # Reading
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_cli import write_picture, write_template
+from support.command import write_picture, write_template
 
 from lavin_rt.cli.main import main
 from lavin_rt.errors import InputError

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_images import hwc, noise, one_line, untimed
+from support.pictures import hwc, noise, one_line, untimed
 
 from lavin_rt.errors import InputError
 from lavin_rt.pictures import images

@@ -4,30 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.golden import case_names, golden_cases, relative_error
+from support.golden import DITS, case_names, golden_cases, packed_forward, relative_error
 
-from lavin_rt.dit.layout import Shape
-from lavin_rt.sampling.denoisers import PackedNetwork
 from lavin_rt.sampling.sampler import sample
-
-DITS = ["dit_a", "dit_b", "dit_c"]
-
-
-def packed_forward(dit, case, impl="torch"):
-    """A packed step used as one forward pass per sample, since all branches of a step share `t`."""
-    velocities = []
-    for latents, t, cond in zip(
-        case["latents"].split(1), case["t"].split(1), case["cond_latents"].split(1), strict=True
-    ):
-        shape = Shape(1, cond.shape[2], 1, latents.shape[2], *latents.shape[3:], guided=False)
-        network = PackedNetwork(dit, impl)
-        step, embedded = network.step(shape), network.embed(cond)
-        condition = step.buffers()
-        step.fill(condition, embedded[:, : -shape.frame_tokens], embedded[:, -shape.frame_tokens :])
-        # A schedule's last knot is not evaluated.
-        rows = [table[0] for table in network.table(torch.cat([t, t]))]
-        velocities.append(step(latents, condition, *rows))
-    return torch.cat(velocities)
 
 
 @pytest.mark.parametrize(("name", "case"), case_names(DITS, "forward"))

@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 from support.checks import refusal
+from support.command import checkpoint, run, setup  # noqa: F401, fixtures
 from support.golden import GOLDEN, relative_error
-from test_cli import checkpoint, run, setup  # noqa: F401, fixtures
 from test_pipeline import picture
 
 import lavin_rt.sampling.executor

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from support.cuda_stand_in import Cuda
+from support.vae_shapes import SMALL as SMALL_VAE
 from test_executor import REQUESTS, SMALL, answer
-from test_vae import SMALL as SMALL_VAE
 
 import lavin_rt.sampling.capture
 from lavin_rt.devices import out_of_memory

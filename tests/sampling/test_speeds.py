@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.checks import refusal
-from support.golden import GOLDEN, relative_error
+from support.golden import CASES, GOLDEN, relative_error
 
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.dit.layout import Shape
@@ -19,14 +19,6 @@ from lavin_rt.sampling.sampler import sample
 from lavin_rt.sampling.speeds import SPEEDS, Speed
 
 OFFICIAL = {0, 9, 13, 16}
-CASES = {
-    "uniform8": Speed(evaluations=8),
-    "uniform4_reuse": Speed(evaluations=4, refresh={0}),
-    "official20_reuse": Speed(refresh=OFFICIAL),
-    "official20_held": Speed(guided=OFFICIAL),
-    "uniform8_both": Speed(evaluations=8, refresh={0, 4}, guided={0, 2, 4, 6}),
-    "uniform8_skip": Speed(evaluations=8, refresh={0, 3}, guided={0, 4}),
-}
 
 
 @pytest.fixture(scope="module")

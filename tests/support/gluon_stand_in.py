@@ -215,4 +215,4 @@ def kernel_of(source: str, name: str, program: int):
 
 def source(module: str) -> str:
     """Source text of a module of `lavin_kernels`, which need not be importable here."""
-    return Path(importlib.util.find_spec(f"lavin_kernels.{module}").origin).read_text()
+    return Path(importlib.util.find_spec(f"lavin_kernels.ops.{module}").origin).read_text()

@@ -4,7 +4,7 @@ What is real is all of Triton but its last step: arguments' types are looked at,
 the capability, descriptors made. What a GPU would refuse is an `AssertionError` here; nothing runs, and results are
 what memory held. Run as a program it launches an operator at the model's widths in its candidates:
 
-    python triton_driver.py CAPABILITY all|some|default [KERNEL ...]
+    python -m support.triton_driver CAPABILITY all|some|default [KERNEL ...]
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 
 from lavin_kernels import launch, tuning
 from lavin_kernels.static.check import MODULES, SHARED_KIB
+from lavin_kernels.table import KERNELS
 
 SWIZZLED = {1: 32, 2: 64, 3: 128}  # widest row of a bulk copy, in bytes
 
@@ -101,7 +102,7 @@ def install(capability: int) -> None:
     )
     triton.runtime.driver.set_active(driver)
     tuning.CPU_CAPABILITY = capability
-    for name in (*MODULES, "validate"):
+    for name in (*(f"ops.{name}" for name in MODULES), "validate"):
         module = importlib.import_module(f"lavin_kernels.{name}")
         if hasattr(module, "runs_kernel"):
             module.runs_kernel = lambda device: True
@@ -120,7 +121,7 @@ def main(capability: int, kernels: list[str], forms: str) -> None:
     prepared = list(cases.cases(setting, cpu, torch.bfloat16))
     install(capability)
     for kernel in kernels or tune.KERNELS:
-        call = next(case for case in prepared if case.operator == tune.KERNELS[kernel][1]).variants["ours"].call
+        call = next(case for case in prepared if case.operator == KERNELS[kernel]).variants["ours"].call
         listed = tune.candidates(kernel, capability)
         some = [c for c in listed if c.get("num_stages", 2) == 2][::3] + listed[-1:]
         before, refused, tried = Launcher.launches, 0, {"all": listed, "some": some, "default": []}[forms]

@@ -1,4 +1,4 @@
-"""A machine without a GPU, seen as one with: `torch` for `lavin_rt.artifact.tensorrt`, whose CUDA memory is the host's."""
+"""A machine without a GPU, seen as one with: `torch` whose CUDA memory is the host's."""
 
 from __future__ import annotations
 

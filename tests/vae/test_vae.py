@@ -8,6 +8,7 @@ from functools import lru_cache
 import pytest
 import torch
 from support.golden import GOLDEN, golden_cases, relative_error
+from support.vae_shapes import SMALL
 from torch import nn
 
 from lavin_rt.errors import InputError
@@ -17,7 +18,6 @@ from lavin_rt.vae.model import LATENT_SCALE, LATENT_SHIFT, STVAE, Posterior, VAE
 CASES = golden_cases("stvae")
 FORMS = ("plain", "torch")
 # Two channels a group, unlike the golden one's first level, and every level another width.
-SMALL = VAEConfig(norm_num_groups=2, block_out_channels=(4, 6, 8, 10), layers_per_block=1)
 
 
 @lru_cache

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from test_vae import SMALL
+from support.vae_shapes import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lavin_rt.artifact.aoti

@@ -26,28 +26,18 @@ from lavin_bench.kernels.bench import check, relative_error
 from lavin_bench.kernels.cases import Case, cases, settings
 from lavin_bench.timing import header, measure
 from lavin_kernels import tuning
+from lavin_kernels.table import KERNELS, OPERATORS
 from lavin_rt.devices import current_device, resolve_device
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 from lavin_rt.pictures.images import check_writable
 
 # Every tuned kernel: the module that lists its candidates, and the operator whose case times it.
-KERNELS = {
-    "ada_rms_norm": ("ada_norm", "ada_rms_norm"),
-    "gated_residual": ("ada_norm", "gated_residual"),
-    "gated_residual_ada_rms_norm": ("ada_norm", "gated_residual_ada_rms_norm"),
-    "qk_norm_rope": ("qk_norm_rope", "qk_norm_rope"),
-    "swiglu": ("swiglu", "swiglu"),
-    "joint_attention": ("joint_attention", "joint_attention"),
-    "channel_moments": ("group_norm", "group_norm_silu"),
-    "group_norm_silu": ("group_norm", "group_norm_silu"),
-    "spatial_norm_silu": ("spatial_norm", "spatial_norm_silu"),
-}
 
 
 def candidates(kernel: str, capability: int) -> list[dict[str, int | str]]:
     """The launch configurations that a kernel's module lists as worth timing, and that the capability can run."""
-    module = importlib.import_module(f"lavin_kernels.{KERNELS[kernel][0]}")
+    module = importlib.import_module(f"lavin_kernels.ops.{OPERATORS[KERNELS[kernel]].module}")
     listed = module.CANDIDATES[kernel] if isinstance(module.CANDIDATES, Mapping) else module.CANDIDATES
     fits = getattr(module, "fits", None)
     return [candidate for candidate in listed if fits is None or fits(candidate, capability)]
@@ -126,7 +116,7 @@ def _reason(failure: Exception) -> str:
 
 def case_of(kernel: str, device: torch.device, dtype: torch.dtype) -> Case:
     """The standard run's case of a kernel."""
-    operator = KERNELS[kernel][1]
+    operator = KERNELS[kernel]
     return next(case for case in cases(settings(device)[0], device, dtype) if case.operator == operator)
 
 

@@ -1,4 +1,4 @@
-"""LaVin-DiT the way its authors run it: what the pipeline's speed is held against, `python -m lavin_bench.pipeline.authors_way`.
+"""LaVin-DiT the way its authors run it, which the pipeline's speed is held against.
 
 Written from the paper (LaVin-DiT, arXiv 2411.11505, section 3) with PyTorch alone, sharing nothing with the fast path
 but the weights: two passes a step, modulation in every step in the model's dtype, joined weights (q, k, v; gate, up),
@@ -173,8 +173,8 @@ class Network(nn.Module):
     """The whole transformer: `network(latents, t, cond_latents, cos, sin, grouped)` is the velocity.
 
     Args:
-        dit: a `lavin_rt.dit.model.JDiT`, whose parameters are shared; modulation linears that stayed in its checkpoint's
-            file are loaded.
+        dit: a `lavin_rt.dit.model.JDiT`, whose parameters are shared; modulation linears that stayed in its
+            checkpoint's file are loaded.
     """
 
     def __init__(self, dit: Any):
@@ -226,7 +226,8 @@ class AuthorsWay:
 
     Args:
         dit: a `lavin_rt.dit.model.JDiT` on its device and in its dtype.
-        vae: a `lavin_rt.vae.model.STVAE` likewise, run in its plain form; None where only `velocity` and `sample` are asked.
+        vae: a `lavin_rt.vae.model.STVAE` likewise, run in its plain form; None where only `velocity` and `sample` are
+            asked.
         compile: `torch.compile` the network, once per shape; mode "reduce-overhead" on CUDA, the default one on a CPU,
             where there is no launch overhead to reduce.
         steps: knots of the schedule.

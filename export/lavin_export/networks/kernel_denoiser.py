@@ -1,4 +1,4 @@
-"""The denoiser of an artifact for CUDA: the packed step of `lavin_rt.dit.packed` for branches of one kind, kernels inside.
+"""The denoiser of an artifact for CUDA: `lavin_rt.dit.packed`'s step for branches of one kind, kernels inside.
 
 All branches of a call have the same rows, so that the row ranges are a function of the inputs' sizes: the tables that
 the kernels read are made inside of the graph, and the number of branches may vary like every other size.

@@ -1,6 +1,6 @@
 """Compiles every kernel at the model's shapes for every target, without a GPU, and reads the machine code.
 
-`python -m lavin_kernels.static.check` prints a table; a spill at a default launch configuration, more shared memory than the
+`python -m lavin_kernels.static` prints a table; a spill at a default launch configuration, more shared memory than the
 target has, TF32 for float32 tensors, or attention that misses its matrix instructions is a violation.
 """
 
@@ -21,9 +21,11 @@ from pathlib import Path
 import torch
 
 from lavin_kernels.static.cases import StaticCase
+from lavin_kernels.table import KERNELS, OPERATORS
 
 CAPABILITIES = (80, 89, 90, 100, 120)
-MODULES = ("ada_norm", "swiglu", "qk_norm_rope", "joint_attention", "group_norm", "spatial_norm")
+# Those that launch kernels of their own.
+MODULES = tuple(dict.fromkeys(OPERATORS[name].module for name in KERNELS.values()))
 # KiB of shared memory that one block may ask for (CUDA C++ Programming Guide, compute capabilities).
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 # What one H200 reaches: the bytes/s of a copy and the FLOP/s of bfloat16 products as measured on such cards, and the
@@ -100,7 +102,7 @@ def check(capabilities: Sequence[int] = CAPABILITIES, modules: Sequence[str] | N
         raise ValueError(f"capabilities has {unknown[0]}; expected some of {', '.join(map(str, SHARED_KIB))}")
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("Triton is not installed, and nothing can be compiled without it")
-    loaded = [importlib.import_module(f"lavin_kernels.{module}") for module in modules or MODULES]
+    loaded = [importlib.import_module(f"lavin_kernels.ops.{module}") for module in modules or MODULES]
     return [
         inspect(case, capability)
         for capability in capabilities
@@ -238,7 +240,7 @@ def as_json(reports: Sequence[Report]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns 1 where there is a violation."""
-    parser = argparse.ArgumentParser(prog="python -m lavin_kernels.static.check", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m lavin_kernels.static", description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, nargs="+", choices=CAPABILITIES, default=CAPABILITIES)
     parser.add_argument("--json", type=Path, help="write the reports to this file too")
     options = parser.parse_args(arguments)

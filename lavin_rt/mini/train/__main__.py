@@ -1,4 +1,4 @@
-"""`python -m lavin_rt.mini.train.__main__`: a checkpoint from nothing, in one command that can be interrupted.
+"""`python -m lavin_rt.mini.train`: a checkpoint from nothing, in one command that can be interrupted.
 
 lavin-mini: processes render scenes and make all tasks' pairs while the networks are compiled and the VAE trains; then
 every picture is encoded once, and the transformer trains on latents that stay on the device. With `--pairs` a
@@ -209,7 +209,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m lavin_rt.mini.train.__main__", description=__doc__.splitlines()[0])
+    made = argparse.ArgumentParser(prog="python -m lavin_rt.mini.train", description=__doc__.splitlines()[0])
     made.add_argument("--output", type=Path, required=True, help="folder for the checkpoint, logs and states")
     made.add_argument("--cache", type=Path, help="folder for rendered pieces; needed without --pairs")
     made.add_argument(

@@ -86,7 +86,7 @@ class Corpus:
 
 
 def to_pixels(frames: np.ndarray) -> torch.Tensor:
-    """uint8 `[N, T, S, S, 3]` to float32 `[N, 3, T, S, S]` in [-1, 1], as `lavin_rt.pictures.images.to_pixels` scales."""
+    """uint8 `[N, T, S, S, 3]` to float32 `[N, 3, T, S, S]` in [-1, 1], as `lavin_rt.pictures.images` scales."""
     pixels = torch.from_numpy(frames).permute(0, 4, 1, 2, 3)
     # The same strides always, those of size-1 dimensions included, or a compiled network would be compiled again.
     return torch.empty(pixels.shape).copy_(pixels).div_(127.5).sub_(1)
