@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lavin_rt.artifact.load import ArtifactNetwork, ArtifactVAE, Manifest
+from lavin_rt.artifact.load import ArtifactNetwork, ArtifactVAE
 from lavin_rt.artifact.load import load as load_artifact
+from lavin_rt.artifact.manifest import Manifest
+from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.header import RELEASED_SIZE, picture_size
 from lavin_rt.checkpoint.load import load_dit, load_vae
 from lavin_rt.checkpoint.tensors import SafetensorsFile
-from lavin_rt.devices import DTYPES, out_of_memory, resolve_device, resolve_dtype
+from lavin_rt.devices import DTYPES, resolve_device, resolve_dtype
 from lavin_rt.dit.model import JDiT
+from lavin_rt.engine import VAE, Engine
 from lavin_rt.errors import InputError
 from lavin_rt.files import Progress
-from lavin_rt.find.model import Artifact, Checkpoint, find_model, template_roots
+from lavin_rt.find.model import Artifact, find_model, template_roots
 from lavin_rt.pictures import context as contexts
 from lavin_rt.pictures import images
 from lavin_rt.pictures.context import EncodedContext
-from lavin_rt.sampling.denoisers import Network, make_network
-from lavin_rt.sampling.executor import Executor
-from lavin_rt.sampling.speeds import Speed, speed_of
-from lavin_rt.task import Result, Task, check_seed, draw_noise, task_shape
-from lavin_rt.vae.model import STVAE, scale_latents, unscale_latents
+from lavin_rt.sampling.denoisers import Network
+from lavin_rt.task import Task, check_seed, task_shape
 
-__all__ = ["Pipeline", "Result", "Task", "draw_noise"]
-
-PIXELS_TOGETHER = 512 * 512  # of all the pictures that the VAE encodes in one pass on a GPU
 POSTERIORS = ("mean", "sample")
 
 
-class Pipeline:
+class Pipeline(Engine):
     """A diffusion transformer with its VAE.
 
     Serves requests from several threads in turn.
@@ -55,7 +52,7 @@ class Pipeline:
     def __init__(
         self,
         dit: JDiT | Network,
-        vae: STVAE,
+        vae: VAE,
         impl: str = "auto",
         compile: bool = False,
         graphs: bool = True,
@@ -65,15 +62,12 @@ class Pipeline:
         source: str = "memory",
         size: int = RELEASED_SIZE,
     ):
-        self.network = make_network(dit, impl, compile) if isinstance(dit, JDiT) else dit
-        self.dit, self.vae = dit, vae
-        self.executor = Executor(self.network, graphs)
+        super().__init__(dit, vae, impl, compile, graphs, tile, chunk)
+        self.dit = dit
         self.compile = compile
-        self.tile, self.chunk = tile, chunk
         self.template_roots = tuple(template_roots)
         self.source = source
         self.size = size
-        self._fingerprint: str | None = None
 
     @classmethod
     def from_pretrained(
@@ -124,44 +118,6 @@ class Pipeline:
         size = picture_size(SafetensorsFile.open(files.dit))
         return cls(dit, vae, impl, compile, graphs, tile, chunk, roots, files.source, size)
 
-    @property
-    def impl(self) -> str:
-        """What runs the network."""
-        return self.network.impl
-
-    @property
-    def device(self) -> torch.device:
-        return self.network.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.network.dtype
-
-    @property
-    def _vae(self) -> STVAE:
-        """The VAE, computing as this pipeline does."""
-        return self.vae.use(self.impl)
-
-    @property
-    def vae_fingerprint(self) -> str:
-        """Hash of the VAE's tensors, which an encoded context carries."""
-        return self._hash_vae()
-
-    def _hash_vae(self) -> str:
-        if self._fingerprint is None:
-            self._fingerprint = self.vae.fingerprint
-        return self._fingerprint
-
-    def speed(self, speed: str | Speed) -> Speed:
-        """The speed that a name means, if the network has it.
-
-        Raises:
-            InputError: no such name, or one that an artifact was not exported for.
-        """
-        chosen = speed_of(speed)
-        self.network.check_speed(chosen)
-        return chosen
-
     def task(
         self,
         context: str | os.PathLike | EncodedContext | Iterable[tuple[Any, Any]],
@@ -211,83 +167,6 @@ class Pipeline:
         # Hashing the VAE takes longer than encoding: it waits until the context is saved or compared.
         encoded = EncodedContext(latents, self._hash_vae, size, posterior, clips.pairs, clips.frames_per_clip)
         return Task(self, encoded, clips)
-
-    def encode(self, clips: Sequence[torch.Tensor], generator: torch.Generator | None = None) -> list[torch.Tensor]:
-        """Scaled latents of clips, a few at a time so that memory does not grow with their number.
-
-        Args:
-            clips: each `[1, 3, T, H, W]` float32 in [-1, 1], of one shape.
-            generator: draws from the posterior; None takes its mean.
-
-        Returns:
-            `[1, 16, 1 + (T - 1) / 4, H / 8, W / 8]` float32 each, on the CPU.
-        """
-
-        def latents_of(pixels: torch.Tensor) -> torch.Tensor:
-            posterior = self._vae.encode(pixels, tile=self.tile, chunk=self.chunk)
-            return scale_latents((posterior.mode() if generator is None else posterior.sample(generator)).float())
-
-        def run() -> torch.Tensor:
-            together = self._frames_together(clips[0]) if generator is None else 1
-            encoded = []
-            for first in range(0, len(clips), together):
-                pixels = torch.cat([clips[i] for i in range(first, min(first + together, len(clips)))])
-                encoded.append(latents_of(pixels) if generator else self._replayed("encode", latents_of, pixels))
-            # The host waits for the device once, not for every frame.
-            return torch.cat(encoded).cpu()
-
-        return list(self._within_memory(run, f"encode {_shown(clips[0])}").split(1))
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures of scaled latents `[1, 16, t, h, w]`: `[T, 3, H, W]` uint8 on the CPU."""
-
-        def pixels_of(latents: torch.Tensor) -> torch.Tensor:
-            pixels = self._vae.decode(unscale_latents(latents), tile=self.tile, chunk=self.chunk)
-            return images.from_pixels(pixels.float())[0].transpose(0, 1)
-
-        def run() -> torch.Tensor:
-            return self._replayed("decode", pixels_of, latents).cpu()
-
-        return self._within_memory(run, f"decode {_shown(latents)} latents")
-
-    def ready_decoder(self, latents: tuple[int, ...]) -> None:
-        """Decodes latents of this shape once before the first step is captured, where decoding will be captured too.
-
-        Beside the steps' graphs it would take its memory a second time; after this it is captured into theirs.
-        """
-        if self.executor.graphs and not self.executor.holds() and isinstance(self.vae, STVAE):
-            self.decode(torch.zeros(latents))
-
-    def _frames_together(self, clip: torch.Tensor) -> int:
-        """Clips of one shape that the VAE encodes in one pass: on a GPU small pictures fill it together only."""
-        return max(1, PIXELS_TOGETHER // clip[:, 0].numel()) if self.device.type == "cuda" else 1
-
-    def _replayed(self, name: str, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """`function(x)` of the VAE on its device, a graph's replay where it pays: cut into pieces it runs as it is, and
-        an artifact's VAE captures what it can by itself.
-        """
-        vae = self._vae
-        if self.tile is not None or self.chunk is not None or not isinstance(vae, STVAE):
-            return function(x.to(self.device))
-        stamp = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in vae.parameters()]
-        return self.executor.replayed((name, vae.impl), function, x.to(self.device), stamp)
-
-    def _within_memory(self, work: Callable[[], torch.Tensor], what: str) -> torch.Tensor:
-        """Does the VAE's work in this thread's turn, if need be without the sampler's buffers."""
-        try:
-            with self.executor.turn():
-                return self.executor.with_room(work)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-        raise InputError(
-            f"too little memory on {self.device} to {what}; encode and decode in pieces (tile=, chunk=; --tile, "
-            "--chunk), or give a smaller size"
-        )
-
-
-def _shown(clip: torch.Tensor) -> str:
-    return f"{clip.shape[2]}x{clip.shape[3]}x{clip.shape[4]}"
 
 
 def _load_artifact(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lavin_rt.dit.layout import Shape
+from lavin_rt.engine import Engine
 from lavin_rt.errors import InputError
 from lavin_rt.pictures import context as contexts
 from lavin_rt.pictures import images
@@ -21,8 +22,6 @@ from lavin_rt.sampling.speeds import SPEEDS, TASK, Speed
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from lavin_rt.pipeline import Pipeline
 
 BATCH = 4
 
@@ -75,15 +74,15 @@ def task_shape(
 
 
 class Task:
-    """A context encoded for a pipeline; call it with queries.
+    """A context encoded for an engine; call it with queries.
 
     Attributes:
         context: the encoded pairs, which `context.save(path)` keeps for later.
         frames: the pairs' pictures at the task's size, None where the context came encoded.
     """
 
-    def __init__(self, pipeline: Pipeline, context: EncodedContext, frames: contexts.ContextFrames | None = None):
-        self.pipeline = pipeline
+    def __init__(self, engine: Engine, context: EncodedContext, frames: contexts.ContextFrames | None = None):
+        self.engine = engine
         self.context = context
         self.frames = frames
         self._embedded: torch.Tensor | None = None
@@ -143,7 +142,7 @@ class Task:
             images.check_clip_frames(len(clip), "query")
             contexts.check_query_frames(len(clip), self.context.frames_per_clip)
         check_seed(seed, len(clips))
-        speed = self.pipeline.speed(speed)
+        speed = self.engine.speed(speed)
         knots = speed.knots(steps)
         batch_size = self.batch_size(len(clips), batch_size, guidance, speed)
         if noise is None:
@@ -154,7 +153,7 @@ class Task:
             if list(noise.shape) != expected:
                 raise InputError(f"noise is {list(noise.shape)}; expected {expected}")
             seeds = [None] * len(clips)
-        executor, results = self.pipeline.executor, []
+        executor, results = self.engine.executor, []
         keys = self._kept_keys() if speed.refresh == TASK else None
         for first in range(0, len(clips), batch_size):
             chunk = slice(first, first + batch_size)
@@ -164,7 +163,7 @@ class Task:
                 query, start = (
                     torch.cat([part, part[-1:].expand(together - count, *part[0].shape)]) for part in (query, start)
                 )
-            self.pipeline.ready_decoder((1, *start.shape[1:]))
+            self.engine.ready_decoder((1, *start.shape[1:]))
             latents = executor.sample(
                 self._shape(together, guidance, speed),
                 self._embedded_context(),
@@ -177,7 +176,7 @@ class Task:
                 keys,
             )[:count]
             for clip, one, used in zip(clips[chunk], latents.split(1), seeds[chunk], strict=True):
-                frames = self.pipeline.decode(one)
+                frames = self.engine.decode(one)
                 if keep_size:
                     frames = images.resize(frames, tuple(clip.shape[-2:]))
                 results.append(Result(frames, one.cpu(), used))
@@ -191,7 +190,7 @@ class Task:
         Raises:
             InputError: no positive number, or more than memory allows, naming what would fit.
         """
-        executor, speed = self.pipeline.executor, self.pipeline.speed(speed)
+        executor, speed = self.engine.executor, self.engine.speed(speed)
         if asked is None:
             asked = executor.most_queries(self._shape(min(queries, BATCH), guidance, speed)) or 1
         elif isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
@@ -204,7 +203,7 @@ class Task:
         """How many queries run where `count` of a batch are left: the batch filled up with the last of them, where they
         would need a shape of their own to be captured or compiled.
         """
-        executor = self.pipeline.executor
+        executor = self.engine.executor
         filled = executor.settles_shapes and not executor.holds(self._shape(count, guidance, speed))
         return batch_size if filled else count
 
@@ -217,13 +216,13 @@ class Task:
         Raises:
             InputError: too little memory, naming what would fit, or a bad option.
         """
-        speed = self.pipeline.speed(speed)
+        speed = self.engine.speed(speed)
         knots = speed.knots(steps)
         if speed.refresh == TASK:
             self._kept_keys()
         shape = self._shape(queries, guidance, speed)
-        self.pipeline.ready_decoder((1, 16, shape.target_frames, shape.height, shape.width))
-        self.pipeline.executor.prepare(shape, knots, speed)
+        self.engine.ready_decoder((1, 16, shape.target_frames, shape.height, shape.width))
+        self.engine.executor.prepare(shape, knots, speed)
 
     def warmup(
         self, steps: int | None = None, guidance: float = 1.5, queries: int = 1, speed: str | Speed = "exact"
@@ -235,7 +234,7 @@ class Task:
         began = time.perf_counter()
         self._embedded_context()
         black = torch.zeros(self.context.frames_per_clip, 3, *self.size, dtype=torch.uint8)
-        self.pipeline.decode(self._encode([black], 0))
+        self.engine.decode(self._encode([black], 0))
         self.prepare(queries, steps, guidance, speed)
         return time.perf_counter() - began
 
@@ -252,15 +251,15 @@ class Task:
     def _embedded_context(self) -> torch.Tensor:
         """The context as the network reads it, made once and kept on its device."""
         if self._embedded is None:
-            self._embedded = self.pipeline.executor.embed(self.context.latents)
+            self._embedded = self.engine.executor.embed(self.context.latents)
         return self._embedded
 
     def _kept_keys(self) -> Tensors:
         """The pairs' keys and values for speeds that make them once a task, kept on the network's device."""
-        network = self.pipeline.network
+        network = self.engine.network
         if self._keys is None or self._keys[0] is not network:
             shape = task_shape(1, self.context.pairs, self._clip_frames, self.size, guided=False, kept=True)
-            self._keys = network, self.pipeline.executor.context_keys(shape, self._embedded_context())
+            self._keys = network, self.engine.executor.context_keys(shape, self._embedded_context())
         return self._keys[1]
 
     def _encode(self, clips: Sequence[torch.Tensor], seed: int) -> torch.Tensor:
@@ -273,5 +272,5 @@ class Task:
                 generator = torch.Generator().manual_seed(seed + i)
                 # The posterior's draw comes behind the noise's.
                 torch.randn(16, self._clip_frames, *(edge // 8 for edge in self.size), generator=generator)
-            encoded += self.pipeline.encode([pixels], generator)
+            encoded += self.engine.encode([pixels], generator)
         return torch.cat(encoded)

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-from lavin_rt.checkpoint.load import find_checkpoint, save_vae
+from lavin_rt.checkpoint.load import save_vae
 from lavin_rt.checkpoint.names import official_layout
 from lavin_rt.checkpoint.tensors import write_safetensors
 from lavin_rt.devices import DTYPES
 from lavin_rt.dit.config import PRESETS, DiTConfig
-from lavin_rt.find.model import DIT
+from lavin_rt.find.model import DIT, find_checkpoint
 from lavin_rt.vae.model import STVAE, VAEConfig
 
 
@@ -68,7 +68,7 @@ def measured(job: str, arguments: argparse.Namespace) -> dict:
 def run_job(job: str, checkpoint: Path, output: Path, dtype: torch.dtype) -> dict:
     """One job, in this process: its record with seconds, peak memory, and memory with everything imported."""
     from lavin_export.to_onnx.export import export_onnx
-    from lavin_export.verify import verify_artifact
+    from lavin_export.verify.artifact import verify_artifact
 
     imported, began = peak_bytes(), time.perf_counter()
     record: dict = {}

@@ -29,7 +29,7 @@ from lavin_bench.kernels import tune
 from lavin_bench.kernels.cases import settings
 from lavin_bench.pipeline import bench as pipeline
 from lavin_bench.pipeline.variants import AUTHORS_COMPILED, AUTHORS_EAGER, CPU_VAE, QUICK_CONFIG, Setting
-from lavin_bench.report import write_record
+from lavin_bench.record import write_record
 from lavin_bench.timing import header
 from lavin_kernels import tuning
 

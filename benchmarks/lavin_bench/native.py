@@ -21,16 +21,17 @@ from typing import Any
 import torch
 
 from lavin_bench.pipeline.variants import CPU_CONFIG, CPU_VAE
-from lavin_bench.report import write_record
+from lavin_bench.record import write_record
 from lavin_bench.timing import header, header_line, in_turn
 from lavin_rt.checkpoint.load import load_dit, save_dit, save_vae
 from lavin_rt.dit.layout import Shape
 from lavin_rt.dit.model import JDiT, randomize_
 from lavin_rt.pictures.images import load_clip, save_picture
-from lavin_rt.pipeline import Pipeline, Task
+from lavin_rt.pipeline import Pipeline
 from lavin_rt.sampling.denoisers import make_network
 from lavin_rt.sampling.executor import Executor
 from lavin_rt.sampling.schedule import schedule
+from lavin_rt.task import Task
 from lavin_rt.vae.model import STVAE
 
 TOLERANCE = 1e-4  # relative error of a whole sampling, float32
@@ -62,7 +63,7 @@ def prepare(folder: Path, threads: int) -> dict[str, Path]:
             save_picture(torch.randint(256, (3, SIZE, SIZE), generator=generator).to(torch.uint8), name)
     if not places["artifact"].exists():
         from lavin_export.to_aoti import export_aoti
-        from lavin_rt.checkpoint.load import find_checkpoint
+        from lavin_rt.find.model import find_checkpoint
 
         export_aoti(find_checkpoint(places["checkpoint"]), places["artifact"], device="cpu", dtype="float32")
     if not places["program"].exists():

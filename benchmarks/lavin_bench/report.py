@@ -12,23 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lavin_rt.files import written_whole
+from lavin_bench.markdown import caption, milliseconds, table
+from lavin_bench.quality.report import quality_table, strangers_table
+from lavin_bench.quality.speeds_report import speeds_table
 
 RESULTS = Path(__file__).parents[1] / "results"
 PLACE = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def write_record(path: str | Path, record: dict[str, Any]) -> None:
-    """Writes a record as a result file, whole or not at all."""
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; rows as long as the columns."""
-    assert all(len(row) == len(columns) for row in rows), columns
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def kernels_table(record: dict[str, Any]) -> str:
@@ -138,33 +127,12 @@ def native_table(record: dict[str, Any]) -> str:
     return f"{caption(record['header'])}\n\n{table(columns, rows)}"
 
 
-def milliseconds(seconds: dict[str, Any]) -> str:
-    """Median and spread."""
-    median, low, high = (f"{1e3 * seconds[key]:.0f}" for key in ("median", "low", "high"))
-    return f"{median} ({low}–{high})"
-
-
-def caption(header: dict[str, Any]) -> str:
-    """Where, with what and when."""
-    parts = [header["device"], f"torch {header['torch']}", header["date"][:10]]
-    if header.get("dtype"):
-        parts.insert(1, header["dtype"])
-    if header.get("commit"):
-        # The "+" of a changed checkout stays.
-        parts.append(f"commit {header['commit'][:10]}{'+' if header['commit'].endswith('+') else ''}")
-    return ", ".join(parts) + "."
-
-
 def render(record: dict[str, Any]) -> str:
     """The table of a record, by its kind.
 
     Raises:
         ValueError: a kind of record that has no table.
     """
-    # Which build on this module.
-    from lavin_bench.quality.report import quality_table, strangers_table
-    from lavin_bench.quality.speeds_report import speeds_table
-
     tables = {
         "kernels": kernels_table,
         "pipeline": pipeline_table,

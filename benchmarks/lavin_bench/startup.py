@@ -231,7 +231,7 @@ def lines(record: dict[str, Any]) -> list[str]:
 
 def bench_startup(options: argparse.Namespace) -> None:
     """Runs the command; a start that is too slow or too large on a GPU raises `RuntimeError` at the end."""
-    from lavin_bench.report import write_record
+    from lavin_bench.record import write_record
     from lavin_bench.timing import use_threads
     from lavin_rt.devices import resolve_device
     from lavin_rt.errors import InputError

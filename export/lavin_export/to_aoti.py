@@ -15,16 +15,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from lavin_export.cli import common_options
 from lavin_export.networks import denoiser as denoiser_part
 from lavin_export.networks import vae as vae_parts
+from lavin_export.options import common_options
+from lavin_export.verify.artifact import verify_written
 from lavin_export.writer import ArtifactWriter, writing
 from lavin_rt.artifact.aoti import CPU_LEVELS, PERMUTED
-from lavin_rt.checkpoint.load import Checkpoint, find_checkpoint, load_dit
+from lavin_rt.checkpoint.files import Checkpoint
+from lavin_rt.checkpoint.load import load_dit
 from lavin_rt.checkpoint.tensors import write_safetensors
 from lavin_rt.devices import resolve_device, resolve_dtype
 from lavin_rt.dit.packed import resolve_impl
 from lavin_rt.errors import InputError
+from lavin_rt.find.model import find_checkpoint
 
 # Compiler's options by what `--cpu` says: vector bits and architecture; None is the machine's own.
 CPUS: dict[str, tuple[int | None, str | None]] = {
@@ -98,7 +101,7 @@ def export_aoti(
             compile_part()
         artifact.write_modulation()
         if verify:
-            artifact.verify(device)
+            verify_written(artifact, device)
         if progress is not None:
             progress(len(parts), len(parts))
     return Path(output)
@@ -238,7 +241,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def from_arguments(arguments: argparse.Namespace) -> Path:
     """Runs `lavin-rt export aoti`."""
-    from lavin_rt.cli.run import Progress
+    from lavin_rt.console import Progress
 
     checkpoint = find_checkpoint(arguments.checkpoint, revision=arguments.revision)
     with Progress(arguments.quiet).bar("compiling", " parts") as progress:

@@ -10,7 +10,7 @@
                                                             # as denoiser.specification and vae_parts.specification say
         artifact.write_modulation()                         # modulation.safetensors, read block by block
         artifact.versions["onnx"] = onnx.__version__
-        artifact.verify(device)                             # writes errors and budgets into the manifest; raises
+        verify_written(artifact, device)                    # writes errors and budgets into the manifest; raises
 
 What it writes, `lavin_rt.artifact.manifest.Manifest` reads; nothing else passes between the two packages.
 """
@@ -30,8 +30,9 @@ from typing import Any
 import torch
 
 from lavin_rt.artifact.manifest import FORMAT, KINDS, MODULATION, NAME, VERSION, Manifest, file_sha256
+from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.header import check_tensors, dit_config, picture_size
-from lavin_rt.checkpoint.load import Checkpoint, ModulationInFile, load_dit, load_vae
+from lavin_rt.checkpoint.load import ModulationInFile, load_dit, load_vae
 from lavin_rt.checkpoint.names import official_layout, resident_layout
 from lavin_rt.checkpoint.tensors import SafetensorsFile, write_safetensors
 from lavin_rt.devices import DTYPES
@@ -40,9 +41,8 @@ from lavin_rt.dit.model import JDiT
 from lavin_rt.dit.modulation import modulation_table
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
-from lavin_rt.pictures.context import vae_fingerprint
 from lavin_rt.sampling.schedule import schedule
-from lavin_rt.vae.model import LATENT_SCALE, LATENT_SHIFT, STVAE
+from lavin_rt.vae.model import LATENT_SCALE, LATENT_SHIFT, STVAE, vae_fingerprint
 
 ANY_DEVICE: dict[str, Any] = {"device": "any", "compute_capability": None}
 
@@ -104,7 +104,7 @@ class ArtifactWriter:
         file: the transformer's open header.
         checkpoint: its files.
         versions: of packages, for the record.
-        verification: filled by `verify`.
+        verification: filled by `lavin_export.verify.artifact.verify_written`.
     """
 
     def __init__(
@@ -183,19 +183,6 @@ class ArtifactWriter:
             tensors[f"head_scale.{steps}"] = table.head_scale
         layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
         write_safetensors(self.folder / MODULATION, layout, tensors.values(), {"format": FORMAT})
-
-    def verify(self, device: torch.device | str = "cpu", **limits: Any) -> dict[str, Any]:
-        """Runs what was written against the plain model on `device`, see `lavin_export.verify.verify_artifact`, and
-        keeps the errors for the manifest.
-
-        Raises:
-            VerificationError: an error above its budget.
-        """
-        from lavin_export.verify import verify_artifact
-
-        self.write_manifest()
-        self.verification = verify_artifact(self.folder, self.checkpoint, device, **limits)
-        return self.verification
 
     def write_manifest(self) -> Manifest:
         """Writes `manifest.json` over all files of the folder, and reads it back."""

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from lavin_rt.artifact.manifest import KINDS_OF_CODE, MODULATION, Manifest, is_artifact
+from lavin_rt.artifact.manifest import KINDS_OF_CODE, MODULATION, Manifest
 from lavin_rt.artifact.sizes import check_ranges
 from lavin_rt.checkpoint.tensors import SafetensorsFile
 from lavin_rt.dit.layout import Form, Shape
@@ -23,8 +23,6 @@ from lavin_rt.sampling.denoisers import LatentCondition, Tensors
 from lavin_rt.sampling.speeds import Speed
 from lavin_rt.vae.model import LATENT_SCALE, LATENT_SHIFT, Posterior
 from lavin_rt.vae.tiling import Axis, blended, decode_axes, encode_axes
-
-__all__ = ["ArtifactNetwork", "ArtifactVAE", "Manifest", "assemble", "is_artifact", "load"]
 
 Session = Callable[..., Tensors]
 
@@ -188,10 +186,6 @@ class ArtifactVAE:
         self.fingerprint = manifest.vae_fingerprint
         self._open = open_part
         self._sessions = {name: open_part(name) for name in ("vae_encoder", "vae_decoder")}
-
-    def use(self, impl: str) -> ArtifactVAE:
-        """Itself: an artifact computes in one way."""
-        return self
 
     def encode(
         self,

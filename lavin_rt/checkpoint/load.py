@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.header import (
     check_dtype,
     check_tensors,
@@ -34,10 +35,7 @@ from lavin_rt.dit.config import PRESETS, DiTConfig
 from lavin_rt.dit.model import JDiT
 from lavin_rt.errors import InputError
 from lavin_rt.files import Progress, written_whole
-from lavin_rt.find.model import Checkpoint, find_checkpoint
 from lavin_rt.vae.model import STVAE
-
-__all__ = ["Checkpoint", "describe", "find_checkpoint", "load_dit", "load_vae", "save_dit", "save_vae"]
 
 
 def load_dit(

@@ -9,12 +9,13 @@ import platform
 import torch
 
 from lavin_rt.artifact.manifest import Manifest
-from lavin_rt.cli.main import print_json
+from lavin_rt.checkpoint.files import Checkpoint
+from lavin_rt.console import print_json
 from lavin_rt.devices import gigabytes, resolve_device, resolve_dtype
 from lavin_rt.dit.config import PRESETS
 from lavin_rt.dit.packed import resolve_impl
 from lavin_rt.errors import InputError
-from lavin_rt.find.model import Artifact, Checkpoint, find_model
+from lavin_rt.find.model import Artifact, find_model
 
 
 def info(options: argparse.Namespace) -> None:
@@ -105,13 +106,13 @@ def checkpoint(
 
 
 def memory(files: Checkpoint) -> dict:
-    """What a first and a second picture take on a GPU in bfloat16, as predicted (`lavin_rt.sampling.memory`),
+    """What a first and a second picture take on a GPU in bfloat16, as predicted (`lavin_rt.memory`),
     with the released autoencoder's shape.
     """
     from lavin_rt.checkpoint.header import picture_size
     from lavin_rt.checkpoint.load import describe
     from lavin_rt.checkpoint.tensors import SafetensorsFile
-    from lavin_rt.sampling.memory import PAIRS, predict
+    from lavin_rt.memory import PAIRS, predict
     from lavin_rt.task import task_shape
     from lavin_rt.vae.model import VAEConfig
 

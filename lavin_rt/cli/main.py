@@ -6,26 +6,18 @@ Exit codes: 0 done, 1 the run failed, 2 something given cannot be used, 130 inte
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 
+from lavin_rt.cli.options import SPEED_HELP, Parser, add_checkpoint_options
+from lavin_rt.cli.services import add_map, add_serve, add_task
 from lavin_rt.errors import InputError
-from lavin_rt.serve.options import add_map, add_serve, add_task
 
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
-
-
-_SPEED_HELP = (
-    "exact, near, fast or fastest (default: exact): fewer evaluations of the network, of whose context and guidance "
-    "less is computed; changes answers, by how much is unmeasured beside weights other than lavin-mini's"
-)
+OWN = ("run", "info", "serve", "map", "task")
+COMMANDS = "lavin_rt.commands"
+"""Entry points of other packages' commands: functions that are given what `add_subparsers` returned, and add theirs."""
 
 
 class _Version(argparse.Action):
@@ -36,32 +28,23 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    root = _Parser(
+def parser(others: bool = True) -> argparse.ArgumentParser:
+    """The whole command line, or without the commands that other packages have registered."""
+    root = Parser(
         prog="lavin-rt",
         description="Run LaVin-DiT: show it a few input-target pairs of a vision task, and it does the task.",
     )
     root.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     _add_run(commands)
     _add_info(commands)
-    _add_export(commands)
-    _add_bench(commands)
-    add_serve(commands, _add_checkpoint_options)
-    add_map(commands, _add_checkpoint_options)
-    add_task(commands, _Parser, _add_checkpoint_options)
+    add_serve(commands)
+    add_map(commands)
+    add_task(commands)
+    if others:
+        for entry in sorted(entry_points(group=COMMANDS), key=lambda entry: entry.name):
+            entry.load()(commands)
     return root
-
-
-def _add_checkpoint_options(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("checkpoint and machine")
-    group.add_argument("--revision", help="revision of a Hugging Face id")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    group.add_argument("--impl", default="auto", help="auto, plain, torch or triton (default: auto)")
-    group.add_argument("--strict", action="store_true", help="stop on unexpected tensors instead of warning")
-    group.add_argument("--trust", action="store_true", help="run the code in an artifact that comes from a hub")
 
 
 def _add_run(commands) -> None:
@@ -100,7 +83,7 @@ def _add_run(commands) -> None:
     how.add_argument("--pairs", type=int, default=4, help="pairs chosen from the task's folder (default: 4)")
     how.add_argument("--repeats", action="store_true", help="choose pairs with repeats, as the published scripts do")
     how.add_argument("--size", help="N or HEIGHTxWIDTH, multiples of 16 (default: what the model was trained at)")
-    how.add_argument("--speed", default="exact", metavar="NAME", help=_SPEED_HELP)
+    how.add_argument("--speed", default="exact", metavar="NAME", help=SPEED_HELP)
     how.add_argument("--steps", type=int, help="knots of the schedule at speed exact, even, 4 to 136 (default: 20)")
     how.add_argument("--guidance", type=float, default=1.5, help="guidance scale; 1.0 is faster (default: 1.5)")
     how.add_argument("--seed", type=int, default=0, help="of pairs and noise; query i uses SEED + i (default: 0)")
@@ -116,8 +99,8 @@ def _add_run(commands) -> None:
     out.add_argument("--save-context", metavar="FILE", help="keep the encoded context as a .safetensors file")
     out.add_argument("--json", action="store_true", help="print a JSON record of the run on stdout, nothing else")
     out.add_argument("-q", "--quiet", action="store_true", help="print errors only")
-    _add_checkpoint_options(run)
-    run.set_defaults(main="run")
+    add_checkpoint_options(run)
+    run.set_defaults(run=_run)
 
 
 def _add_info(commands) -> None:
@@ -133,137 +116,20 @@ def _add_info(commands) -> None:
         help="compute known answers; with a checkpoint, also its packed step against its plain model",
     )
     info.add_argument("--json", action="store_true", help="print JSON")
-    _add_checkpoint_options(info)
-    info.set_defaults(main="info")
+    add_checkpoint_options(info)
+    info.set_defaults(run=_info)
 
 
-def _add_export(commands) -> None:
-    from lavin_export.cli import add_export
+def _run(options: argparse.Namespace) -> None:
+    from lavin_rt.cli.run import run
 
-    add_export(commands, _Parser)
-
-
-def _add_bench(commands) -> None:
-    bench = commands.add_parser("bench", help="measure this machine", description="Measures this machine.")
-    kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
-    kernels = kinds.add_parser(
-        "kernels",
-        help="every operator at the model's shapes, against the best that PyTorch has",
-        description="Checks every operator's result, then times it at the model's shapes, beside PyTorch's own.",
-    )
-    kernels.add_argument("--operator", default="", help="only operators whose name contains this")
-    kernels.add_argument("--full", action="store_true", help="all sizes and pairs, with and without the null branch")
-    kernels.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    kernels.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
-    kernels.add_argument("--repeats", type=int, default=15, help="samples per variant (default: 15)")
-    kernels.add_argument("--json", metavar="FILE", help="write the figures to this file")
-    kernels.add_argument(
-        "--static", action="store_true", help="no timing: compile for all targets without a GPU, and check the results"
-    )
-    kernels.set_defaults(main="bench kernels")
-    tune = kinds.add_parser(
-        "tune",
-        help="find the best kernel launches of the GPU at hand",
-        description="Times every kernel's launch candidates on the GPU at hand and writes the device's file.",
-    )
-    tune.add_argument("--operator", default="", help="only operators whose name contains this")
-    tune.add_argument("--device", default="auto", help="auto, cuda, cuda:1, ... (default: auto)")
-    tune.add_argument("--repeats", type=int, default=15, help="samples per candidate (default: 15)")
-    tune.add_argument(
-        "-o", "--output", metavar="FILE", help="file to write (default: the installed package's, per device)"
-    )
-    tune.add_argument("--json", metavar="FILE", help="write all times to this file")
-    tune.set_defaults(main="bench tune")
-    pipeline = kinds.add_parser(
-        "pipeline",
-        help="whole samplings and whole calls, beside the way the authors run the model",
-        description="Measures samplings from the authors' way to the fastest one, every variant one switch more.",
-    )
-    pipeline.add_argument("--size", type=int, nargs="+", default=[], help="pixels (default: 256 512; on a CPU 128)")
-    pipeline.add_argument("--pairs", type=int, nargs="+", default=[], help="pairs (default: 1 4 8; on a CPU 4)")
-    pipeline.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    pipeline.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
-    pipeline.add_argument("--repeats", type=int, help="samples per variant (default: 7)")
-    pipeline.add_argument(
-        "--error-steps", type=int, default=20, help="knots of the samplings that errors are taken of (default: 20)"
-    )
-    pipeline.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
-    pipeline.add_argument(
-        "--quick", action="store_true", help="a tiny model and picture, once: shows that it works, not how fast"
-    )
-    pipeline.add_argument(
-        "-o", "--output", metavar="FILE", help="write the figures to this JSON file and the waterfall beside it as SVG"
-    )
-    pipeline.set_defaults(main="bench pipeline")
-    startup = kinds.add_parser(
-        "startup",
-        help="from the start of a process to its first picture, part by part",
-        description="Starts fresh processes and times them from the start to the first picture, cold and warm.",
-    )
-    startup.add_argument(
-        "--checkpoint", help="folder, archive, hub id or artifact (default: a random one, made for this)"
-    )
-    startup.add_argument(
-        "--model", default="auto", help="which random one: small, released, or auto: released on CUDA (default: auto)"
-    )
-    startup.add_argument("--size", type=int, help="pixels (default: 512; for the small model 128)")
-    startup.add_argument("--pairs", type=int, default=4, help="pairs of the context (default: 4)")
-    startup.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    startup.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
-    startup.add_argument("--impl", default="auto", help="auto, plain, torch or triton (default: auto)")
-    startup.add_argument("--compile", action="store_true", help="run the network through torch.compile")
-    startup.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
-    startup.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
-    startup.set_defaults(main="bench startup")
-    _add_bench_quality(kinds)
+    run(options)
 
 
-def _add_bench_quality(kinds) -> None:
-    quality = kinds.add_parser(
-        "quality",
-        help="how well a pipeline does the tasks of lavin-mini, on held-out scenes",
-        description="Measures answers to held-out queries of lavin-mini's tasks, beside what needs no model.",
-    )
-    quality.add_argument(
-        "--checkpoint",
-        help="folder, archive, hub id or artifact (default: the small model that comes with the package)",
-    )
-    quality.add_argument(
-        "--against",
-        nargs="?",
-        const="",
-        metavar="CHECKPOINT",
-        help="also run a checkpoint (default: the same) in float32 and print the differences to it",
-    )
-    quality.add_argument(
-        "--speed",
-        nargs="+",
-        metavar="NAME",
-        help="instead hold these speeds (near, fast, fastest) against exact: measures, distance to the exact answer, "
-        "FLOPs and seconds of every task",
-    )
-    quality.add_argument(
-        "--task",
-        metavar="DIR|NAME",
-        help="with --speed: a folder of your own pairs instead of lavin-mini's tasks; each pair in turn is the query, "
-        "others its context",
-    )
-    quality.add_argument("--tasks", nargs="+", metavar="TASK", help="by their full names (default: all)")
-    quality.add_argument("--scenes", type=int, help="held-out queries a task (default: 64)")
-    quality.add_argument("--pairs", type=int, nargs="+", help="of a context (default: 1 2 4)")
-    quality.add_argument("--size", type=int, help="pixels (default: the checkpoint's own)")
-    quality.add_argument("--steps", type=int, default=20, help="knots of the schedule (default: 20)")
-    quality.add_argument("--guidance", type=float, default=1.5, help="guidance scale (default: 1.5)")
-    quality.add_argument("--seed", type=int, default=0, help="of degradations, contexts and noise (default: 0)")
-    quality.add_argument("--batch-size", type=int, default=8, help="queries that run together at most (default: 8)")
-    quality.add_argument("--compile", action="store_true", help="run the network through torch.compile")
-    quality.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
-    quality.add_argument("--quick", action="store_true", help="4 scenes and 2 pairs: shows that it works, not how well")
-    quality.add_argument(
-        "-o", "--output", metavar="FILE", help="write the figures to this JSON file and sheets of pictures beside it"
-    )
-    _add_checkpoint_options(quality)
-    quality.set_defaults(main="bench quality")
+def _info(options: argparse.Namespace) -> None:
+    from lavin_rt.cli.info import info
+
+    info(options)
 
 
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
@@ -272,35 +138,13 @@ def _warn(message, category, filename, lineno, file=None, line=None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
-    options = parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # Looking for other packages' commands takes a while: only where one may be meant.
+    options = parser(others=not arguments or arguments[0] not in OWN).parse_args(arguments)
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         try:
-            if options.main == "run":
-                from lavin_rt.cli.run import run as command
-            elif options.main == "info":
-                from lavin_rt.cli.info import info as command
-            elif options.main == "serve":
-                from lavin_rt.serve.command import serve as command
-            elif options.main == "map":
-                from lavin_rt.serve.fleet import run_map as command
-            elif options.main == "task add":
-                from lavin_rt.cli.task import add as command
-            elif options.main == "task show":
-                from lavin_rt.cli.task import show as command
-            elif options.main == "export":
-                from lavin_export.cli import export as command
-            elif options.main == "bench tune":
-                from lavin_bench.kernels.tune import bench_tune as command
-            elif options.main == "bench pipeline":
-                from lavin_bench.pipeline.bench import bench_pipeline as command
-            elif options.main == "bench startup":
-                from lavin_bench.startup import bench_startup as command
-            elif options.main == "bench quality":
-                from lavin_bench.quality.bench import bench_quality as command
-            else:
-                from lavin_bench.kernels.bench import bench_kernels as command
-            command(options)
+            options.run(options)
         except InputError as error:
             return _fail(str(error), 2)
         except KeyboardInterrupt:
@@ -318,11 +162,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, code: int) -> int:
     print(f"lavin-rt: error: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-def print_json(record: dict) -> None:
-    """A record on stdout."""
-    print(json.dumps(record, indent=2))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-from lavin_rt.cli.main import print_json
+from lavin_rt.checkpoint.files import Checkpoint
+from lavin_rt.console import Progress, print_json
 from lavin_rt.errors import InputError
-from lavin_rt.find.model import Artifact, Checkpoint, find_model, template_roots
+from lavin_rt.find.model import Artifact, find_model, template_roots
 from lavin_rt.pictures import context as contexts
 from lavin_rt.pictures import images
 from lavin_rt.pipeline import Pipeline
@@ -195,7 +194,7 @@ def report(
     times: list[float],
 ) -> None:
     """Says what was done: a record in JSON, or a line for every picture and one for the time."""
-    pipe = task.pipeline
+    pipe = task.engine
     setting = {
         "checkpoint": pipe.source,
         "task": options.task,
@@ -222,32 +221,3 @@ def report(
             print(f"{output}  seed {seed}")
         parts = ", ".join(f"{part} {value:.2f} s" for part, value in seconds.items())
         print(f"{parts}  (speed {options.speed}, impl {pipe.impl}, {setting['device']}, {setting['dtype']})")
-
-
-class Progress:
-    """Bars on stderr, shown where it is a terminal."""
-
-    def __init__(self, quiet: bool):
-        self.quiet = quiet
-
-    def bar(self, what: str, unit: str) -> _Bar:
-        return _Bar(what, unit, disable=True if self.quiet else None)
-
-
-class _Bar:
-    """A tqdm bar that is told where it stands: `bar(done, total)`."""
-
-    def __init__(self, what: str, unit: str, disable: bool | None):
-        from tqdm import tqdm
-
-        self._bar = tqdm(desc=what, unit=unit, unit_scale=unit == "B", disable=disable, file=sys.stderr, leave=False)
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        return self._update
-
-    def _update(self, done: int, total: int) -> None:
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()

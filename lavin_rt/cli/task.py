@@ -6,13 +6,12 @@ import argparse
 import re
 from pathlib import Path
 
-from lavin_rt.cli.main import print_json
-from lavin_rt.cli.run import Progress
+from lavin_rt.console import Progress, print_json
 from lavin_rt.errors import InputError
 from lavin_rt.find.model import find_model, template_roots
+from lavin_rt.packs import TaskPack, check_name
 from lavin_rt.pictures import context as contexts
 from lavin_rt.pictures import images
-from lavin_rt.pictures.packs import TaskPack, check_name
 
 MOST_PAIRS = 8
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lavin_rt.artifact.manifest import KINDS_OF_CODE, Manifest, is_artifact
 from lavin_rt.artifact.manifest import NAME as MANIFEST
+from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.errors import InputError, missing_extra
 from lavin_rt.files import Progress
 from lavin_rt.find.archives import unpack
@@ -25,23 +26,6 @@ WANTED = (*FILES, *(f"weights/{name}" for name in FILES), "template/*", WEIGHTS_
 EXPECTED = f"{DIT} and {' or '.join(VAES)}, or {WEIGHTS_ARCHIVE}"
 FILE_SUFFIXES = (".safetensors", ".pt", *ARCHIVE_SUFFIXES)
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """The files of a checkpoint.
-
-    Attributes:
-        dit: the transformer, `lavin_dit.safetensors`.
-        vae: `stvae.safetensors` or `stvae.pt`.
-        templates: the folder whose sub-folders are tasks, or None.
-        source: where they come from, for records: the path as given, or `owner/name@commit`.
-    """
-
-    dit: Path
-    vae: Path
-    templates: Path | None
-    source: str
 
 
 @dataclasses.dataclass(frozen=True)

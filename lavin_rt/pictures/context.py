@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -303,7 +302,7 @@ class EncodedContext:
                 version = described.get("version", "none")
                 if version != _VERSION:
                     raise InputError(f"{name}: is of version {version}, this package reads {_VERSION}; encode it again")
-                # A task pack has small pictures of its pairs beside them (lavin_rt.pictures.packs).
+                # A task pack has small pictures of its pairs beside them (lavin_rt.packs).
                 if "latents" not in file.keys() or set(file.keys()) - {"latents", THUMBNAILS}:  # noqa: SIM118
                     raise InputError(f"{name}: holds {sorted(file.keys())}, expected latents alone; encode it again")
                 latents = file.get_tensor("latents").clone()
@@ -352,20 +351,6 @@ class EncodedContext:
             )
         if frames is not None:
             check_query_frames(frames, self.frames_per_clip)
-
-
-def vae_fingerprint(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """32 hexadecimal digits that tell VAEs apart: SHA-256 over names, shapes and bfloat16 values of the tensors.
-
-    Names are sorted, so the kind of file and the order in it do not matter. Rounded to bfloat16, the same weights have
-    one fingerprint whether they run in float32 or in bfloat16. Tensors are read one by one.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state_dict.items()):
-        digest.update(json.dumps([name, list(tensor.shape)]).encode())
-        values = tensor.detach().to("cpu", torch.bfloat16).contiguous().flatten()
-        digest.update(memoryview(values.view(torch.uint8).numpy()))
-    return digest.hexdigest()[:32]
 
 
 def _hash(*parts: object) -> int:

@@ -10,7 +10,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from lavin_rt.cli.run import Progress
+from lavin_rt.console import Progress
 from lavin_rt.errors import InputError, missing_extra
 from lavin_rt.serve.limits import Limits
 

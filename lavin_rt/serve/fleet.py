@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lavin_rt.cli.main import print_json
+from lavin_rt.console import print_json
 from lavin_rt.errors import InputError, missing_extra
 from lavin_rt.pictures import images
 from lavin_rt.sampling.speeds import SPEEDS

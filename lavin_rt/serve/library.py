@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from lavin_rt.errors import InputError
+from lavin_rt.packs import TaskPack, check_name, first_pairs
 from lavin_rt.pictures import context as contexts
 from lavin_rt.pictures import images
 from lavin_rt.pictures.context import EncodedContext
-from lavin_rt.pictures.packs import TaskPack, check_name, first_pairs
 from lavin_rt.serve.limits import Limits, Refused
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ import torch
 from fastapi import FastAPI
 from PIL import Image
 
+from lavin_rt.packs import check_name
 from lavin_rt.pictures import context as contexts
 from lavin_rt.pictures import images
-from lavin_rt.pictures.packs import check_name
 from lavin_rt.sampling.speeds import SPEEDS
 from lavin_rt.serve import pictures
 from lavin_rt.serve.engine import Ticket

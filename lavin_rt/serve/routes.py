@@ -16,8 +16,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from pydantic import BaseModel
 
 from lavin_rt.errors import InputError
+from lavin_rt.packs import TaskPack
 from lavin_rt.pictures import images
-from lavin_rt.pictures.packs import TaskPack
 from lavin_rt.serve import pictures
 from lavin_rt.serve.engine import Answer, Ticket
 from lavin_rt.serve.library import Entry

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lavin_rt.errors import InputError
+from lavin_rt.packs import TaskPack
 from lavin_rt.pictures import images
-from lavin_rt.pictures.packs import TaskPack
 from lavin_rt.sampling.speeds import SPEEDS
 from lavin_rt.serve.engine import Answer, Engine, Ticket
 from lavin_rt.serve.library import Entry, Library

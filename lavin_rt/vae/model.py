@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,7 +14,6 @@ from torch import nn
 
 import lavin_kernels
 from lavin_rt.errors import InputError
-from lavin_rt.pictures.context import vae_fingerprint
 from lavin_rt.vae.layers import (
     CausalConv,
     Downsampler,
@@ -203,29 +204,29 @@ class STVAE(nn.Module):
         config: the network's shape.
         impl: how to compute the one function: "plain" (3D convolutions on every input, upsampling before what follows
             it), "torch" (the exact savings described in `vae_layers`, with the plain operators) or "triton" (the same
-            with the kernels of `lavin_kernels`). `use` changes it later.
+            with the kernels of `lavin_kernels`). `in_form` gives the others.
     """
 
     def __init__(self, config: VAEConfig, impl: str = "torch"):
         super().__init__()
         self.config = config
-        self.form = reference_form(plain=False)
-        self.use(impl)
+        self.impl = impl
+        self.form = _form(impl)
         self.encoder = Encoder(config, self.form)
         self.decoder = Decoder(config, self.form)
 
-    def use(self, impl: str) -> STVAE:
-        """Computes by `impl` ("plain", "torch" or "triton") from now on; the weights stay."""
-        if impl == "triton":
-            chosen = Form(False, lavin_kernels.group_norm_silu, lavin_kernels.spatial_norm_silu)
-        elif impl in ("plain", "torch"):
-            chosen = reference_form(plain=impl == "plain")
-        else:
-            raise InputError(f"impl is {impl!r}, expected 'plain', 'torch' or 'triton'")
-        for field in dataclasses.fields(Form):
-            setattr(self.form, field.name, getattr(chosen, field.name))
-        self.impl = impl
-        return self
+    def in_form(self, impl: str) -> STVAE:
+        """This network computing by `impl` ("plain", "torch" or "triton"): itself, or another on the same parameters.
+
+        Whatever changes this one's parameters, a move or an optimiser, changes the other's.
+        """
+        if impl == self.impl:
+            return self
+        with torch.device("meta"):
+            view = STVAE(self.config, impl)
+        for mine, its in zip(self.modules(), view.modules(), strict=True):
+            its._parameters = mine._parameters
+        return view.train(self.training)
 
     @classmethod
     def from_state_dict(
@@ -273,7 +274,7 @@ class STVAE(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the tensors, which an encoded context carries (`context.vae_fingerprint`)."""
+        """Hash of the tensors, which an encoded context carries (`vae_fingerprint`)."""
         return vae_fingerprint(self.state_dict())
 
     def encode(
@@ -361,6 +362,18 @@ class STVAE(nn.Module):
         return results[0] if len(results) == 1 else torch.cat(results)
 
 
+def _form(impl: str) -> Form:
+    """
+    Raises:
+        InputError: no such way to compute.
+    """
+    if impl == "triton":
+        return Form(False, lavin_kernels.group_norm_silu, lavin_kernels.spatial_norm_silu)
+    if impl in ("plain", "torch"):
+        return reference_form(plain=impl == "plain")
+    raise InputError(f"impl is {impl!r}, expected 'plain', 'torch' or 'triton'")
+
+
 def abbreviated(what: str, names: list[str]) -> list[str]:
     """One piece of an error message for `names`, none if there are none."""
     if not names:
@@ -382,3 +395,17 @@ def warn_of_slow_clips(dtype: torch.dtype, device: torch.device) -> None:
             "install torch 2.10 or newer, or cuDNN 9.15 or newer",
             stacklevel=2,
         )
+
+
+def vae_fingerprint(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """32 hexadecimal digits that tell VAEs apart: SHA-256 over names, shapes and bfloat16 values of the tensors.
+
+    Names are sorted, so the kind of file and the order in it do not matter. Rounded to bfloat16, the same weights have
+    one fingerprint whether they run in float32 or in bfloat16. Tensors are read one by one.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        digest.update(json.dumps([name, list(tensor.shape)]).encode())
+        values = tensor.detach().to("cpu", torch.bfloat16).contiguous().flatten()
+        digest.update(memoryview(values.view(torch.uint8).numpy()))
+    return digest.hexdigest()[:32]

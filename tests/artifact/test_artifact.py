@@ -15,11 +15,12 @@ from lavin_rt.artifact import load as artifact
 from lavin_rt.artifact import manifest
 from lavin_rt.artifact.manifest import Manifest, is_artifact
 from lavin_rt.artifact.sizes import bind_sizes, check_ranges, sized
-from lavin_rt.checkpoint.load import find_checkpoint, load_dit
+from lavin_rt.checkpoint.load import load_dit
 from lavin_rt.cli.main import main
 from lavin_rt.dit.layout import Shape
 from lavin_rt.dit.modulation import modulation_table
 from lavin_rt.errors import InputError
+from lavin_rt.find.model import find_checkpoint
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.sampling.schedule import schedule
 

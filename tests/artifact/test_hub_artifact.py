@@ -11,8 +11,9 @@ from support.checks import refusal
 from support.golden import GOLDEN
 from support.small_artifact import read_manifest, write_manifest, write_small_artifact
 
+from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.cli.main import main
-from lavin_rt.find.model import Artifact, Checkpoint, find_model
+from lavin_rt.find.model import Artifact, find_model
 from lavin_rt.pipeline import Pipeline
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

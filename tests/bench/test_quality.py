@@ -17,17 +17,9 @@ pytest.importorskip("trimesh", reason="needs the extra train")
 from lavin_bench import report
 from lavin_bench.pipeline.variants import CPU_VAE, QUICK_CONFIG, random_model, random_vae
 from lavin_bench.quality import strangers as quality_strangers
-from lavin_bench.quality.answers import Answers, Sampling
-from lavin_bench.quality.bench import (
-    Answered,
-    across_tasks,
-    answer,
-    border_steps,
-    context_record,
-    figures,
-    run,
-    task_record,
-)
+from lavin_bench.quality.answers import Answered, Answers, Sampling
+from lavin_bench.quality.bench import across_tasks, answer, context_record, run, task_record
+from lavin_bench.quality.figures import border_steps, figures
 from lavin_bench.quality.queries import CONTEXTS_FROM, Scenery, TaskQueries, alike, draw
 from lavin_bench.quality.report import quality_table, summary
 from lavin_bench.quality.sheet import context_sheet, tasks_sheet

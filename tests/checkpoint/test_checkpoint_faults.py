@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from support.checks import golden, refusal, write_dit_a
 from support.golden import GOLDEN
 
+from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.header import picture_size
-from lavin_rt.checkpoint.load import Checkpoint, describe, load_dit, load_vae, save_vae
+from lavin_rt.checkpoint.load import describe, load_dit, load_vae, save_vae
 from lavin_rt.checkpoint.names import official_layout
 from lavin_rt.checkpoint.tensors import SafetensorsFile
 from lavin_rt.dit.config import PRESETS

@@ -88,10 +88,11 @@ def test_a_weight_slightly_off_is_found(tmp_path, part, weight):
     """By the bits themselves, nothing compiled: a change as small as this may pass for rounding in the results."""
     from types import SimpleNamespace
 
+    from lavin_export.errors import VerificationError
     from lavin_export.networks import vae as vae_parts
     from lavin_export.networks.denoiser import Denoiser
     from lavin_export.to_aoti import inner_first_, write_weights
-    from lavin_export.verify import VerificationError, check_compiled_weights
+    from lavin_export.verify.artifact import check_compiled_weights
     from lavin_rt.checkpoint.load import load_dit, load_vae
 
     checkpoint = golden_checkpoint(tmp_path / "checkpoint")
@@ -239,7 +240,8 @@ def test_faults_that_hashes_do_not_show(compiled, tmp_path, fault):
 
 @pytest.mark.slow
 def test_one_changed_weight_fails_verification(compiled, tmp_path):
-    from lavin_export.verify import VerificationError, verify_artifact
+    from lavin_export.errors import VerificationError
+    from lavin_export.verify.artifact import verify_artifact
 
     def change(folder: Path, values: dict) -> None:
         weights = folder / "denoiser.weights.safetensors"

@@ -19,7 +19,7 @@ from lavin_export.networks import vae as vae_parts
 from lavin_export.to_onnx.export import write_denoiser
 from lavin_export.to_onnx.graph import readable
 from lavin_export.to_onnx.support import check_support
-from lavin_export.verify import sizes_to_check
+from lavin_export.verify.artifact import sizes_to_check
 from lavin_export.writer import writing
 from lavin_rt.artifact import load as artifact
 from lavin_rt.artifact.manifest import Manifest

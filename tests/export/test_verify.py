@@ -15,14 +15,16 @@ from support.checks import refusal
 from support.onnx_exports import exported, golden_checkpoint
 from support.small_artifact import read_manifest, write_manifest
 
-from lavin_export import verify
+from lavin_export.errors import VerificationError
 from lavin_export.networks import denoiser
 from lavin_export.to_onnx import export as to_onnx
 from lavin_export.to_onnx.support import Report
-from lavin_export.verify import VerificationError, relative_error, verify_artifact
+from lavin_export.verify import artifact as verify
+from lavin_export.verify.artifact import relative_error, verify_artifact
 from lavin_rt.artifact.manifest import Manifest
-from lavin_rt.checkpoint.load import ModulationInFile, describe, find_checkpoint
+from lavin_rt.checkpoint.load import ModulationInFile, describe
 from lavin_rt.cli.main import main
+from lavin_rt.find.model import find_checkpoint
 
 
 @pytest.fixture(scope="module")

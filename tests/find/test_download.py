@@ -14,8 +14,9 @@ import pytest
 from support.checks import refusal
 from support.golden import GOLDEN
 
+from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.load import load_dit, load_vae
-from lavin_rt.find.model import Checkpoint, find_checkpoint
+from lavin_rt.find.model import find_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

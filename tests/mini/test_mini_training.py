@@ -14,9 +14,10 @@ from support.mini_pools import SMALL, WEIGHTS, contexts, plan_of, random_pool
 
 pytest.importorskip("embreex", reason="needs the extra train")
 
-from lavin_rt.checkpoint.load import find_checkpoint, load_dit, load_vae
+from lavin_rt.checkpoint.load import load_dit, load_vae
 from lavin_rt.dit.model import JDiT
 from lavin_rt.errors import InputError
+from lavin_rt.find.model import find_checkpoint
 from lavin_rt.mini.train import dit as train_dit
 from lavin_rt.mini.train.__main__ import main
 from lavin_rt.mini.train.compiled import Compiled

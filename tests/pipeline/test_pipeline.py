@@ -12,7 +12,8 @@ import lavin_rt
 from lavin_rt.checkpoint.load import load_vae
 from lavin_rt.devices import resolve_device, resolve_dtype
 from lavin_rt.errors import InputError
-from lavin_rt.pipeline import Pipeline, draw_noise
+from lavin_rt.pipeline import Pipeline
+from lavin_rt.task import draw_noise
 
 
 def picture(seed: int, height: int = 32, width: int = 48, frames: int | None = None) -> np.ndarray:

@@ -47,8 +47,8 @@ def latents(task: Task, speed, seed: int = 5, **options) -> torch.Tensor:
 
 def test_batches_equal_single_runs_and_the_task_s_keys_are_made_once(task, monkeypatch):
     made = []
-    keys = task.pipeline.executor.context_keys
-    monkeypatch.setattr(task.pipeline.executor, "context_keys", lambda *given: made.append(given) or keys(*given))
+    keys = task.engine.executor.context_keys
+    monkeypatch.setattr(task.engine.executor, "context_keys", lambda *given: made.append(given) or keys(*given))
     queries = [picture(5), picture(6), picture(7)]
     for speed in SPEEDY[1:]:
         together = task.run(queries, speed=speed, batch_size=2)
@@ -78,7 +78,7 @@ def test_keys_belong_to_their_weights(pipe, task):
     before = latents(task, speed)
     other = Pipeline(randomize_(load_dit(GOLDEN / "dit_c.safetensors", dtype=torch.float32), seed=1), pipe.vae)
     expected = latents(other.task(task.context), speed)
-    task.pipeline, task._embedded = other, None
+    task.engine, task._embedded = other, None
     assert torch.equal(latents(task, speed), expected) and not torch.equal(expected, before)
 
 
@@ -120,7 +120,7 @@ def test_threads_with_different_speeds_on_one_task(task):
 
 
 def test_warmup_leaves_nothing_to_do(task, monkeypatch):
-    executor, made = task.pipeline.executor, []
+    executor, made = task.engine.executor, []
     executor.release()
     step = executor.network.step
     monkeypatch.setattr(executor.network, "step", lambda *given, **more: made.append(given) or step(*given, **more))
@@ -131,7 +131,7 @@ def test_warmup_leaves_nothing_to_do(task, monkeypatch):
 
 
 def test_memory_of_what_is_kept_is_counted_and_refused(task, monkeypatch):
-    executor, speed = task.pipeline.executor, SPEEDY[2]
+    executor, speed = task.engine.executor, SPEEDY[2]
     executor.release()
     need = executor.network.workspace
     exact, kept = task._shape(1, 1.5), task._shape(1, 1.5, speed)

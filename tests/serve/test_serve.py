@@ -26,8 +26,8 @@ from support.serving import message, picture, pixels, running, wait_until
 
 from lavin_rt.cli.main import main
 from lavin_rt.errors import Cancelled
+from lavin_rt.packs import TaskPack
 from lavin_rt.pictures import images
-from lavin_rt.pictures.packs import TaskPack
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.serve.limits import Limits
 from lavin_rt.serve.service import Service

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lavin_rt.artifact.manifest import Manifest, file_sha256
-from lavin_rt.checkpoint.load import find_checkpoint
+from lavin_rt.find.model import find_checkpoint
 from support.golden import GOLDEN, golden_cases
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from lavin_export.to_onnx.export import export_onnx
-from lavin_rt.checkpoint.load import Checkpoint, find_checkpoint
+from lavin_rt.checkpoint.files import Checkpoint
+from lavin_rt.find.model import find_checkpoint
 from support.golden import GOLDEN
 
 

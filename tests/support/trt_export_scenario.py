@@ -23,7 +23,7 @@ import torch
 import lavin_export.to_tensorrt.export as to_tensorrt
 import lavin_rt.artifact.tensorrt as trt_session
 from lavin_export.to_tensorrt.profiles import parse
-from lavin_export.verify import verify_artifact
+from lavin_export.verify.artifact import verify_artifact
 from lavin_rt.artifact.manifest import Manifest
 from lavin_rt.errors import InputError
 from support import trt_bindings

@@ -40,7 +40,7 @@ def random_vae(config: VAEConfig = SMALL, dtype: torch.dtype = torch.float64) ->
 
 
 def in_form(vae: STVAE, impl: str, method: str, x: torch.Tensor) -> torch.Tensor:
-    result = getattr(vae.use(impl), method)(x)
+    result = getattr(vae.in_form(impl), method)(x)
     return torch.cat([result.mean, result.logvar], 1) if isinstance(result, Posterior) else result
 
 
@@ -208,7 +208,7 @@ def test_wrong_input(method, shape, dtype, message):
 
 
 def test_batches_are_exact():
-    vae, pixels = random_vae().use("torch"), torch.randn(5, 3, 1, 16, 16, dtype=torch.float64)
+    vae, pixels = random_vae().in_form("torch"), torch.randn(5, 3, 1, 16, 16, dtype=torch.float64)
     with torch.inference_mode():
         latents = vae.encode(pixels).mean
         assert relative_error(vae.encode(pixels, batch=2).mean, latents) <= 1e-12
@@ -291,7 +291,7 @@ def test_gradients_of_the_fast_form():
     for impl in FORMS:
         vae = random_vae()
         pixels = torch.linspace(-1, 1, 3 * 17 * 18, dtype=torch.float64).view(1, 3, 1, 17, 18).requires_grad_()
-        vae.use(impl)(pixels).square().mean().backward()
+        vae.in_form(impl)(pixels).square().mean().backward()
         gradients.append(
             [pixels.grad, *(p.grad for name, p in vae.named_parameters() if "encoder.conv_out" not in name)]
         )

@@ -14,7 +14,7 @@ import torch
 
 from lavin_bench.ceilings import ceilings
 from lavin_bench.kernels.cases import OPERATORS, Case, Setting, Tensors, cases, settings
-from lavin_bench.report import write_record
+from lavin_bench.record import write_record
 from lavin_bench.timing import Timing, header, header_line, measure
 from lavin_rt.devices import current_device, resolve_device, resolve_dtype
 from lavin_rt.errors import InputError

@@ -40,7 +40,7 @@ from lavin_bench.pipeline.variants import (
     weights_bytes,
     whole_calls,
 )
-from lavin_bench.report import write_record
+from lavin_bench.record import write_record
 from lavin_bench.timing import Timing, header, header_line, measure, use_threads
 from lavin_rt.devices import current_device, release_cached, resolve_device, resolve_dtype
 from lavin_rt.errors import InputError

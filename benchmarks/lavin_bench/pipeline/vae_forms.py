@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lavin_bench.report import write_record
+from lavin_bench.record import write_record
 from lavin_bench.timing import header, header_line, measure
 from lavin_rt.vae.layers import DerivedKernel
 from lavin_rt.vae.model import STVAE, VAEConfig
@@ -58,10 +58,11 @@ def one_pass(vae: STVAE, form: str, direction: str, size: int) -> Run:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(vae.device, vae.dtype)
     x = x.contiguous(memory_format=torch.channels_last_3d) if channels_last else x
 
+    chosen = vae.in_form(impl)
+
     def run() -> torch.Tensor:
-        vae.use(impl)
         with torch.inference_mode():
-            return vae.encode(x).mean if direction == "encode" else vae.decode(x)
+            return chosen.encode(x).mean if direction == "encode" else chosen.decode(x)
 
     return run
 

@@ -129,3 +129,20 @@ class Answers:
     def _decoded(self, latents: torch.Tensor) -> np.ndarray:
         """uint8 `[N, T, S, S, 3]` of scaled latents `[N, 16, t, h, w]`."""
         return np.stack([self.pipe.decode(one).permute(0, 2, 3, 1).numpy() for one in latents.split(1)])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answered:
+    """What one pipeline made of one task.
+
+    Attributes:
+        asked: queries and contexts.
+        results: by number of pairs, uint8 `[N, T, S, S, 3]`.
+        shuffled: with shuffled targets, of the most pairs; None of clips.
+        ceilings: targets encoded and decoded.
+    """
+
+    asked: TaskQueries
+    results: dict[int, np.ndarray]
+    shuffled: np.ndarray | None
+    ceilings: np.ndarray

@@ -7,100 +7,27 @@ other tasks' pairs, pairs with other pairs' targets, and one, two or four pairs.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from lavin_bench.quality.answers import Answers, Sampling
-from lavin_bench.quality.queries import TaskQueries, alike, draw
-from lavin_bench.quality.report import clear, summary, task_line
-from lavin_bench.quality.sheet import context_sheet, tasks_sheet
-from lavin_bench.report import write_record
-from lavin_bench.timing import header, header_line, use_threads
-from lavin_rt.devices import current_device
-from lavin_rt.dit.model import JDiT
+from lavin_bench.quality.answers import Answered, Answers, Sampling
+from lavin_bench.quality.figures import Figures, better, border_steps, figures, interval, means
+from lavin_bench.quality.queries import TaskQueries, alike
+from lavin_bench.quality.report import clear, task_line
+from lavin_bench.timing import header
 from lavin_rt.errors import InputError
-from lavin_rt.files import written_whole
-from lavin_rt.mini.world.measures import MEASURES, measure
-from lavin_rt.mini.world.tasks import TASKS, find_task
-from lavin_rt.pictures.images import check_writable
+from lavin_rt.mini.world.measures import MEASURES
+from lavin_rt.mini.world.tasks import TASKS
 from lavin_rt.pipeline import Pipeline
 
 PAIRS = (1, 2, 4)
-PATCH = 16  # pixels a side of what one token of the transformer stands for
 YARDSTICKS = ("copy", "mean")  # the simple ones, which a model should beat
-
-Figures = dict[str, np.ndarray]
-"""A task's measures by name, the deciding one first, and "fidelity" (PSNR, dB), each `[N]`, one value a query."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Answered:
-    """What one pipeline made of one task.
-
-    Attributes:
-        asked: queries and contexts.
-        results: by number of pairs, uint8 `[N, T, S, S, 3]`.
-        shuffled: with shuffled targets, of the most pairs; None of clips.
-        ceilings: targets encoded and decoded.
-    """
-
-    asked: TaskQueries
-    results: dict[int, np.ndarray]
-    shuffled: np.ndarray | None
-    ceilings: np.ndarray
-
-
-def figures(asked: TaskQueries, results: np.ndarray) -> Figures:
-    """The measures of every result."""
-    still = slice(None) if asked.task.is_clip else 0
-    pairs = list(zip(results, asked.targets, strict=True))
-    rows = [measure(asked.task, result[still], target[still]) for result, target in pairs]
-    found = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    return {**found, "fidelity": np.array([fidelity(*pair) for pair in pairs])}
-
-
-def fidelity(result: np.ndarray, target: np.ndarray) -> float:
-    """PSNR in dB of uint8 values, whatever the task, so that tasks can be averaged."""
-    return float(-10 * np.log10(max(np.square(result / 255 - target / 255).mean(), 1e-10)))
-
-
-def border_steps(pictures: np.ndarray) -> float | None:
-    """The mean absolute step across borders of the transformer's patches over that one pixel to either side, of uint8
-    `[N, T, S, S, 3]`; None where there is no border or no step beside one.
-    """
-    across, beside = [], []
-    for axis in (2, 3):
-        steps = np.abs(np.diff(pictures.astype(np.int16), axis=axis))
-        borders = np.arange(PATCH, pictures.shape[axis], PATCH) - 1  # step i is that from pixel i to the next
-        across.append(steps.take(borders, axis=axis).ravel())
-        beside.append(steps.take(np.concatenate([borders - 1, borders + 1]), axis=axis).ravel())
-    one, other = (np.concatenate(steps) for steps in (across, beside))
-    return round(float(one.mean() / other.mean()), 4) if other.any() else None
-
-
-def interval(differences: np.ndarray) -> list[float]:
-    """The mean of paired differences and the half-width of its 95 % interval (normal)."""
-    half = 1.96 * differences.std(ddof=1) / np.sqrt(len(differences))
-    return [round(float(value), 6) for value in (differences.mean(), half)]
-
-
-def means(found: Figures) -> dict[str, float]:
-    return {name: round(float(values.mean()), 6) for name, values in found.items()}
-
-
-def better(task: str, a: Figures, b: Figures) -> dict[str, list[float]]:
-    """By how much a is better than b, of every measure: mean and half-width."""
-    of_task = {m.name: m.better for m in MEASURES[TASKS[task].measure]}
-    return {name: interval(of_task[name](a[name], b[name])) for name in of_task}
 
 
 def task_record(answered: Answered, exact: Answered | None = None) -> tuple[dict[str, Any], dict[str, Figures]]:
@@ -289,55 +216,3 @@ def run(
     record["across_tasks"] = across_tasks(record["tasks"], found)
     record["seconds"] = round(time.perf_counter() - began, 1)
     return record, answered
-
-
-def bench_quality(options: argparse.Namespace) -> None:
-    """Runs the command."""
-    from lavin_bench.quality.speeds import bench_own_pairs, bench_speeds  # which build on this module
-
-    if options.task:
-        bench_own_pairs(options)
-        return
-    pairs = sorted(set(options.pairs or ((2,) if options.quick else PAIRS)))
-    scenes = (4 if options.quick else 64) if options.scenes is None else options.scenes
-    for name, value, least in (("scenes", scenes, 2), ("pairs", pairs[0], 1), ("batch-size", options.batch_size, 1)):
-        if value < least:
-            raise InputError(f"--{name} is {value}; expected at least {least}")
-    if pairs[-1] > 8:
-        raise InputError(f"--pairs is {pairs[-1]}; expected at most 8")
-    if options.output:
-        check_writable(options.output)
-    use_threads(options.threads)
-    if options.seed < 0:
-        raise InputError(f"--seed is {options.seed}; expected a whole number from 0 on")
-    tasks = [find_task(name) for name in options.tasks or TASKS]
-
-    def load(checkpoint: str | None, **settled: Any) -> Pipeline:
-        revision = options.revision if checkpoint == options.checkpoint else None
-        given = {"device": options.device, "revision": revision, "strict": options.strict}
-        return Pipeline.from_pretrained(checkpoint, **given, trust=options.trust, **settled)
-
-    pipe, exact = load(options.checkpoint, dtype=options.dtype, impl=options.impl, compile=options.compile), None
-    if options.against is not None:
-        if not options.against and not isinstance(pipe.dit, JDiT):
-            raise InputError(f"{pipe.source} is an artifact; say what to hold it against: --against CHECKPOINT")
-        exact = load(options.against or options.checkpoint, dtype="float32")
-    size = pipe.size if options.size is None else options.size
-    if size < 16 or size % 16:
-        raise InputError(f"--size is {size}; expected a positive multiple of 16")
-    sampling = Sampling(options.steps, options.guidance, options.seed, options.batch_size)
-    print(header_line({**header(pipe.device), "checkpoint": pipe.source, "impl": pipe.impl}), flush=True)
-    drawn = draw(size, scenes, pairs[-1], tasks, options.seed)
-    if options.speed:
-        bench_speeds(options, pipe, drawn, pairs[-1], sampling)
-        return
-    with torch.no_grad(), current_device(pipe.device):
-        record, answered = run(pipe, drawn, pairs, sampling, exact)
-    print("\n".join(summary(record)))
-    if options.output:
-        path = Path(options.output)
-        write_record(path, record)
-        for suffix, sheet in (("", tasks_sheet(answered)), ("-context", context_sheet(answered))):
-            if sheet is not None:
-                with written_whole(path.with_name(f"{path.stem}{suffix}.png")) as partial:
-                    sheet.save(partial, "PNG", optimize=True)

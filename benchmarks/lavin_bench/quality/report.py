@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lavin_bench.report import caption, table
+from lavin_bench.markdown import caption, table
 
 UNITS = {"mean angle": ("{:.1f}", "°"), "PSNR": ("{:.1f}", " dB"), "MSE": ("{:.4f}", ""), "flow error": ("{:.2f}", "")}
 

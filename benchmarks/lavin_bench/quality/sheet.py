@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lavin_bench.quality.queries import alike
 
 if TYPE_CHECKING:
-    from lavin_bench.quality.bench import Answered
+    from lavin_bench.quality.answers import Answered
 
 CELL = (96, 192)  # pixels a side, least and most
 MARGIN, HEAD, LABEL = 4, 16, 150  # pixels: between cells, the row of titles, the column of names

@@ -15,7 +15,7 @@ import torch
 from lavin_bench.quality.answers import Sampling
 from lavin_bench.quality.queries import draw
 from lavin_bench.quality.speeds import ONE_TO_MANY, run_speeds
-from lavin_bench.report import write_record
+from lavin_bench.record import write_record
 from lavin_bench.timing import use_threads
 from lavin_rt.mini.world.tasks import TASKS, find_task
 from lavin_rt.pipeline import Pipeline

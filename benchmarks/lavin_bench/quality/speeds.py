@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from lavin_bench.pipeline.flops import speed_flops
 from lavin_bench.quality.answers import Answers, Sampling
-from lavin_bench.quality.bench import Figures, better, fidelity, figures, interval, means
+from lavin_bench.quality.figures import Figures, better, fidelity, figures, interval, means
 from lavin_bench.quality.queries import TaskQueries
 from lavin_bench.quality.speeds_report import front, summary
-from lavin_bench.report import write_record
+from lavin_bench.record import write_record
 from lavin_bench.timing import header, use_threads
 from lavin_rt.devices import current_device
 from lavin_rt.errors import InputError

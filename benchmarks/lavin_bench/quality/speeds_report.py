@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lavin_bench.markdown import caption, table
 from lavin_bench.quality.report import signed, value
-from lavin_bench.report import caption, table
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 460, 70, 190, 56, 52
 LEAST_LOSS, MOST_LOSS = 0.001, 1.0  # of the picture's axis, which is logarithmic

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from lavin_bench.quality.bench import fidelity, interval
+from lavin_bench.quality.figures import fidelity, interval
 from lavin_bench.quality.report import strangers_table
-from lavin_bench.report import write_record
+from lavin_bench.record import write_record
 from lavin_bench.timing import header
 from lavin_rt.cli.main import main as lavin_rt
 from lavin_rt.errors import InputError

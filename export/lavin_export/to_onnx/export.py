@@ -5,30 +5,28 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lavin_export.cli import common_options
 from lavin_export.networks import denoiser as denoiser_part
 from lavin_export.networks import vae as vae_parts
-from lavin_export.networks.denoiser import Denoiser, Source
+from lavin_export.networks.denoiser import Denoiser
+from lavin_export.networks.weights import denoiser_weights
+from lavin_export.options import common_options
 from lavin_export.to_onnx import graph as onnx_graph
 from lavin_export.to_onnx.support import Report
+from lavin_export.verify.artifact import verify_written
 from lavin_export.writer import ArtifactWriter, writing
 from lavin_rt.artifact.manifest import Manifest
-from lavin_rt.checkpoint.load import Checkpoint, find_checkpoint
-from lavin_rt.checkpoint.tensors import SafetensorsFile
+from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.devices import resolve_device, resolve_dtype
-from lavin_rt.dit.config import DiTConfig
 from lavin_rt.dit.model import JDiT
-from lavin_rt.dit.rope import rotary_tables
 from lavin_rt.errors import missing_extra
 from lavin_rt.files import Progress
-
-WeightsOf = Callable[[str], torch.Tensor]
+from lavin_rt.find.model import find_checkpoint
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,7 +94,7 @@ def export_onnx(
             artifact.add_part(part.name, part.file, part.weights, part.inputs, part.outputs, part.ranges, needs=needs)
         artifact.write_modulation()
         if verify:
-            artifact.verify(device)
+            verify_written(artifact, device)
     return Manifest.read(output)
 
 
@@ -147,38 +145,13 @@ def vae_module(artifact: ArtifactWriter, part: str, frames: int) -> torch.nn.Mod
     return vae_parts.in_dtype(vae_parts.NETWORKS[part](artifact.vae(), frames), artifact.dtype)
 
 
-def denoiser_weights(file: SafetensorsFile, config: DiTConfig, dtype: torch.dtype) -> WeightsOf:
-    """Reads a parameter or buffer of a `Denoiser` from a checkpoint's file by its name."""
-    sources = denoiser_part.sources(config)
-
-    def weight(name: str) -> torch.Tensor:
-        if name in sources:
-            return read_source(file, sources[name], dtype)
-        if name == "unit":
-            return torch.ones(config.hidden_size, dtype=dtype)
-        cos, sin = rotary_tables(denoiser_part.POSITIONS, config.head_size)
-        return {"rotary_cos": cos, "rotary_sin": sin}[name]
-
-    return weight
-
-
-def read_source(file: SafetensorsFile, source: Source, dtype: torch.dtype) -> torch.Tensor:
-    """The official tensors of one parameter, joined, in `dtype` on the CPU."""
-    tensor, row = torch.empty(source.shape, dtype=dtype), 0
-    with file.reader() as reader:
-        for place in source.places:
-            reader.read_into(place.official, tensor[row : row + place.shape[0]])
-            row += place.shape[0]
-    return tensor
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lavin-rt export onnx` that the other formats do not have: none."""
 
 
 def from_arguments(arguments: argparse.Namespace) -> Manifest:
     """Runs `lavin-rt export onnx`."""
-    from lavin_rt.cli.run import Progress as Bars
+    from lavin_rt.console import Progress as Bars
 
     device = resolve_device("cpu" if arguments.device == "auto" else arguments.device)
     dtype = resolve_dtype("float32" if arguments.dtype == "auto" else arguments.dtype, device)

@@ -16,19 +16,21 @@ from typing import Any
 
 import torch
 
-from lavin_export.cli import common_options
 from lavin_export.networks.denoiser import RANGES
 from lavin_export.networks.vae import ROWS, clip_lengths
+from lavin_export.options import common_options
 from lavin_export.to_onnx import export as to_onnx
 from lavin_export.to_tensorrt.build import BuildOptions, build_plan
 from lavin_export.to_tensorrt.profiles import Profile, for_vae, parse, with_null_branches
+from lavin_export.verify.artifact import verify_written
 from lavin_export.writer import ArtifactWriter, writing
 from lavin_rt.artifact.manifest import Manifest
 from lavin_rt.artifact.tensorrt_library import import_tensorrt, version_numbers
-from lavin_rt.checkpoint.load import Checkpoint, find_checkpoint
+from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.devices import resolve_device, resolve_dtype
 from lavin_rt.errors import InputError
 from lavin_rt.files import Progress
+from lavin_rt.find.model import find_checkpoint
 
 DEFAULT_PROFILE = "batch=1,pairs=4,height=512,width=512"
 GIB = 2**30
@@ -99,7 +101,7 @@ def export_tensorrt(
                     (folder / name).unlink()
         artifact.write_modulation()
         if verify:
-            artifact.verify(device)
+            verify_written(artifact, device)
     return Manifest.read(output)
 
 
@@ -187,7 +189,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def from_arguments(arguments: argparse.Namespace) -> Manifest:
     """Runs `lavin-rt export tensorrt`."""
-    from lavin_rt.cli.run import Progress as Bars
+    from lavin_rt.console import Progress as Bars
 
     import_tensorrt("exporting to TensorRT")
     device = resolve_device("cuda" if arguments.device == "auto" else arguments.device)

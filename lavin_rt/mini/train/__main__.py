@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lavin_rt.checkpoint.load import find_checkpoint, load_dit, load_vae, save_vae
+from lavin_rt.checkpoint.load import load_dit, load_vae, save_vae
 from lavin_rt.devices import resolve_device
 from lavin_rt.dit import config
 from lavin_rt.dit.model import JDiT
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
+from lavin_rt.find.model import find_checkpoint
 from lavin_rt.mini.train.dit import PATCH, Contexts, TransformerRun, shapes_of
 from lavin_rt.mini.train.folders import folder_pools
 from lavin_rt.mini.train.latents import encode_pieces

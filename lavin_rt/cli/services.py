@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+
+from lavin_rt.cli.options import Parser, add_checkpoint_options
 
 
-def add_serve(commands, checkpoint_options: Callable[[argparse.ArgumentParser], None]) -> None:
+def add_serve(commands) -> None:
     serve = commands.add_parser(
         "serve",
         help="answer requests of many clients, with a page to try it",
@@ -37,11 +38,11 @@ def add_serve(commands, checkpoint_options: Callable[[argparse.ArgumentParser], 
     bounds.add_argument("--task-age", type=float, default=3600.0, help="seconds they are kept unused (default: 3600)")
     serve.add_argument("--speed", default="exact", help="of requests that name none (default: exact)")
     serve.add_argument("--compile", action="store_true", help="run the network through torch.compile")
-    checkpoint_options(serve)
-    serve.set_defaults(main="serve")
+    add_checkpoint_options(serve)
+    serve.set_defaults(run=_serve)
 
 
-def add_map(commands, checkpoint_options: Callable[[argparse.ArgumentParser], None]) -> None:
+def add_map(commands) -> None:
     fleet = commands.add_parser(
         "map",
         help="answer a folder of queries with many workers, on Ray",
@@ -72,15 +73,15 @@ def add_map(commands, checkpoint_options: Callable[[argparse.ArgumentParser], No
     machines.add_argument("--address", help="of a Ray cluster, auto for the one at hand (default: this machine alone)")
     fleet.add_argument("--json", action="store_true", help="print a JSON record on stdout, nothing else")
     fleet.add_argument("-q", "--quiet", action="store_true", help="print errors only")
-    checkpoint_options(fleet)
-    fleet.set_defaults(main="map")
+    add_checkpoint_options(fleet)
+    fleet.set_defaults(run=_map)
 
 
-def add_task(commands, parser_class: type[argparse.ArgumentParser], checkpoint_options) -> None:
+def add_task(commands) -> None:
     task = commands.add_parser(
         "task", help="keep a task in one file, or look into one", description="Task packs: a task in one file."
     )
-    kinds = task.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=parser_class)
+    kinds = task.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=Parser)
     add = kinds.add_parser(
         "add",
         help="encode pairs into a task pack",
@@ -100,13 +101,13 @@ def add_task(commands, parser_class: type[argparse.ArgumentParser], checkpoint_o
     add.add_argument("--size", help="N or HEIGHTxWIDTH, multiples of 16 (default: what the model was trained at)")
     add.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
     _add_checkpoint(add)
-    checkpoint_options(add)
-    add.set_defaults(main="task add")
+    add_checkpoint_options(add)
+    add.set_defaults(run=_add)
     show = kinds.add_parser("show", help="what is in a task pack", description="Says what is in a task pack.")
     show.add_argument("pack", metavar="FILE", help="a task pack or an encoded context")
     show.add_argument("-o", "--output", metavar="PICTURE", help="also write its pairs as a sheet")
     show.add_argument("--json", action="store_true", help="print JSON")
-    show.set_defaults(main="task show")
+    show.set_defaults(run=_show)
 
 
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:
@@ -115,3 +116,27 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
         metavar="PATH|HUB-ID|ARTIFACT",
         help="folder, weights.tar.gz, exported artifact, or Hugging Face id (default: the small model)",
     )
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from lavin_rt.serve.command import serve
+
+    serve(options)
+
+
+def _map(options: argparse.Namespace) -> None:
+    from lavin_rt.serve.fleet import run_map
+
+    run_map(options)
+
+
+def _add(options: argparse.Namespace) -> None:
+    from lavin_rt.cli.task import add
+
+    add(options)
+
+
+def _show(options: argparse.Namespace) -> None:
+    from lavin_rt.cli.task import show
+
+    show(options)

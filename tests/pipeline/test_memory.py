@@ -7,8 +7,8 @@ import torch
 
 from lavin_rt.dit.config import PRESETS
 from lavin_rt.dit.layout import Shape
+from lavin_rt.memory import predict
 from lavin_rt.sampling.allocator import MIB, Allocator, Modelled
-from lavin_rt.sampling.memory import predict
 from lavin_rt.vae.model import VAEConfig
 
 BOUND = 7.0e9  # reserved, of the released model in bfloat16 at 512 px with four pairs

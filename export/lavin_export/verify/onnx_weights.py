@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lavin_export.errors import VerificationError
 from lavin_export.networks import vae as vae_parts
+from lavin_export.networks.weights import denoiser_weights
 from lavin_rt.artifact.manifest import MODULATION, Manifest
 from lavin_rt.artifact.onnx_file import check_external_files
+from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.header import dit_config
-from lavin_rt.checkpoint.load import Checkpoint, load_vae
+from lavin_rt.checkpoint.load import load_vae
 from lavin_rt.checkpoint.tensors import SafetensorsFile
 from lavin_rt.errors import InputError, missing_extra
 
@@ -31,8 +34,6 @@ def check_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
         import onnx_ir
     except ImportError:
         raise missing_extra("onnx_ir", "onnx", "verifying an ONNX artifact") from None
-    from lavin_export.to_onnx.export import denoiser_weights
-    from lavin_export.verify import VerificationError
 
     file = SafetensorsFile.open(checkpoint.dit)
     if dit_config(file) != manifest.config:

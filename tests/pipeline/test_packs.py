@@ -11,8 +11,8 @@ from support.command import write_picture, write_template
 
 from lavin_rt.cli.main import main
 from lavin_rt.errors import InputError
+from lavin_rt.packs import TaskPack, check_name, first_pairs
 from lavin_rt.pictures.context import EncodedContext
-from lavin_rt.pictures.packs import TaskPack, check_name, first_pairs
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:

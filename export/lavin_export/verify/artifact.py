@@ -18,18 +18,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from lavin_export.errors import VerificationError
 from lavin_export.networks import vae as vae_parts
 from lavin_export.networks.denoiser import Denoiser
-from lavin_export.to_onnx.weights import check_weights, widened
+from lavin_export.verify.onnx_weights import check_weights, widened
+from lavin_export.writer import ArtifactWriter
 from lavin_rt.artifact.aoti import read_weights
 from lavin_rt.artifact.load import ArtifactNetwork, ArtifactVAE, assemble
 from lavin_rt.artifact.manifest import Manifest, file_sha256
 from lavin_rt.artifact.sizes import check_ranges, ranges_of, sized
-from lavin_rt.checkpoint.load import Checkpoint, find_checkpoint, load_dit, load_vae
+from lavin_rt.checkpoint.files import Checkpoint
+from lavin_rt.checkpoint.load import load_dit, load_vae
 from lavin_rt.checkpoint.names import official_layout
 from lavin_rt.devices import current_device, resolve_device
 from lavin_rt.dit.model import JDiT
 from lavin_rt.errors import InputError
+from lavin_rt.find.model import find_checkpoint
 from lavin_rt.sampling.schedule import schedule
 from lavin_rt.vae.model import STVAE
 
@@ -47,10 +51,6 @@ Velocity = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 """`(latents, evaluation, cond_latents) -> velocity` of one branch."""
 
 
-class VerificationError(RuntimeError):
-    """An artifact does not compute what its checkpoint does."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Check:
     """One comparison: of what, at which sizes, the error and what is allowed."""
@@ -63,6 +63,17 @@ class Check:
     @property
     def passed(self) -> bool:
         return self.error <= self.budget  # False for NaN
+
+
+def verify_written(artifact: ArtifactWriter, device: torch.device | str = "cpu", **limits: Any) -> dict[str, Any]:
+    """Runs what was written so far as `verify_artifact` does, and keeps the errors for the manifest.
+
+    Raises:
+        VerificationError: an error above its budget.
+    """
+    artifact.write_manifest()
+    artifact.verification = verify_artifact(artifact.folder, artifact.checkpoint, device, **limits)
+    return artifact.verification
 
 
 def verify_artifact(
@@ -200,7 +211,7 @@ class Cases:
     def of_plain(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
         """Results of the plain model, on the CPU in float32."""
         passes, run = self._of_transformer(dtype, device)
-        vae = load_vae(self.checkpoint.vae, device=device, dtype=dtype).use("plain")
+        vae = load_vae(self.checkpoint.vae, device=device, dtype=dtype).in_form("plain")
         return [*passes, *self._pictures(vae, device), run]
 
     def _of_transformer(self, dtype: torch.dtype, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:

@@ -1,0 +1,161 @@
+"""`lavin-rt bench`: its options, and the way to the modules that measure, which are imported when one is asked for."""
+
+from __future__ import annotations
+
+import argparse
+
+from lavin_rt.cli.options import Parser, add_checkpoint_options
+
+
+def add_bench(commands) -> None:
+    """Adds `bench` to the command line's sub-commands; imports nothing heavy."""
+    bench = commands.add_parser("bench", help="measure this machine", description="Measures this machine.")
+    kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=Parser)
+    kernels = kinds.add_parser(
+        "kernels",
+        help="every operator at the model's shapes, against the best that PyTorch has",
+        description="Checks every operator's result, then times it at the model's shapes, beside PyTorch's own.",
+    )
+    kernels.add_argument("--operator", default="", help="only operators whose name contains this")
+    kernels.add_argument("--full", action="store_true", help="all sizes and pairs, with and without the null branch")
+    kernels.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    kernels.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
+    kernels.add_argument("--repeats", type=int, default=15, help="samples per variant (default: 15)")
+    kernels.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    kernels.add_argument(
+        "--static", action="store_true", help="no timing: compile for all targets without a GPU, and check the results"
+    )
+    kernels.set_defaults(run=_kernels)
+    tune = kinds.add_parser(
+        "tune",
+        help="find the best kernel launches of the GPU at hand",
+        description="Times every kernel's launch candidates on the GPU at hand and writes the device's file.",
+    )
+    tune.add_argument("--operator", default="", help="only operators whose name contains this")
+    tune.add_argument("--device", default="auto", help="auto, cuda, cuda:1, ... (default: auto)")
+    tune.add_argument("--repeats", type=int, default=15, help="samples per candidate (default: 15)")
+    tune.add_argument(
+        "-o", "--output", metavar="FILE", help="file to write (default: the installed package's, per device)"
+    )
+    tune.add_argument("--json", metavar="FILE", help="write all times to this file")
+    tune.set_defaults(run=_tune)
+    pipeline = kinds.add_parser(
+        "pipeline",
+        help="whole samplings and whole calls, beside the way the authors run the model",
+        description="Measures samplings from the authors' way to the fastest one, every variant one switch more.",
+    )
+    pipeline.add_argument("--size", type=int, nargs="+", default=[], help="pixels (default: 256 512; on a CPU 128)")
+    pipeline.add_argument("--pairs", type=int, nargs="+", default=[], help="pairs (default: 1 4 8; on a CPU 4)")
+    pipeline.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    pipeline.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
+    pipeline.add_argument("--repeats", type=int, help="samples per variant (default: 7)")
+    pipeline.add_argument(
+        "--error-steps", type=int, default=20, help="knots of the samplings that errors are taken of (default: 20)"
+    )
+    pipeline.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
+    pipeline.add_argument(
+        "--quick", action="store_true", help="a tiny model and picture, once: shows that it works, not how fast"
+    )
+    pipeline.add_argument(
+        "-o", "--output", metavar="FILE", help="write the figures to this JSON file and the waterfall beside it as SVG"
+    )
+    pipeline.set_defaults(run=_pipeline)
+    startup = kinds.add_parser(
+        "startup",
+        help="from the start of a process to its first picture, part by part",
+        description="Starts fresh processes and times them from the start to the first picture, cold and warm.",
+    )
+    startup.add_argument(
+        "--checkpoint", help="folder, archive, hub id or artifact (default: a random one, made for this)"
+    )
+    startup.add_argument(
+        "--model", default="auto", help="which random one: small, released, or auto: released on CUDA (default: auto)"
+    )
+    startup.add_argument("--size", type=int, help="pixels (default: 512; for the small model 128)")
+    startup.add_argument("--pairs", type=int, default=4, help="pairs of the context (default: 4)")
+    startup.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    startup.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
+    startup.add_argument("--impl", default="auto", help="auto, plain, torch or triton (default: auto)")
+    startup.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    startup.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
+    startup.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
+    startup.set_defaults(run=_startup)
+    _add_bench_quality(kinds)
+
+
+def _add_bench_quality(kinds) -> None:
+    quality = kinds.add_parser(
+        "quality",
+        help="how well a pipeline does the tasks of lavin-mini, on held-out scenes",
+        description="Measures answers to held-out queries of lavin-mini's tasks, beside what needs no model.",
+    )
+    quality.add_argument(
+        "--checkpoint",
+        help="folder, archive, hub id or artifact (default: the small model that comes with the package)",
+    )
+    quality.add_argument(
+        "--against",
+        nargs="?",
+        const="",
+        metavar="CHECKPOINT",
+        help="also run a checkpoint (default: the same) in float32 and print the differences to it",
+    )
+    quality.add_argument(
+        "--speed",
+        nargs="+",
+        metavar="NAME",
+        help="instead hold these speeds (near, fast, fastest) against exact: measures, distance to the exact answer, "
+        "FLOPs and seconds of every task",
+    )
+    quality.add_argument(
+        "--task",
+        metavar="DIR|NAME",
+        help="with --speed: a folder of your own pairs instead of lavin-mini's tasks; each pair in turn is the query, "
+        "others its context",
+    )
+    quality.add_argument("--tasks", nargs="+", metavar="TASK", help="by their full names (default: all)")
+    quality.add_argument("--scenes", type=int, help="held-out queries a task (default: 64)")
+    quality.add_argument("--pairs", type=int, nargs="+", help="of a context (default: 1 2 4)")
+    quality.add_argument("--size", type=int, help="pixels (default: the checkpoint's own)")
+    quality.add_argument("--steps", type=int, default=20, help="knots of the schedule (default: 20)")
+    quality.add_argument("--guidance", type=float, default=1.5, help="guidance scale (default: 1.5)")
+    quality.add_argument("--seed", type=int, default=0, help="of degradations, contexts and noise (default: 0)")
+    quality.add_argument("--batch-size", type=int, default=8, help="queries that run together at most (default: 8)")
+    quality.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    quality.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
+    quality.add_argument("--quick", action="store_true", help="4 scenes and 2 pairs: shows that it works, not how well")
+    quality.add_argument(
+        "-o", "--output", metavar="FILE", help="write the figures to this JSON file and sheets of pictures beside it"
+    )
+    add_checkpoint_options(quality)
+    quality.set_defaults(run=_quality)
+
+
+def _kernels(options: argparse.Namespace) -> None:
+    from lavin_bench.kernels.bench import bench_kernels
+
+    bench_kernels(options)
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from lavin_bench.kernels.tune import bench_tune
+
+    bench_tune(options)
+
+
+def _pipeline(options: argparse.Namespace) -> None:
+    from lavin_bench.pipeline.bench import bench_pipeline
+
+    bench_pipeline(options)
+
+
+def _startup(options: argparse.Namespace) -> None:
+    from lavin_bench.startup import bench_startup
+
+    bench_startup(options)
+
+
+def _quality(options: argparse.Namespace) -> None:
+    from lavin_bench.quality.command import bench_quality
+
+    bench_quality(options)

@@ -1,0 +1,41 @@
+"""What commands show: progress on stderr, records on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+
+def print_json(record: dict) -> None:
+    """A record on stdout."""
+    print(json.dumps(record, indent=2))
+
+
+class Progress:
+    """Bars on stderr, shown where it is a terminal."""
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet
+
+    def bar(self, what: str, unit: str) -> _Bar:
+        return _Bar(what, unit, disable=True if self.quiet else None)
+
+
+class _Bar:
+    """A tqdm bar that is told where it stands: `bar(done, total)`."""
+
+    def __init__(self, what: str, unit: str, disable: bool | None):
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc=what, unit=unit, unit_scale=unit == "B", disable=disable, file=sys.stderr, leave=False)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self._update
+
+    def _update(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()

@@ -1,0 +1,169 @@
+"""A network with its VAE, on one device: what tasks run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from lavin_rt.devices import out_of_memory
+from lavin_rt.dit.model import JDiT
+from lavin_rt.errors import InputError
+from lavin_rt.pictures import images
+from lavin_rt.sampling.denoisers import Network, make_network
+from lavin_rt.sampling.executor import Executor
+from lavin_rt.sampling.speeds import Speed, speed_of
+from lavin_rt.vae.model import STVAE, Posterior, scale_latents, unscale_latents
+
+PIXELS_TOGETHER = 512 * 512  # of all the pictures that the VAE encodes in one pass on a GPU
+
+
+class VAE(Protocol):
+    """What an engine calls of an autoencoder: `STVAE`, or an artifact's."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, pixels: torch.Tensor, *, tile: int | None = None, chunk: int | None = None) -> Posterior: ...
+
+    def decode(self, latents: torch.Tensor, *, tile: int | None = None, chunk: int | None = None) -> torch.Tensor: ...
+
+
+class Engine:
+    """Encodes, samples and decodes; serves requests from several threads in turn.
+
+    Args:
+        dit, vae: both on the device and in the dtype that they shall run in; or an artifact's network and VAE.
+        impl: `"auto"`, `"plain"`, `"torch"` or `"triton"`; settled here, once, and readable as `impl`. An artifact's
+            network has settled it already.
+        compile: run the network through `torch.compile`.
+        graphs: on CUDA, replay captured steps; False runs them one operator after another, to the same bits.
+        tile, chunk: latent rows and columns per VAE tile and latent frames per VAE piece; None does all at once.
+    """
+
+    def __init__(
+        self,
+        dit: JDiT | Network,
+        vae: VAE,
+        impl: str = "auto",
+        compile: bool = False,
+        graphs: bool = True,
+        tile: int | None = None,
+        chunk: int | None = None,
+    ):
+        self.network = make_network(dit, impl, compile) if isinstance(dit, JDiT) else dit
+        self.vae = vae.in_form(self.network.impl) if isinstance(vae, STVAE) else vae
+        self.executor = Executor(self.network, graphs)
+        self.tile, self.chunk = tile, chunk
+        self._fingerprint: str | None = None
+
+    @property
+    def impl(self) -> str:
+        """What runs the network."""
+        return self.network.impl
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
+
+    @property
+    def vae_fingerprint(self) -> str:
+        """Hash of the VAE's tensors, which an encoded context carries."""
+        return self._hash_vae()
+
+    def _hash_vae(self) -> str:
+        if self._fingerprint is None:
+            self._fingerprint = self.vae.fingerprint
+        return self._fingerprint
+
+    def speed(self, speed: str | Speed) -> Speed:
+        """The speed that a name means, if the network has it.
+
+        Raises:
+            InputError: no such name, or one that an artifact was not exported for.
+        """
+        chosen = speed_of(speed)
+        self.network.check_speed(chosen)
+        return chosen
+
+    def encode(self, clips: Sequence[torch.Tensor], generator: torch.Generator | None = None) -> list[torch.Tensor]:
+        """Scaled latents of clips, a few at a time so that memory does not grow with their number.
+
+        Args:
+            clips: each `[1, 3, T, H, W]` float32 in [-1, 1], of one shape.
+            generator: draws from the posterior; None takes its mean.
+
+        Returns:
+            `[1, 16, 1 + (T - 1) / 4, H / 8, W / 8]` float32 each, on the CPU.
+        """
+
+        def latents_of(pixels: torch.Tensor) -> torch.Tensor:
+            posterior = self.vae.encode(pixels, tile=self.tile, chunk=self.chunk)
+            return scale_latents((posterior.mode() if generator is None else posterior.sample(generator)).float())
+
+        def run() -> torch.Tensor:
+            together = self._frames_together(clips[0]) if generator is None else 1
+            encoded = []
+            for first in range(0, len(clips), together):
+                pixels = torch.cat([clips[i] for i in range(first, min(first + together, len(clips)))])
+                encoded.append(latents_of(pixels) if generator else self._replayed("encode", latents_of, pixels))
+            # The host waits for the device once, not for every frame.
+            return torch.cat(encoded).cpu()
+
+        return list(self._within_memory(run, f"encode {_shown(clips[0])}").split(1))
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures of scaled latents `[1, 16, t, h, w]`: `[T, 3, H, W]` uint8 on the CPU."""
+
+        def pixels_of(latents: torch.Tensor) -> torch.Tensor:
+            pixels = self.vae.decode(unscale_latents(latents), tile=self.tile, chunk=self.chunk)
+            return images.from_pixels(pixels.float())[0].transpose(0, 1)
+
+        def run() -> torch.Tensor:
+            return self._replayed("decode", pixels_of, latents).cpu()
+
+        return self._within_memory(run, f"decode {_shown(latents)} latents")
+
+    def ready_decoder(self, latents: tuple[int, ...]) -> None:
+        """Decodes latents of this shape once before the first step is captured, where decoding will be captured too.
+
+        Beside the steps' graphs it would take its memory a second time; after this it is captured into theirs.
+        """
+        if self.executor.graphs and not self.executor.holds() and isinstance(self.vae, STVAE):
+            self.decode(torch.zeros(latents))
+
+    def _frames_together(self, clip: torch.Tensor) -> int:
+        """Clips of one shape that the VAE encodes in one pass: on a GPU small pictures fill it together only."""
+        return max(1, PIXELS_TOGETHER // clip[:, 0].numel()) if self.device.type == "cuda" else 1
+
+    def _replayed(self, name: str, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """`function(x)` of the VAE on its device, a graph's replay where it pays: cut into pieces it runs as it is, and
+        an artifact's VAE captures what it can by itself.
+        """
+        vae = self.vae
+        if self.tile is not None or self.chunk is not None or not isinstance(vae, STVAE):
+            return function(x.to(self.device))
+        stamp = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in vae.parameters()]
+        return self.executor.replayed((name, vae.impl), function, x.to(self.device), stamp)
+
+    def _within_memory(self, work: Callable[[], torch.Tensor], what: str) -> torch.Tensor:
+        """Does the VAE's work in this thread's turn, if need be without the sampler's buffers."""
+        try:
+            with self.executor.turn():
+                return self.executor.with_room(work)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        raise InputError(
+            f"too little memory on {self.device} to {what}; encode and decode in pieces (tile=, chunk=; --tile, "
+            "--chunk), or give a smaller size"
+        )
+
+
+def _shown(clip: torch.Tensor) -> str:
+    return f"{clip.shape[2]}x{clip.shape[3]}x{clip.shape[4]}"
