@@ -150,7 +150,7 @@ def _pipeline(options: argparse.Namespace) -> None:
 
 
 def _startup(options: argparse.Namespace) -> None:
-    from lavin_bench.startup import bench_startup
+    from lavin_bench.pipeline.startup import bench_startup
 
     bench_startup(options)
 

@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 
-from lavin_bench import gpu_summary, startup
+from lavin_bench import gpu_summary
 from lavin_bench.kernels import bench as kernels
 from lavin_bench.kernels import tune
 from lavin_bench.kernels.cases import settings
 from lavin_bench.pipeline import bench as pipeline
+from lavin_bench.pipeline import startup
 from lavin_bench.pipeline.variants import AUTHORS_COMPILED, AUTHORS_EAGER, CPU_VAE, QUICK_CONFIG, Setting
 from lavin_bench.record import write_record
 from lavin_bench.timing import header

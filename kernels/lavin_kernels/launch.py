@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 
-from lavin_kernels.static.cases import StaticCase
+from lavin_kernels.static_case import StaticCase
 
 # Read once, as `@triton.jit` does when a kernel is defined; a compiled graph could not read it.
 _INTERPRETED = triton.knobs.runtime.interpret

@@ -11,10 +11,12 @@ import pytest
 import torch
 from support.golden import relative_error
 
-from lavin_bench import report, startup
+from lavin_bench import report
 from lavin_bench.pipeline import bench as pipeline
+from lavin_bench.pipeline import startup
 from lavin_bench.pipeline import variants as pipeline_variants
 from lavin_bench.pipeline.checks import graphs_equal_eager
+from lavin_bench.pipeline.startup import Clock
 from lavin_bench.pipeline.variants import (
     AUTHORS_COMPILED,
     AUTHORS_EAGER,
@@ -34,7 +36,6 @@ from lavin_bench.pipeline.variants import (
     whole_calls,
 )
 from lavin_bench.pipeline.waterfall import waterfall
-from lavin_bench.startup import Clock
 from lavin_rt.cli.main import main
 from lavin_rt.dit.model import JDiT
 from lavin_rt.sampling.denoisers import PackedNetwork

@@ -16,27 +16,9 @@ FOLDERS = {
     "lavin_export": "export/lavin_export",
     "lavin_bench": "benchmarks/lavin_bench",
 }
-# What each package may import of the others; the command line, the outermost room, imports export and bench lazily.
-ALLOWED = {
-    "lavin_kernels": set(),
-    "lavin_rt": {"lavin_kernels"},
-    "lavin_export": {"lavin_kernels", "lavin_rt"},
-    "lavin_bench": {"lavin_kernels", "lavin_rt", "lavin_export"},
-}
-OUTERMOST = "lavin_rt/cli/main.py"
 LINES = 400
 
 SOURCES = [(package, path) for package, folder in FOLDERS.items() for path in sorted((ROOT / folder).rglob("*.py"))]
-
-
-def imports(tree: ast.AST) -> set[str]:
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
-    return names
 
 
 @pytest.mark.parametrize(("package", "path"), SOURCES, ids=lambda value: getattr(value, "name", value))
@@ -44,19 +26,12 @@ def test_source(package, path):
     text = path.read_text()
     name = str(path.relative_to(ROOT))
     tree = ast.parse(text)
-    foreign = imports(tree) & set(FOLDERS) - {package} - ALLOWED[package]
-    assert not foreign or name == OUTERMOST, f"{name} imports {foreign}: imports go one way"
     assert text.count("\n") <= LINES, f"{name} has more than {LINES} lines: divide it"
     environment = [
         node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
     ]
     assert not environment, f"{name}:{environment} reads the environment: settings are arguments"
     assert path.name != "utils.py", "name a file after what it does"
-
-
-def test_policies_see_what_they_forbid():
-    assert imports(ast.parse("def f():\n    from lavin_bench.timing import measure")) == {"lavin_bench"}
-    assert len(SOURCES) > 30
 
 
 @pytest.mark.parametrize("package", [*FOLDERS, "lavin_kernels.reference.dit"])

@@ -9,9 +9,8 @@ import pytest
 import torch
 from support import sass
 
-from lavin_kernels import tuning
+from lavin_kernels import static, tuning
 from lavin_kernels.launch import interpreted
-from lavin_kernels.static import check as static
 
 pytestmark = [
     pytest.mark.slow,

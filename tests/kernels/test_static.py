@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from support import kernel_checks
 
+from lavin_kernels import static
 from lavin_kernels.launch import row_case
-from lavin_kernels.static import check as static
-from lavin_kernels.static.check import CAPABILITIES, MODULES, Report, check, inspect, violations
+from lavin_kernels.static import CAPABILITIES, MODULES, Report, check, inspect, violations
 
 pytestmark = pytest.mark.skipif(kernel_checks.INTERPRETED, reason="the interpreter compiles nothing")
 

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from lavin_kernels import launch, tuning
-from lavin_kernels.static.check import MODULES, SHARED_KIB
+from lavin_kernels.static import MODULES, SHARED_KIB
 from lavin_kernels.table import KERNELS
 
 SWIZZLED = {1: 32, 2: 64, 3: 128}  # widest row of a bulk copy, in bytes

@@ -164,7 +164,7 @@ def bench_kernels(options: argparse.Namespace) -> None:
     if options.json:
         check_writable(options.json)
     if options.static:
-        from lavin_kernels.static import check as static
+        from lavin_kernels import static
 
         if static.main(["--json", options.json] if options.json else []):
             raise RuntimeError("the static check found violations, named above")

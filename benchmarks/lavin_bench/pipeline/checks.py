@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lavin_bench import startup
+from lavin_bench.pipeline import startup
 from lavin_bench.pipeline.variants import GUIDANCE, Setting
 from lavin_rt.checkpoint.load import save_dit, save_vae
 from lavin_rt.dit.model import JDiT

@@ -14,7 +14,7 @@ from lavin_bench.quality.queries import draw
 from lavin_bench.quality.report import summary
 from lavin_bench.quality.sheet import context_sheet, tasks_sheet
 from lavin_bench.quality.speeds import bench_own_pairs, bench_speeds
-from lavin_bench.report import write_record
+from lavin_bench.record import write_record
 from lavin_bench.timing import header, header_line, use_threads
 from lavin_rt.devices import current_device
 from lavin_rt.dit.model import JDiT

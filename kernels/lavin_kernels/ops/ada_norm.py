@@ -8,7 +8,7 @@ from torch.library import triton_op
 from lavin_kernels import tuning, validate
 from lavin_kernels.launch import pieces, row_case, row_warps, runs_kernel, wrap_triton
 from lavin_kernels.reference import dit as reference
-from lavin_kernels.static.cases import StaticCase
+from lavin_kernels.static_case import StaticCase
 
 # One warp for a row needs no shared memory and no barrier: both sums are shuffles. The released width gives every lane
 # exactly nine 16-byte loads of bfloat16, and 17 rows in flight on a multiprocessor (see `static_cases`).

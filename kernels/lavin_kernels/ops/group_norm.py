@@ -12,7 +12,7 @@ from torch.library import triton_op
 from lavin_kernels import tuning, validate
 from lavin_kernels.launch import row_case, runs_kernel, wrap_triton
 from lavin_kernels.reference import vae as reference_vae
-from lavin_kernels.static.cases import StaticCase
+from lavin_kernels.static_case import StaticCase
 
 # `programs` of the moments is how many chunks an item is cut into: best as many as are resident at once, since a second
 # wave of few is slow. In the other kernel a program takes up to `tiles` tiles once there are that many programs.

@@ -12,7 +12,7 @@ from lavin_kernels.branches import Branches
 from lavin_kernels.launch import interpreted, on_device, runs_kernel
 from lavin_kernels.ops.joint_attention_triton import joint_attention_kernel
 from lavin_kernels.reference import dit as reference
-from lavin_kernels.static.cases import StaticCase
+from lavin_kernels.static_case import StaticCase
 
 # Worth timing on a device; "gluon" on compute capability 9.0 alone, with 64 query rows to a warpgroup.
 CANDIDATES = [

@@ -9,7 +9,7 @@ from lavin_kernels import tuning, validate
 from lavin_kernels.branches import Branches
 from lavin_kernels.launch import pieces, row_case, row_warps, runs_kernel, wrap_triton
 from lavin_kernels.reference import dit as reference
-from lavin_kernels.static.cases import StaticCase
+from lavin_kernels.static_case import StaticCase
 
 # One program per row, `group` heads at a time in registers. With one warp a row's sums are shuffles and ten rows are in
 # flight on a multiprocessor; two warps shorten a row, but spend 40 % more instructions on it.

@@ -12,7 +12,7 @@ from lavin_kernels.launch import runs_kernel, wrap_triton
 from lavin_kernels.ops.group_norm import channel_tile, check_affine, check_volume, group_coefficients, silu, static_case
 from lavin_kernels.reference import vae as reference_vae
 from lavin_kernels.reference.vae import frame_source, pixel_source
-from lavin_kernels.static.cases import StaticCase
+from lavin_kernels.static_case import StaticCase
 
 # `run` is how many pixels of a row of a cell (the pixels that read one latent element) stand in a tile. Once there are
 # `programs` programs, each takes up to `rows` rows of its cells, so that it loads their latent less often.

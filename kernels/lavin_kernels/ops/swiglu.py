@@ -8,7 +8,7 @@ from torch.library import triton_op
 from lavin_kernels import tuning, validate
 from lavin_kernels.launch import row_case, runs_kernel, wrap_triton
 from lavin_kernels.reference import dit as reference
-from lavin_kernels.static.cases import StaticCase
+from lavin_kernels.static_case import StaticCase
 
 CANDIDATES = [
     {"block": block, "num_warps": num_warps}

@@ -119,7 +119,13 @@ def start(options: dict[str, Any], caches: Path) -> dict[str, Any]:
     """Spawns one process and returns its figures; `caches` is where it keeps compiled kernels."""
     command = ["env", f"TRITON_CACHE_DIR={caches / 'triton'}", f"TORCHINDUCTOR_CACHE_DIR={caches / 'inductor'}"]
     spawned = time.monotonic()
-    command += [sys.executable, "-m", "lavin_bench.startup", "--child", json.dumps({**options, "spawned": spawned})]
+    command += [
+        sys.executable,
+        "-m",
+        "lavin_bench.pipeline.startup",
+        "--child",
+        json.dumps({**options, "spawned": spawned}),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the process gave no picture: {' '.join(done.stderr.split())[-500:]}")
@@ -258,7 +264,7 @@ def bench_startup(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """A child: prints its figures as one line of JSON."""
-    parser = argparse.ArgumentParser(prog="lavin_bench.startup", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="lavin_bench.pipeline.startup", description=__doc__.splitlines()[0])
     parser.add_argument("--child", required=True, metavar="JSON", help="what to start; see `start`")
     options = json.loads(parser.parse_args().child)
     clock = Clock(options["spawned"])

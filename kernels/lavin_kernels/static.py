@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from lavin_kernels.static.cases import StaticCase
+from lavin_kernels.static_case import StaticCase
 from lavin_kernels.table import KERNELS, OPERATORS
 
 CAPABILITIES = (80, 89, 90, 100, 120)
