@@ -25,7 +25,8 @@ from lavin_rt.sampling.denoisers import PackedNetwork
 from lavin_rt.sampling.executor import EVALUATIONS
 from lavin_rt.sampling.guided_step import Schedule, guided_step
 from lavin_rt.sampling.schedule import schedule
-from lavin_rt.vae.model import STVAE, VAEConfig, scale_latents, unscale_latents
+from lavin_rt.vae.config import VAEConfig
+from lavin_rt.vae.model import STVAE, scale_latents, unscale_latents
 
 META = torch.device("meta")
 WORKSPACE = 32 * MIB  # of cuBLAS for a stream, on compute capability 9.0; less before

@@ -27,7 +27,8 @@ from lavin_rt.checkpoint.tensors import write_safetensors
 from lavin_rt.devices import DTYPES
 from lavin_rt.dit.config import PRESETS, DiTConfig
 from lavin_rt.find.model import DIT, find_checkpoint
-from lavin_rt.vae.model import STVAE, VAEConfig
+from lavin_rt.vae.config import VAEConfig
+from lavin_rt.vae.model import STVAE
 
 
 def write_random_checkpoint(folder: Path, config: DiTConfig, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -114,7 +114,7 @@ def memory(files: Checkpoint) -> dict:
     from lavin_rt.checkpoint.tensors import SafetensorsFile
     from lavin_rt.memory import PAIRS, predict
     from lavin_rt.task import task_shape
-    from lavin_rt.vae.model import VAEConfig
+    from lavin_rt.vae.config import VAEConfig
 
     size = picture_size(SafetensorsFile.open(files.dit))
     stages = predict(describe(files).config, VAEConfig(), task_shape(1, PAIRS, 1, (size, size), guided=True))

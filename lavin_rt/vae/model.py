@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 import lavin_kernels
 from lavin_rt.errors import InputError
+from lavin_rt.vae.config import VAEConfig
 from lavin_rt.vae.layers import (
     CausalConv,
     Downsampler,
@@ -26,11 +26,11 @@ from lavin_rt.vae.layers import (
     in_memory_of,
     reference_form,
 )
-from lavin_rt.vae.tiling import FRAMES, PIXELS, Axis, blended, decode_axes, encode_axes
+from lavin_rt.vae.tiling import PIXELS, Axis, blended, decode_axes, encode_axes
 
 LATENT_SHIFT = 0.032470703125
 LATENT_SCALE = 1.08936170213
-LEVELS, TIME_LEVELS = 4, 2  # all levels but the last halve (or double) rows and columns, the first two frames as well
+TIME_LEVELS = 2  # of the levels, which all but the last halve (or double) rows and columns, halve frames as well
 SOUND_CUDNN = 91500  # 9.15.0, as PyTorch numbers it
 NAMED_TENSORS = 8  # so many are named in an error
 
@@ -43,79 +43,6 @@ def scale_latents(latents: torch.Tensor) -> torch.Tensor:
 def unscale_latents(latents: torch.Tensor) -> torch.Tensor:
     """The inverse of `scale_latents`: what the decoder takes."""
     return latents / LATENT_SCALE + LATENT_SHIFT
-
-
-@dataclasses.dataclass(frozen=True)
-class VAEConfig:
-    """Shape of an ST-VAE; the defaults are the released weights'.
-
-    Attributes:
-        latent_channels: channels of the latent.
-        temporal_compression_ratio: frames per latent frame after the first; 4, as weights do not show it.
-        norm_num_groups: groups of every group norm; not seen in the weights either.
-        block_out_channels: widths of the four levels, from the pixels to the latent.
-        layers_per_block: residual blocks per level of the encoder; the decoder has one more.
-
-    Raises:
-        InputError: values that make no network of this architecture.
-    """
-
-    latent_channels: int = 16
-    temporal_compression_ratio: int = 4
-    norm_num_groups: int = 32
-    block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
-    layers_per_block: int = 3
-
-    def __post_init__(self):
-        widths = self.block_out_channels
-        if len(widths) != LEVELS:
-            raise InputError(f"VAE config: {len(widths)} levels in block_out_channels {widths}, expected {LEVELS}")
-        if self.temporal_compression_ratio != FRAMES:
-            raise InputError(
-                f"VAE config: temporal_compression_ratio is {self.temporal_compression_ratio}, "
-                f"this architecture has {FRAMES}"
-            )
-        if min(self.latent_channels, self.norm_num_groups, self.layers_per_block, *widths) < 1:
-            raise InputError(f"VAE config: {self} has a number below 1")
-        for width in widths:
-            if width % self.norm_num_groups:
-                raise InputError(
-                    f"VAE config: a level of width {width} cannot be normalised in {self.norm_num_groups} groups; "
-                    "expected widths divisible by the number of groups"
-                )
-
-    @classmethod
-    def from_state_dict(cls, shapes: Mapping[str, torch.Tensor | Sequence[int]]) -> VAEConfig:
-        """Reads the configuration off the shapes of an ST-VAE's tensors.
-
-        Args:
-            shapes: tensors or their shapes by name; more than the ST-VAE's may be there.
-
-        Raises:
-            InputError: the tensors that tell are missing, or are those of another architecture.
-        """
-
-        def shape(name: str) -> tuple[int, ...]:
-            if name not in shapes:
-                found = f", e.g. {next(iter(shapes))}" if shapes else ""
-                raise InputError(f"not the weights of an ST-VAE: no {name} among {len(shapes)} tensors{found}")
-            found = tuple(getattr(shapes[name], "shape", shapes[name]))
-            if len(found) != 5:
-                raise InputError(f"not the weights of an ST-VAE: {name} is {list(found)}, expected five dimensions")
-            return found
-
-        def layers(blocks: str) -> int:
-            numbers = (re.match(rf"{blocks}\.\d+\.resnets\.(\d+)\.", name) for name in shapes)
-            return max((int(number[1]) + 1 for number in numbers if number), default=0)
-
-        # The most layers that any level has: a lost tensor is then found missing, and not taken for a smaller network.
-        return cls(
-            latent_channels=shape("decoder.conv_in.conv.weight")[1],
-            block_out_channels=tuple(
-                shape(f"encoder.down_blocks.{level}.resnets.0.conv1.conv.weight")[0] for level in range(LEVELS)
-            ),
-            layers_per_block=max(layers(r"encoder\.down_blocks"), layers(r"decoder\.up_blocks") - 1),
-        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

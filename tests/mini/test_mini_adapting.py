@@ -23,7 +23,8 @@ from lavin_rt.mini.train.__main__ import main
 from lavin_rt.mini.train.dit import TransformerRun, initialise_
 from lavin_rt.mini.train.folders import folder_pools
 from lavin_rt.mini.train.sharded import TrainedDiT, adapt_, merged
-from lavin_rt.vae.model import STVAE, VAEConfig, scale_latents
+from lavin_rt.vae.config import VAEConfig
+from lavin_rt.vae.model import STVAE, scale_latents
 
 TESTS = Path(__file__).parents[1]
 PLAN = plan_of(6)

@@ -28,7 +28,8 @@ from lavin_rt.mini.train.trainer import Length, Rate, Trainer
 from lavin_rt.mini.train.vae import make_vae, part_taps_, scale_to_unit_, vae_loss, whole_taps
 from lavin_rt.mini.world.pieces import CLIPS, PICTURES, Amounts, Arrivals, Piece, make_piece
 from lavin_rt.mini.world.tasks import TASKS
-from lavin_rt.vae.model import VAEConfig, scale_latents
+from lavin_rt.vae.config import VAEConfig
+from lavin_rt.vae.model import scale_latents
 
 SHORT = dataclasses.replace(plan_of(12), tokens=64, log_every=200)
 

@@ -16,7 +16,8 @@ from lavin_rt.errors import InputError
 from lavin_rt.pictures import context
 from lavin_rt.pictures.context import EncodedContext
 from lavin_rt.pipeline import Pipeline
-from lavin_rt.vae.model import STVAE, VAEConfig
+from lavin_rt.vae.config import VAEConfig
+from lavin_rt.vae.model import STVAE
 
 
 def encoded(pairs=2, frames_per_clip=5, size=(32, 48), dtype=torch.float32) -> EncodedContext:

@@ -9,7 +9,7 @@ from lavin_rt.dit.config import PRESETS
 from lavin_rt.dit.layout import Shape
 from lavin_rt.memory import predict
 from lavin_rt.sampling.allocator import MIB, Allocator, Modelled
-from lavin_rt.vae.model import VAEConfig
+from lavin_rt.vae.config import VAEConfig
 
 BOUND = 7.0e9  # reserved, of the released model in bfloat16 at 512 px with four pairs
 STANDARD = Shape(queries=1, cond_frames=9, query_frames=1, target_frames=1, height=64, width=64, guided=True)

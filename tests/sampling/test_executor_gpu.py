@@ -17,7 +17,8 @@ from lavin_rt.sampling.capture import CaptureError, Graphs
 from lavin_rt.sampling.denoisers import make_network
 from lavin_rt.sampling.executor import Executor
 from lavin_rt.sampling.schedule import schedule
-from lavin_rt.vae.model import STVAE, VAEConfig
+from lavin_rt.vae.config import VAEConfig
+from lavin_rt.vae.model import STVAE
 
 pytestmark = pytest.mark.gpu
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lavin_rt.vae.model import VAEConfig
+from lavin_rt.vae.config import VAEConfig
 
 SMALL = VAEConfig(norm_num_groups=2, block_out_channels=(4, 6, 8, 10), layers_per_block=1)

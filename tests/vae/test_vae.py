@@ -12,8 +12,9 @@ from support.vae_shapes import SMALL
 from torch import nn
 
 from lavin_rt.errors import InputError
+from lavin_rt.vae.config import VAEConfig
 from lavin_rt.vae.layers import DerivedKernel
-from lavin_rt.vae.model import LATENT_SCALE, LATENT_SHIFT, STVAE, Posterior, VAEConfig, scale_latents, unscale_latents
+from lavin_rt.vae.model import LATENT_SCALE, LATENT_SHIFT, STVAE, Posterior, scale_latents, unscale_latents
 
 CASES = golden_cases("stvae")
 FORMS = ("plain", "torch")

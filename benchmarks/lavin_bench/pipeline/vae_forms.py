@@ -19,8 +19,9 @@ import torch
 
 from lavin_bench.record import write_record
 from lavin_bench.timing import header, header_line, measure
+from lavin_rt.vae.config import VAEConfig
 from lavin_rt.vae.layers import DerivedKernel
-from lavin_rt.vae.model import STVAE, VAEConfig
+from lavin_rt.vae.model import STVAE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = 1e-5  # relative error of a whole pass in float32

@@ -23,7 +23,8 @@ from lavin_rt.sampling import sampler
 from lavin_rt.sampling.denoisers import Network, PackedNetwork
 from lavin_rt.sampling.executor import Executor
 from lavin_rt.sampling.speeds import SPEEDS, TASK
-from lavin_rt.vae.model import STVAE, VAEConfig
+from lavin_rt.vae.config import VAEConfig
+from lavin_rt.vae.model import STVAE
 
 Sampling = Callable[[int], torch.Tensor]
 """`steps -> latents [1, 16, 1, h, w]`: one sampling, of which the first compiles and captures what there is."""

@@ -25,7 +25,7 @@ from lavin_rt.dit.config import DiTConfig
 from lavin_rt.mini.train.dit import Plan
 from lavin_rt.mini.train.vae import VAEPlan
 from lavin_rt.mini.world.pieces import Amounts
-from lavin_rt.vae.model import VAEConfig
+from lavin_rt.vae.config import VAEConfig
 
 
 @dataclasses.dataclass(frozen=True)

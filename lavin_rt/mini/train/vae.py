@@ -25,8 +25,9 @@ from lavin_rt.mini.train.latents import to_device
 from lavin_rt.mini.train.trainer import Length, Rate, Trainer, autocast
 from lavin_rt.mini.world.pieces import CLIPS, PICTURES, Arrivals, Piece, PieceMaker
 from lavin_rt.mini.world.sources import photograph_crop
+from lavin_rt.vae.config import VAEConfig
 from lavin_rt.vae.layers import CausalConv, SpatialNormSiLU
-from lavin_rt.vae.model import LATENT_SCALE, STVAE, VAEConfig
+from lavin_rt.vae.model import LATENT_SCALE, STVAE
 
 SQUARED_WEIGHT, ABSOLUTE_WEIGHT, EDGE_WEIGHT = 10.0, 0.5, 0.5
 KL_WEIGHT = 0.004  # of the mean over a latent's elements
