@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check-slow lint gpu-check clean
+.PHONY: help demo test check-slow lint format readme gpu-check clean
+
+help: ## what there is to make
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -12,23 +15,30 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
 	touch $@
 
-demo: $(READY)
+demo: $(READY) ## vision tasks with the small model, without a GPU
 	$(BIN)/python -m lavin_rt.cli.demo --output demo
 
-lint: $(READY)
+lint: $(READY) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: lint
+format: $(READY) ## rewrite the code in the house's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint ## the quick tests
 	$(BIN)/python -m pytest -m "not slow"
 
-check-slow: $(READY)
+check-slow: $(READY) ## the tests that take their time
 	$(BIN)/python -m pytest -m slow
+
+readme: $(READY) ## the tables of benchmarks/README.md, from the records
+	$(BIN)/python -m lavin_bench.report --write benchmarks/README.md
 
 # With the torch at hand (PYTHON=...) and nothing installed: a machine with a GPU may have no package index.
 # DIR is the folder for the JSON files; FULL=1 adds the whole matrix of sizes and pairs.
-gpu-check:
+gpu-check: ## all that needs a GPU, in ten minutes, into DIR
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/export:$(CURDIR)/benchmarks $(PYTHON) -m lavin_bench.gpu_check --output $(or $(DIR),gpu-check) $(if $(FULL),--full)
 
-clean:
+clean: ## remove what was set up and made
 	rm -rf $(VENV) demo build dist *.egg-info

@@ -1,4 +1,4 @@
-"""Makes the README's tables from result files: `python -m lavin_bench.report [--write README.md]`.
+"""Makes the tables of this folder's README from result files: `python -m lavin_bench.report [--write README.md]`.
 
 A table stands between `<!-- results: FILE -->` and `<!-- end -->`; FILE is one of `benchmarks/results/`.
 """

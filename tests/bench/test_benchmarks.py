@@ -108,8 +108,8 @@ def test_report_fills_the_readme_from_files(tmp_path):
 
 
 def test_the_readme_is_as_the_result_files_say():
-    readme = report.RESULTS.parents[1] / "README.md"
-    assert report.fill(readme.read_text()) == readme.read_text(), "run python -m lavin_bench.report --write README.md"
+    readme = report.RESULTS.parent / "README.md"
+    assert report.fill(readme.read_text()) == readme.read_text(), "run make readme"
 
 
 def test_operators_that_do_not_exist_are_refused(capsys):
