@@ -11,7 +11,6 @@ import torch
 
 from lavin_rt.artifact.load import ArtifactNetwork, ArtifactVAE
 from lavin_rt.artifact.load import load as load_artifact
-from lavin_rt.artifact.manifest import Manifest
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.header import RELEASED_SIZE, picture_size
 from lavin_rt.checkpoint.load import load_dit, load_vae
@@ -113,9 +112,10 @@ class Pipeline(Engine):
             return cls(network, vae, "auto", False, graphs, tile, chunk, roots, files.source, network.manifest.size)
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
-        dit = load_dit(files.dit, device=device, dtype=dtype, strict=strict, progress=progress)
+        file = SafetensorsFile.open(os.path.abspath(files.dit))  # read again later, perhaps from another working folder
+        dit = load_dit(file, device=device, dtype=dtype, strict=strict, progress=progress)
         vae = load_vae(files.vae, device=device, dtype=dtype, strict=strict)
-        size = picture_size(SafetensorsFile.open(files.dit))
+        size = picture_size(file)
         return cls(dit, vae, impl, compile, graphs, tile, chunk, roots, files.source, size)
 
     def task(
@@ -172,7 +172,7 @@ class Pipeline(Engine):
 def _load_artifact(
     files: Artifact, device: str | torch.device, dtype: str | torch.dtype, trust: bool, progress: Progress | None
 ) -> tuple[ArtifactNetwork, ArtifactVAE]:
-    manifest = Manifest.read(files.folder)
+    manifest = files.manifest
     if device == "auto" and manifest.target["device"] != "any":
         device = manifest.target["device"]
     if dtype != "auto" and resolve_dtype(dtype, torch.device("cpu")) != manifest.dtype:
@@ -182,7 +182,7 @@ def _load_artifact(
         )
     # A folder that the user named is theirs; what a hub gave runs code only for who trusts it.
     trust = trust or not files.fetched
-    return load_artifact(files.folder, resolve_device(device), trust, progress)[:2]
+    return load_artifact(manifest, resolve_device(device), trust, progress)[:2]
 
 
 def _is_encoded_file(context: Any) -> bool:

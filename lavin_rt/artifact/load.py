@@ -28,7 +28,7 @@ Session = Callable[..., Tensors]
 
 
 def load(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike | Manifest,
     device: torch.device | str = "cpu",
     trust: bool = False,
     progress: Progress | None = None,
@@ -37,7 +37,7 @@ def load(
     """Loads an artifact.
 
     Args:
-        folder: with its `manifest.json`.
+        folder: with its `manifest.json`, or the manifest where it has been read.
         device: to run on.
         trust: whether code of this artifact may run: TensorRT plans and AOTInductor packages are code, ONNX graphs are
             not and need none.
@@ -50,15 +50,15 @@ def load(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    manifest = Manifest.read(folder)
+    manifest = folder if isinstance(folder, Manifest) else Manifest.read(folder)
     if manifest.kind in KINDS_OF_CODE and not trust:
         raise InputError(
-            f"{folder} is a {manifest.kind} artifact, whose files are code; nothing of it was run: "
+            f"{manifest.folder} is a {manifest.kind} artifact, whose files are code; nothing of it was run: "
             "pass --trust if you trust whoever made it"
         )
     if manifest.latent_scaling != {"shift": LATENT_SHIFT, "scale": LATENT_SCALE}:
         raise InputError(
-            f"{folder} scales latents by {manifest.latent_scaling}; this package knows {LATENT_SHIFT} and "
+            f"{manifest.folder} scales latents by {manifest.latent_scaling}; this package knows {LATENT_SHIFT} and "
             f"{LATENT_SCALE} only"
         )
     manifest.check_device(device)

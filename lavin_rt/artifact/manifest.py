@@ -85,9 +85,12 @@ class Manifest:
         Raises:
             InputError: no manifest, one of another format or version, or one that contradicts itself.
         """
-        folder = Path(folder)
+        return cls.of(Path(folder), _read_json(Path(folder) / NAME))
+
+    @classmethod
+    def of(cls, folder: Path, values: dict[str, Any]) -> Manifest:
+        """A folder's manifest from what its `manifest.json` holds; raises as `read` does."""
         path = folder / NAME
-        values = _read_json(path)
         if values.get("format") != FORMAT:
             raise InputError(f"{path} is not of a lavin-rt artifact (its format is {shown(values.get('format'))})")
         if values.get("version") != VERSION:
@@ -188,15 +191,16 @@ class Manifest:
         }
 
 
-def is_artifact(path: str | os.PathLike) -> bool:
-    """Whether a path is a folder with a `manifest.json` that says it is an artifact (of whatever version)."""
-    path = Path(path)
-    if not (path / NAME).is_file():
-        return False
+def artifact_values(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """What a folder's `manifest.json` holds where it says that it is an artifact's (of whatever version), else None."""
+    path = Path(folder) / NAME
+    if not path.is_file():
+        return None
     try:
-        return _read_json(path / NAME).get("format") == FORMAT
+        values = _read_json(path)
     except InputError:
-        return False
+        return None
+    return values if values.get("format") == FORMAT else None
 
 
 def file_sha256(path: str | os.PathLike, add: Callable[[int], None] | None = None) -> str:

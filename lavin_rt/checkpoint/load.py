@@ -39,7 +39,7 @@ from lavin_rt.vae.model import STVAE
 
 
 def load_dit(
-    path: str | os.PathLike,
+    path: str | os.PathLike | SafetensorsFile,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     strict: bool = False,
@@ -52,7 +52,7 @@ def load_dit(
     for training load with `resident_modulation=True` and call `dit.requires_grad_()`.
 
     Args:
-        path: `lavin_dit.safetensors`, float32, bfloat16, float16 or float64.
+        path: `lavin_dit.safetensors`, float32, bfloat16, float16 or float64; or the file where it has been opened.
         device: where the parameters are to live.
         dtype: of the parameters; None keeps the file's (the narrowest that holds all of them, should they differ).
         strict: stop on unexpected tensors instead of naming them in one warning.
@@ -65,7 +65,8 @@ def load_dit(
             misshapen or quantized tensors (and with `strict` unexpected ones); the message names them.
     """
     check_dtype(dtype)
-    file = SafetensorsFile.open(os.path.abspath(path))  # read again later, perhaps from another working folder
+    # Read again later, perhaps from another working folder.
+    file = path if isinstance(path, SafetensorsFile) else SafetensorsFile.open(os.path.abspath(path))
     config = dit_config(file)
     everything = official_layout(config)
     report_unexpected(file.path, check_tensors(file, config, everything), strict)

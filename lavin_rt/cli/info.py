@@ -8,7 +8,6 @@ import platform
 
 import torch
 
-from lavin_rt.artifact.manifest import Manifest
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.console import print_json
 from lavin_rt.devices import gigabytes, resolve_device, resolve_dtype
@@ -75,7 +74,7 @@ def artifact(model: Artifact, device: torch.device, self_check: bool) -> dict:
     Raises:
         InputError: a manifest that cannot be read, or with `self_check` a file that is not the one exported.
     """
-    manifest = Manifest.read(model.folder)
+    manifest = model.manifest
     record = {**manifest.record(), "artifact": model.source}
     try:
         manifest.check_device(device)

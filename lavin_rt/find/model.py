@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from lavin_rt.artifact.manifest import KINDS_OF_CODE, Manifest, is_artifact
+from lavin_rt.artifact.manifest import KINDS_OF_CODE, Manifest, artifact_values
 from lavin_rt.artifact.manifest import NAME as MANIFEST
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.errors import InputError, missing_extra
@@ -33,14 +33,18 @@ class Artifact:
     """An exported artifact on this machine (`lavin_rt.artifact.manifest`).
 
     Attributes:
-        folder: with its `manifest.json`; nothing in it is a link.
+        manifest: of its folder, in which nothing is a link.
         fetched: whether it came from a hub, so that code in it runs only for who trusts it.
         source: what it is called in records: the path as given, or `owner/name@commit`.
     """
 
-    folder: Path
+    manifest: Manifest
     fetched: bool
     source: str
+
+    @property
+    def folder(self) -> Path:
+        return self.manifest.folder
 
     @property
     def templates(self) -> Path | None:
@@ -68,10 +72,10 @@ def find_model(
         return dataclasses.replace(find_checkpoint(BUNDLED, revision, cache), source="lavin-mini")
     text = os.fspath(model)
     path = Path(text).expanduser()
-    if text and is_artifact(path):
+    if text and (values := artifact_values(path)) is not None:
         if revision is not None:
             raise InputError(f"{text} is a local path, which has no revision {revision!r}; leave the revision out")
-        return Artifact(path, fetched=False, source=text)
+        return Artifact(Manifest.of(path, values), fetched=False, source=text)
     if (text and os.path.lexists(path)) or not HUB_ID.fullmatch(text) or text.endswith(FILE_SUFFIXES):
         return find_checkpoint(model, revision, cache, progress)
     snapshot = _fetch(text, revision, cache)
@@ -80,9 +84,9 @@ def find_model(
     # Real files: those of the hub's own cache are links, which an artifact may not hold.
     folder = snapshot.parent.parent / "artifact" / snapshot.name
     _fetch(text, snapshot.name, cache, folder, [MANIFEST])
-    if not is_artifact(folder):  # a checkpoint with a manifest of something else
+    if (values := artifact_values(folder)) is None:  # a checkpoint with a manifest of something else
         return _in_snapshot(text, snapshot, progress)
-    manifest = Manifest.read(folder)
+    manifest = Manifest.of(folder, values)
     source = f"{text}@{snapshot.name}"
     if manifest.kind in KINDS_OF_CODE and not trust:
         raise InputError(
@@ -90,7 +94,7 @@ def find_model(
             "pass --trust if you trust them"
         )
     _fetch(text, snapshot.name, cache, folder, [MANIFEST, *manifest.files, "template/*"])
-    return Artifact(folder, fetched=True, source=source)
+    return Artifact(manifest, fetched=True, source=source)
 
 
 def template_roots(files: Checkpoint | Artifact) -> list[Path]:

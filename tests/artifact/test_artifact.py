@@ -13,7 +13,7 @@ from support.small_artifact import WEIGHT, read_manifest, write_manifest, write_
 from lavin_export.writer import modulation_model, writing
 from lavin_rt.artifact import load as artifact
 from lavin_rt.artifact import manifest
-from lavin_rt.artifact.manifest import Manifest, is_artifact
+from lavin_rt.artifact.manifest import Manifest, artifact_values
 from lavin_rt.artifact.sizes import bind_sizes, check_ranges, sized
 from lavin_rt.checkpoint.load import load_dit
 from lavin_rt.cli.main import main
@@ -46,9 +46,10 @@ def checkpoint(tmp_path):
 
 
 def test_is_artifact(sound, tmp_path):
-    assert is_artifact(sound) and not is_artifact(tmp_path) and not is_artifact(tmp_path / "nowhere")
+    assert artifact_values(sound)["kind"] == Manifest.read(sound).kind
+    assert artifact_values(tmp_path) is None and artifact_values(tmp_path / "nowhere") is None
     (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
-    assert not is_artifact(tmp_path)
+    assert artifact_values(tmp_path) is None
 
 
 def test_sizes():

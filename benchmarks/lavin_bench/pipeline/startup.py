@@ -180,7 +180,6 @@ def run(options: dict[str, Any], model: str, repeats: int = 3, show: bool = True
         show: print as it goes.
     """
     from lavin_bench.timing import header, header_line
-    from lavin_rt.artifact.manifest import Manifest
     from lavin_rt.devices import resolve_device
     from lavin_rt.find.model import Artifact, find_model
 
@@ -203,7 +202,7 @@ def run(options: dict[str, Any], model: str, repeats: int = 3, show: bool = True
         # A hub id or an archive is fetched and unpacked before, which is not a start's business.
         files = find_model(options["checkpoint"])
         if isinstance(files, Artifact):
-            read = [files.folder / name for name in Manifest.read(files.folder).files]
+            read = [files.folder / name for name in files.manifest.files]
         else:
             read = [files.dit, files.vae]
         record["cold_page_cache"] = leave_page_cache(read)
