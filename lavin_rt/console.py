@@ -1,10 +1,13 @@
-"""What commands show: progress on stderr, records on stdout."""
+"""What is told: records on stdout, progress on stderr, and to the log what the runtime does out of sight."""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable
+
+log = logging.getLogger("lavin_rt")  # captures, compilations, evictions and retries, at debug level
 
 
 def print_json(record: dict) -> None:

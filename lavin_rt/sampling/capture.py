@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+from lavin_rt.console import log
 from lavin_rt.devices import causes, out_of_memory
 
 
@@ -146,6 +147,7 @@ class Replays:
         kept.result = torch.empty_like(kept.like, device=self._device)
         try:
             kept.replay = self._graphs.capture(partial(_into, kept.result, function, kept.source))
+            log.debug("captured %s", name)
         except CaptureError as error:
             kept.source, kept.result, kept.refused = None, None, True
             warnings.warn(f"{name}: {error}; it runs without it", stacklevel=2)

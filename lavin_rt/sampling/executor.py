@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 
+from lavin_rt.console import log
 from lavin_rt.devices import current_device, gigabytes, let_go, memory_at_hand, out_of_memory, release_cached
 from lavin_rt.dit.layout import STORED, Form, Shape
 from lavin_rt.errors import InputError, NonFiniteError
@@ -284,7 +285,7 @@ class Executor:
             plan = self.with_room(partial(self._make_plan, shape, list(dict.fromkeys(forms))))
             self._plans[shape] = plan
             while len(self._plans) > self._shapes:
-                self._plans.popitem(last=False)
+                log.debug("evicted %s, the oldest of %d shapes", self._plans.popitem(last=False)[0], self._shapes)
         self._plans.move_to_end(shape)
         return plan
 
@@ -328,6 +329,7 @@ class Executor:
             self._warned = True
             return None
         self.captures += 1
+        log.debug("captured a step, %d in all", self.captures)
         return replay
 
     def with_room(self, work: Callable[[], T]) -> T:
@@ -339,6 +341,7 @@ class Executor:
                 raise
             # What failed is let go only behind this block, and its frames hold the tensors that they made.
             let_go(error)
+        log.debug("out of memory on %s: once more without buffers and graphs", self.network.device)
         self.release()
         return work()
 
