@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from support.golden import GOLDEN, case_names, golden_cases, relative_error
+from support.small_artifact import write_small_artifact
 
 import lavin_rt
+from lavin_rt.artifact import manifest
 from lavin_rt.checkpoint.load import load_vae
+from lavin_rt.checkpoint.tensors import SafetensorsFile
 from lavin_rt.devices import resolve_device, resolve_dtype
 from lavin_rt.errors import InputError
 from lavin_rt.pipeline import Pipeline
@@ -230,3 +235,22 @@ def test_a_long_clip_in_pieces(golden_dit, vae):
         for chunk in (None, 3, 5)
     )
     assert torch.equal(one_piece, whole) and not torch.equal(pieces, whole) and pieces.shape == whole.shape
+
+
+def counted(monkeypatch, owner, name: str) -> list:
+    """The first arguments of every call of a function from now on."""
+    calls, function = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda first, *rest: calls.append(first) or function(first, *rest))
+    return calls
+
+
+def test_a_header_is_read_once(monkeypatch):
+    opened = counted(monkeypatch, SafetensorsFile, "open")
+    lavin_rt.Pipeline.from_pretrained(device="cpu")
+    assert [Path(path).name for path in opened].count("lavin_dit.safetensors") == 1
+
+
+def test_a_manifest_is_read_once(tmp_path, monkeypatch):
+    folder, read = write_small_artifact(tmp_path / "artifact"), counted(monkeypatch, manifest, "_read_json")
+    lavin_rt.Pipeline.from_pretrained(folder)
+    assert len(read) == 1
