@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.command import checkpoint, setup  # noqa: F401, fixtures
 from support.golden import GOLDEN
 
 from lavin_rt.checkpoint.load import load_dit

@@ -34,12 +34,12 @@ def add_export(commands: Any) -> None:
                 importlib.import_module(f"lavin_export.{module}").add_arguments(self)
             return super().parse_known_args(args, namespace)
 
-    export = commands.add_parser(
+    formats = commands.add_parser(
         "export",
         help="compile a checkpoint into a folder that runs without it",
         description="Compiles a checkpoint into an artifact, a folder that runs without it, or verifies one.",
     )
-    kinds = export.add_subparsers(dest="kind", required=True, metavar="FORMAT", parser_class=FormatParser)
+    kinds = formats.add_subparsers(dest="kind", required=True, metavar="FORMAT", parser_class=FormatParser)
     for name, (module, purpose) in FORMATS.items():
         command = kinds.add_parser(name, help=purpose, description=f"Exports a checkpoint as {purpose}.")
         command.module = module

@@ -7,20 +7,20 @@ It knows scenes of spheres, boxes and cylinders at 64 x 64 pixels, not the world
   (widths 32, 32, 64, 64, 2.8 M parameters), float16, under the official names.
 * `template/`: eight example pairs of each task, of a family by its first member, in the official layout.
 * `world/tasks`: all tasks as functions, of pictures and of clips. There `perception` says what is to be seen,
-  `restorations` undo what was done to a picture, `moving` are those of clips; `families` are mappings that only the pairs tell, each with
-  members that are trained and members that never are. The transformer is never trained on `deraining` and
-  `image_from_normals`, to see what generalises. `encodings` and `figures` turn depth, normals, segments, boxes, flow
-  and joints into pictures and back.
-* `world/scenes`, `sources`, `data`, `corpus`: scenes ray-cast by embree, with depth, normals, masks, flow and the colours
-  without shadows exactly known, textured and mixed with photographs that ship inside scikit-image and scikit-learn.
-  Training, templates and evaluation have ranges of scene seeds and files of photographs of their own.
+  `restorations` undo what was done to a picture, `moving` are those of clips; `families` are mappings that only the
+  pairs tell, each with members that are trained and members that never are. The transformer is never trained on
+  `deraining` and `image_from_normals`, to see what generalises. `encodings` and `figures` turn depth, normals,
+  segments, boxes, flow and joints into pictures and back.
+* `world/scenes`, `sources`, `data`, `corpus`: scenes ray-cast by embree, with depth, normals, masks, flow and the
+  colours without shadows exactly known, textured and mixed with photographs that ship inside scikit-image and
+  scikit-learn. Training, templates and evaluation have ranges of scene seeds and files of photographs of their own.
 * `world/pieces`: worker processes render scenes and make all tasks' pairs of them, while training already runs.
 * `train/vae`: the VAE, encoder and decoder learned on pictures, photographs and clips, its latents of unit variance.
-* `train/latents`, `dit`, `trainer`, `compiled`: the transformer, by conditional flow matching (LaVin-DiT,
-  arXiv 2411.11505, section 3.3) on contexts of one to five random pairs, times logit-normal, the null condition one time in
+* `train/latents`, `dit`, `trainer`, `compiled`: the transformer, by conditional flow matching (LaVin-DiT, arXiv
+  2411.11505, section 3.3) on contexts of one to five random pairs, times logit-normal, the null condition one time in
   ten, averaged weights. All latents lie on the device, where contexts are drawn.
-* `train/sharded`, `folders`, `presets`: the same for networks of any size and anybody's pairs, all parameters, sharded over
-  processes by FSDP2, or low-rank adapters.
+* `train/sharded`, `folders`, `presets`: the same for networks of any size and anybody's pairs, all parameters, sharded
+  over processes by FSDP2, or low-rank adapters.
 * `world/measures`: the paper's figures. `lavin-rt bench quality` draws the held-out queries and sets the yardsticks.
 
 `python -m lavin_rt.mini.train --output DIR --cache DIR` trains from nothing, goes on where it stopped, or goes on from

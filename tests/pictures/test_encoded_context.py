@@ -13,11 +13,10 @@ from test_context import one_line
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.dit.model import JDiT, randomize_
 from lavin_rt.errors import InputError
-from lavin_rt.pictures import context
 from lavin_rt.pictures.context import EncodedContext
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.vae.config import VAEConfig
-from lavin_rt.vae.model import STVAE
+from lavin_rt.vae.model import STVAE, vae_fingerprint
 
 
 def encoded(pairs=2, frames_per_clip=5, size=(32, 48), dtype=torch.float32) -> EncodedContext:
@@ -180,7 +179,7 @@ def test_fingerprint_is_that_of_the_tensors_not_of_the_file(tmp_path):
     save_file(state(), tmp_path / "vae.safetensors")
     loaded = torch.load(tmp_path / "vae.pt", weights_only=True)["state_dict"]
     fingerprints = {
-        context.vae_fingerprint(tensors)
+        vae_fingerprint(tensors)
         for tensors in (
             state(),
             loaded,
@@ -205,5 +204,5 @@ def test_fingerprint_changes_with_everything():
         state() | {"more": torch.zeros(0)},
         state() | {"empty": torch.zeros(0, 3)},
     ]
-    fingerprints = [context.vae_fingerprint(tensors) for tensors in [state(), *others]]
+    fingerprints = [vae_fingerprint(tensors) for tensors in [state(), *others]]
     assert len(set(fingerprints)) == len(fingerprints)

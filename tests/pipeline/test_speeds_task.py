@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 from support.checks import refusal
-from support.command import checkpoint, run, setup  # noqa: F401, fixtures
+from support.command import run
 from support.golden import GOLDEN, relative_error
 from test_pipeline import picture
 
@@ -148,7 +148,7 @@ def test_refused_before_work(task):
     assert "guided has evaluation 5" in refusal(latents, task, Speed(guided={0, 5}), steps=6)
 
 
-def test_command_line(setup, capsys):  # noqa: F811
+def test_command_line(setup, capsys):
     assert run({**setup, "--steps": None, "--speed": "fastest"}, "--json") == 0
     record = json.loads(capsys.readouterr().out)
     assert record["speed"] == "fastest" and record["times"][0] == 0 and record["times"][-1] == 1
