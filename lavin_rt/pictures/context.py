@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 
+from lavin_rt import kept_keys
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
+from lavin_rt.kept_keys import KeptKeys
 from lavin_rt.pictures import images
+from lavin_rt.scalars import whole
 
 _ROLES = ("input", "target")
 _FORMAT, _VERSION = "lavin-rt encoded context", "1"
@@ -57,8 +60,8 @@ def read_template(folder: str | os.PathLike) -> list[Pair]:
         for paths in roles.values():
             if len(paths) > 1:
                 raise InputError(
-                    f"{where}: {_names(paths)} all begin with {name}_; expected one, as the text before the first _ "
-                    "tells pairs apart; rename them"
+                    f"{where}: {_names(paths)} all begin with {images.source_name(name)}_; expected one, as the text "
+                    "before the first _ tells pairs apart; rename them"
                 )
     lonely = [path for roles in found.values() if not all(roles.values()) for paths in roles.values() for path in paths]
     if lonely:
@@ -104,8 +107,12 @@ def choose_pairs(pairs: Sequence[Pair], count: int, seed: int, repeats: bool = F
     Raises:
         InputError: zero pairs, or more than there are.
     """
-    if not isinstance(count, int) or count < 1:
-        raise InputError(f"{count!r} context pairs asked for; expected a whole number, at least 1")
+    given, count = count, whole(count)
+    if whole(seed) is None:
+        raise InputError(f"seed is {seed!r}; expected a whole number")
+    seed = whole(seed)  # its text decides
+    if count is None or count < 1:
+        raise InputError(f"{given!r} context pairs asked for; expected a whole number, at least 1")
     if not pairs:
         raise InputError("the context has no pairs; expected at least one")
     if repeats:
@@ -142,10 +149,11 @@ def find_task(name: str | os.PathLike, template_roots: Iterable[str | os.PathLik
         if len(fitting) == 1:
             return of_root[fitting[0]]
         if fitting:
-            raise InputError(f"task {text!r} fits {', '.join(fitting)}; give more of the name")
+            raise InputError(f"task {text!r} fits {_names(fitting, len(fitting))}; give more of the name")
     known = sorted({task for of_root in tasks for task in of_root}, key=images.natural_key)
-    expected = f"expected a folder or one of {', '.join(known)}" if known else "no templates here; give a folder"
-    raise InputError(f"unknown task {text!r}; {expected}")
+    if not known:
+        raise InputError(f"unknown task {text!r}; no templates here; give a folder")
+    raise InputError(f"unknown task {text!r}; expected a folder or one of {_names(known, len(known))}")
 
 
 def task_folders(root: str | os.PathLike) -> list[Path]:
@@ -169,8 +177,8 @@ class ContextFrames(Sequence):
     size: tuple[int, int]
 
     @classmethod
-    def prepare(cls, pairs: Sequence[Pair], size: tuple[int, int]) -> ContextFrames:
-        """Reads the pairs' pictures or clips and resizes them to (height, width).
+    def prepare(cls, pairs: Sequence[Pair], size: tuple[int, int], cut: int | None = None) -> ContextFrames:
+        """Reads the pairs' pictures or clips, of longer clips `cut` frames, and resizes them to (height, width).
 
         Raises:
             InputError: no pairs, something unreadable, or clips of different lengths.
@@ -178,11 +186,11 @@ class ContextFrames(Sequence):
         frames: list[torch.Tensor] = []
         for pair in pairs:
             for role, source in zip(_ROLES, (pair.input, pair.target), strict=True):
-                clip = images.resize(images.load_clip(source), size)
+                clip = images.resize(images.load_clip(source, cut), size)
                 if frames and len(clip) != len(frames[0]):
                     raise InputError(
-                        f"{role} of context pair {pair.name} has {len(clip)} frames, the first input {len(frames[0])}; "
-                        "all clips of a context have the same number"
+                        f"{role} of context pair {images.source_name(pair.name)} has {len(clip)} frames, the first "
+                        f"input {len(frames[0])}; all clips of a context have the same number"
                     )
                 frames.append(clip)
         if not frames:
@@ -212,8 +220,8 @@ def check_query_frames(query_frames: int, context_frames: int, source: str = "qu
     """Checks that a query has as many frames as every clip of its context."""
     if query_frames != context_frames:
         raise InputError(
-            f"{source}: {query_frames} frames, the context's clips have {context_frames}; "
-            "give queries and pairs of the same length"
+            f"{source}: {query_frames} frame{'s' * (query_frames != 1)}, the context's clips have {context_frames}; "
+            "give queries and pairs of the same length, or cut both (frames=N, --frames N)"
         )
 
 
@@ -248,6 +256,7 @@ class EncodedContext:
         pairs: how many.
         frames_per_clip: frames of every input and target, `1 + 4 k`.
         source: where it comes from, for messages.
+        kept: keys and values of the pairs in one transformer, or None.
     """
 
     latents: torch.Tensor
@@ -257,6 +266,7 @@ class EncodedContext:
     pairs: int
     frames_per_clip: int
     source: str = "encoded context"
+    kept: KeptKeys | None = None
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one safetensors file, `latents` and metadata, whole or not at all.
@@ -279,7 +289,10 @@ class EncodedContext:
             "pairs": str(self.pairs),
             "frames_per_clip": str(self.frames_per_clip),
         }
-        content = save({"latents": self.latents.detach().cpu().contiguous(), **tensors}, metadata={**more, **described})
+        tensors = {"latents": self.latents.detach().cpu().contiguous(), **tensors}
+        if self.kept is not None:
+            tensors[kept_keys.TENSOR], described[kept_keys.FINGERPRINT] = self.kept.parts, self.kept.fingerprint
+        content = save(tensors, metadata={**more, **described})
         images.check_writable(path)
         with written_whole(path) as partial:
             partial.write_bytes(content)
@@ -304,9 +317,11 @@ class EncodedContext:
                 if version != _VERSION:
                     raise InputError(f"{name}: is of version {version}, this package reads {_VERSION}; encode it again")
                 # A task pack has small pictures of its pairs beside them (lavin_rt.pictures.packs).
-                if "latents" not in file.keys() or set(file.keys()) - {"latents", THUMBNAILS}:  # noqa: SIM118
-                    raise InputError(f"{name}: holds {sorted(file.keys())}, expected latents alone; encode it again")
+                held = set(file.keys())
+                if "latents" not in held or held - {"latents", THUMBNAILS, kept_keys.TENSOR}:
+                    raise InputError(f"{name}: holds {sorted(held)}, expected latents alone; encode it again")
                 latents = file.get_tensor("latents").clone()
+                kept = KeptKeys.read(file, name) if kept_keys.TENSOR in held else None
         except FileNotFoundError:
             raise InputError(f"{name}: no such file; expected an encoded context") from None
         except (OSError, SafetensorError) as error:
@@ -322,7 +337,7 @@ class EncodedContext:
         if pairs < 1 or list(latents.shape) != shape or not latents.is_floating_point() or not latents.isfinite().all():
             found = f"{str(latents.dtype).removeprefix('torch.')} {list(latents.shape)}"
             raise InputError(f"{name}: latents are {found}, expected finite numbers {shape}; encode it again")
-        return cls(latents, fingerprint, size, posterior, pairs, frames_per_clip, source=name)
+        return cls(latents, fingerprint, size, posterior, pairs, frames_per_clip, name, kept)
 
     def check(
         self,
@@ -385,6 +400,6 @@ def _entries(folder: Path) -> Iterator[Path]:
     return iter(sorted(entries, key=lambda path: images.natural_key(path.name)))
 
 
-def _names(paths: Sequence[Path], most: int = 5) -> str:
+def _names(paths: Sequence[Path | str], most: int = 5) -> str:
     more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(path.name for path in paths[:most]) + more
+    return ", ".join(images.source_name(os.path.basename(path)) for path in paths[:most]) + more
