@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check-slow lint format readme gpu-check clean
+.PHONY: help demo test check-slow lint format readme gpu-check fuzz clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -12,7 +12,8 @@ help: ## what there is to make
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	@# setuptools warns at length of editable installs.
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
 	touch $@
 
 demo: $(READY) ## vision tasks with the small model, without a GPU
@@ -39,6 +40,10 @@ readme: $(READY) ## the tables of benchmarks/README.md, from the records
 # DIR is the folder for the JSON files; FULL=1 adds the whole matrix of sizes and pairs.
 gpu-check: ## all that needs a GPU, in ten minutes, into DIR
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/export:$(CURDIR)/benchmarks $(PYTHON) -m lavin_bench.gpu_check --output $(or $(DIR),gpu-check) $(if $(FULL),--full)
+
+# SECONDS each; build/fuzz keeps what it finds.
+fuzz: $(READY) ## hostile bytes for every reader of files, Python's and the native runner's
+	$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),600)
 
 clean: ## remove what was set up and made
 	rm -rf $(VENV) demo build dist *.egg-info

@@ -10,7 +10,7 @@ import importlib
 _HOMES = {
     "Cancelled": "errors",
     "DiTConfig": "dit.config",
-    "EncodedContext": "pictures.context",
+    "EncodedContext": "pictures.encoded",
     "InputError": "errors",
     "JDiT": "dit.model",
     "NonFiniteError": "errors",

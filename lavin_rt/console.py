@@ -7,11 +7,14 @@ import logging
 import sys
 from collections.abc import Callable
 
+from lavin_rt.process import check_output_wanted
+
 log = logging.getLogger("lavin_rt")  # captures, compilations, evictions and retries, at debug level
 
 
 def print_json(record: dict) -> None:
     """A record on stdout."""
+    check_output_wanted()
     print(json.dumps(record, indent=2))
 
 
@@ -33,10 +36,10 @@ class _Bar:
 
         self._bar = tqdm(desc=what, unit=unit, unit_scale=unit == "B", disable=disable, file=sys.stderr, leave=False)
 
-    def __enter__(self) -> Callable[[int, int], None]:
+    def __enter__(self) -> Callable[[float, int], None]:
         return self._update
 
-    def _update(self, done: int, total: int) -> None:
+    def _update(self, done: float, total: int) -> None:
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 

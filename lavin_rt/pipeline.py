@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,19 @@ import torch
 from lavin_rt.artifact.load import ArtifactNetwork, ArtifactVAE
 from lavin_rt.artifact.load import load as load_artifact
 from lavin_rt.checkpoint.files import Checkpoint
-from lavin_rt.checkpoint.header import RELEASED_SIZE, picture_size
+from lavin_rt.checkpoint.header import RELEASED_SIZE, open_checkpoint, picture_size
 from lavin_rt.checkpoint.load import load_dit, load_vae
-from lavin_rt.checkpoint.tensors import SafetensorsFile
 from lavin_rt.devices import DTYPES, resolve_device, resolve_dtype
 from lavin_rt.dit.model import JDiT
 from lavin_rt.engine import VAE, Engine
 from lavin_rt.errors import InputError
 from lavin_rt.files import Progress
-from lavin_rt.find.model import Artifact, find_model, template_roots
+from lavin_rt.find.model import Artifact, find_model, settled, template_roots
+from lavin_rt.host_state import own_state
+from lavin_rt.kept_keys import check_kept_keys
 from lavin_rt.pictures import context as contexts
 from lavin_rt.pictures import images
-from lavin_rt.pictures.context import EncodedContext
+from lavin_rt.pictures.encoded import EncodedContext
 from lavin_rt.sampling.denoisers import Network
 from lavin_rt.task import Task, check_seed, task_shape
 
@@ -48,6 +50,7 @@ class Pipeline(Engine):
         size: of pictures, where a task asks for none.
     """
 
+    @own_state()
     def __init__(
         self,
         dit: JDiT | Network,
@@ -67,8 +70,11 @@ class Pipeline(Engine):
         self.template_roots = tuple(template_roots)
         self.source = source
         self.size = size
+        self._origin: tuple[Checkpoint | Artifact, dict[str, Any]] | None = None
+        self._as_loaded: list[tuple[int, int]] = []
 
     @classmethod
+    @own_state()
     def from_pretrained(
         cls,
         checkpoint: str | os.PathLike | Checkpoint | Artifact | None = None,
@@ -102,6 +108,7 @@ class Pipeline(Engine):
         files = checkpoint
         if not isinstance(files, Checkpoint | Artifact):
             files = find_model(files, revision, trust, progress=progress)
+        files = settled(files)
         roots = template_roots(files)
         if isinstance(files, Artifact):
             if impl != "auto" or compile:
@@ -109,15 +116,46 @@ class Pipeline(Engine):
                     "an artifact has settled what runs it; leave impl and compile out, or give a checkpoint"
                 )
             network, vae = _load_artifact(files, device, dtype, trust, progress)
-            return cls(network, vae, "auto", False, graphs, tile, chunk, roots, files.source, network.manifest.size)
+            pipe = cls(network, vae, "auto", False, graphs, tile, chunk, roots, files.source, network.manifest.size)
+            pipe._origin = files, {"device": str(pipe.device), "trust": trust}
+            return pipe
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
-        file = SafetensorsFile.open(os.path.abspath(files.dit))  # read again later, perhaps from another working folder
+        file = open_checkpoint(os.path.abspath(files.dit))  # read again later, perhaps from another working folder
         dit = load_dit(file, device=device, dtype=dtype, strict=strict, progress=progress)
         vae = load_vae(files.vae, device=device, dtype=dtype, strict=strict)
         size = picture_size(file)
-        return cls(dit, vae, impl, compile, graphs, tile, chunk, roots, files.source, size)
+        pipe = cls(dit, vae, impl, compile, graphs, tile, chunk, roots, files.source, size)
+        pipe._origin = files, {"device": str(pipe.device), "dtype": dtype, "impl": pipe.impl, "compile": compile}
+        pipe._as_loaded = pipe._weights()
+        return pipe
 
+    def __reduce__(self) -> tuple:
+        """Pickled, it is where it was loaded from: it is loaded again there.
+
+        Raises:
+            InputError: it was made of networks in memory, or its weights have changed since.
+        """
+        if self._origin is None or self._as_loaded != self._weights():
+            raise InputError(
+                "the pipeline's weights are in this process's memory alone, so it cannot be pickled; save them with "
+                "save_dit and save_vae, and load it with Pipeline.from_pretrained where it is to run"
+            )
+        files, options = self._origin
+        options = {**options, "graphs": self.executor.graphs, "tile": self.tile, "chunk": self.chunk}
+        return partial(type(self).from_pretrained, **options), (files,)
+
+    def _weights(self) -> list[tuple[int, int]]:
+        """What tells whether a model's weights are those that were loaded."""
+        if not isinstance(self.dit, JDiT):
+            return []
+        return [(id(tensor), tensor._version) for net in (self.dit, self.vae) for tensor in net.parameters()]
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"<Pipeline {self.source}: {self.size} px, impl {self.impl}, {self.device}, {dtype}>"
+
+    @own_state()
     def task(
         self,
         context: str | os.PathLike | EncodedContext | Iterable[tuple[Any, Any]],
@@ -126,6 +164,7 @@ class Pipeline(Engine):
         seed: int = 0,
         repeats: bool = False,
         posterior: str = "mean",
+        frames: int | None = None,
     ) -> Task:
         """Encodes a task's context once, for any number of queries.
 
@@ -138,26 +177,26 @@ class Pipeline(Engine):
             seed: of the choice, and of the posterior's sample.
             repeats: choose with repeats, as the published scripts do.
             posterior: `"mean"`, or `"sample"` to draw the VAE's latents.
+            frames: of clips, `1 + 4 k`; longer ones, of pairs and queries, are cut to their first so many.
 
         Raises:
             InputError: whatever of these cannot be used, or too little memory for one query.
         """
         size = None if size is None else images.parse_size(size)
-        check_seed(seed)
-        if posterior not in POSTERIORS:
-            raise InputError(f"posterior is {posterior!r}; expected one of {', '.join(POSTERIORS)}")
+        seed = check_seed(seed)
+        check_posterior(posterior)
         if not isinstance(context, EncodedContext) and _is_encoded_file(context):
             context = EncodedContext.load(context)
         if isinstance(context, EncodedContext):
-            context.check(self.vae_fingerprint, size, posterior=posterior)
-            return Task(self, context)
+            self.check_context(context, size, posterior)
+            return Task(self, context, cut=frames)
         size = images.parse_size(self.size) if size is None else size
         if isinstance(context, str | os.PathLike):
             folder = contexts.find_task(context, self.template_roots)
             chosen = contexts.choose_pairs(contexts.read_template(folder), pairs, seed, repeats)
         else:
             chosen = contexts.given_pairs(context)
-        clips = contexts.ContextFrames.prepare(chosen, size)
+        clips = contexts.ContextFrames.prepare(chosen, size, frames)
         images.check_clip_frames(clips.frames_per_clip, "context")
         latent_frames = 1 + (clips.frames_per_clip - 1) // 4
         self.executor.check_memory(task_shape(1, clips.pairs, latent_frames, size, guided=False))
@@ -166,7 +205,27 @@ class Pipeline(Engine):
         latents = torch.cat(self.encode(clips, generator), dim=2)
         # Hashing the VAE takes longer than encoding: it waits until the context is saved or compared.
         encoded = EncodedContext(latents, self._hash_vae, size, posterior, clips.pairs, clips.frames_per_clip)
-        return Task(self, encoded, clips)
+        return Task(self, encoded, clips, frames)
+
+    def check_context(
+        self, context: EncodedContext, size: tuple[int, int] | None = None, posterior: str | None = None
+    ) -> None:
+        """Refuses an encoded context of another VAE, or where given of another size or posterior, and keys and values
+        of another transformer.
+
+        Raises:
+            InputError: one of these differs.
+        """
+        context.check(self.vae_fingerprint, size, posterior=posterior)
+        if context.kept is not None:
+            rows = context.latents[0, 0].numel() // self.network.config.patch_size**2
+            check_kept_keys(context.kept, self.network, rows, context.source)
+
+
+def check_posterior(posterior: str) -> None:
+    """Raises an `InputError` for what cannot be taken of the VAE's posterior."""
+    if posterior not in POSTERIORS:
+        raise InputError(f"posterior is {posterior!r}; expected one of {', '.join(POSTERIORS)}")
 
 
 def _load_artifact(

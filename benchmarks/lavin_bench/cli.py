@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lavin_rt.cli.options import Parser, add_checkpoint_options
+from lavin_rt.cli.options import COMPILE_HELP, Parser, add_checkpoint_options
 
 
 def add_bench(commands) -> None:
@@ -76,7 +76,7 @@ def add_bench(commands) -> None:
     startup.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     startup.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
     startup.add_argument("--impl", default="auto", help="auto, plain, torch or triton (default: auto)")
-    startup.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    startup.add_argument("--compile", action="store_true", help=COMPILE_HELP)
     startup.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
     startup.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
     startup.set_defaults(run=_startup)
@@ -91,7 +91,7 @@ def _add_bench_quality(kinds) -> None:
     )
     quality.add_argument(
         "--checkpoint",
-        help="folder, archive, hub id or artifact (default: the small model that comes with the package)",
+        help="folder, archive, hub id or artifact (default: mini, the small model that comes with the package)",
     )
     quality.add_argument(
         "--against",
@@ -121,7 +121,7 @@ def _add_bench_quality(kinds) -> None:
     quality.add_argument("--guidance", type=float, default=1.5, help="guidance scale (default: 1.5)")
     quality.add_argument("--seed", type=int, default=0, help="of degradations, contexts and noise (default: 0)")
     quality.add_argument("--batch-size", type=int, default=8, help="queries that run together at most (default: 8)")
-    quality.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    quality.add_argument("--compile", action="store_true", help=COMPILE_HELP)
     quality.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
     quality.add_argument("--quick", action="store_true", help="4 scenes and 2 pairs: shows that it works, not how well")
     quality.add_argument(

@@ -51,7 +51,7 @@ def add_export(commands: Any) -> None:
         description="Runs every part of an artifact, and a short sampling run, beside the checkpoint's plain model.",
     )
     verify.add_argument("artifact", metavar="DIR", help="the artifact")
-    verify.add_argument("--checkpoint", required=True, metavar="PATH|HUB-ID", help="that it was exported from")
+    verify.add_argument("--checkpoint", metavar="PATH|HUB-ID", help="that it was exported from (default: mini)")
     verify.add_argument("--revision", help="revision of a Hugging Face id")
     verify.add_argument("--device", default="auto", help="auto (the artifact's), cpu, cuda, ... (default: auto)")
     verify.add_argument("--json", action="store_true", help="print errors and budgets as JSON")

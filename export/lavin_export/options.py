@@ -9,9 +9,9 @@ from typing import Any
 def add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--checkpoint",
-        required=True,
         metavar="PATH|HUB-ID",
-        help="folder with lavin_dit.safetensors and stvae.pt, weights.tar.gz, or Hugging Face id",
+        help="folder with lavin_dit.safetensors and stvae.pt, weights.tar.gz, or Hugging Face id (default: mini, the "
+        "small model that comes with the package)",
     )
     command.add_argument("--revision", help="revision of a Hugging Face id")
     command.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; new, or empty")

@@ -31,7 +31,7 @@ import torch
 
 from lavin_rt.artifact.manifest import FORMAT, KINDS, MODULATION, NAME, VERSION, Manifest, file_sha256
 from lavin_rt.checkpoint.files import Checkpoint
-from lavin_rt.checkpoint.header import check_tensors, dit_config, picture_size
+from lavin_rt.checkpoint.header import check_tensors, dit_config, open_checkpoint, picture_size
 from lavin_rt.checkpoint.load import ModulationInFile, load_dit, load_vae
 from lavin_rt.checkpoint.names import official_layout, resident_layout
 from lavin_rt.checkpoint.tensors import SafetensorsFile, write_safetensors
@@ -40,7 +40,7 @@ from lavin_rt.dit.config import DiTConfig
 from lavin_rt.dit.model import JDiT
 from lavin_rt.dit.modulation import modulation_table
 from lavin_rt.errors import InputError
-from lavin_rt.files import written_whole
+from lavin_rt.files import check_writable, is_vacant, written_whole
 from lavin_rt.sampling.schedule import schedule
 from lavin_rt.vae.model import LATENT_SCALE, LATENT_SHIFT, STVAE, vae_fingerprint
 
@@ -82,11 +82,10 @@ def writing(
         raise InputError(f"steps are {list(steps)}, which names a schedule twice; give each once")
     for count in steps:
         schedule(count)
-    target_folder = Path(output)
-    if target_folder.exists() and (not target_folder.is_dir() or any(target_folder.iterdir())):
+    if os.path.lexists(output) and not (os.path.isdir(output) and is_vacant(output)):
         raise InputError(f"{output} is there and not empty; give another folder, or remove it first")
-    with written_whole(output) as partial:
-        partial.mkdir(parents=True)
+    check_writable(output, folder=True)
+    with written_whole(output, folder=True) as partial:
         artifact = ArtifactWriter(partial, kind, checkpoint, dtype, target or ANY_DEVICE, options or {}, tuple(steps))
         yield artifact
         if templates and checkpoint.templates is not None:
@@ -119,7 +118,7 @@ class ArtifactWriter:
     ):
         self.folder, self.kind, self.checkpoint = folder, kind, checkpoint
         self.dtype, self.target, self.options, self.steps = dtype, target, options, steps
-        self.file = SafetensorsFile.open(os.path.abspath(checkpoint.dit))
+        self.file = open_checkpoint(os.path.abspath(checkpoint.dit))
         self.config: DiTConfig = dit_config(self.file)
         check_tensors(self.file, self.config, official_layout(self.config))
         self.versions = {"lavin_rt": importlib.metadata.version("lavin-rt"), "torch": torch.__version__}
@@ -232,7 +231,7 @@ def modulation_model(file: SafetensorsFile, config: DiTConfig) -> JDiT:
     with file.reader() as reader:
         for place in resident_layout(config):
             if place.parameter.startswith(wanted):
-                value = torch.empty(place.shape)
+                value = torch.empty(place.shape, dtype=torch.float32)
                 reader.read_into(place.official, value)
                 owner, _, name = place.parameter.rpartition(".")
                 setattr(dit.get_submodule(owner), name, torch.nn.Parameter(value, requires_grad=False))

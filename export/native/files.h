@@ -18,6 +18,9 @@ class MappedFile {
   // Throws InputError with `expected` where there is no such file, or it is no plain file.
   static std::shared_ptr<MappedFile> open(const fs::path& path, const std::string& expected);
 
+  // Bytes that are in memory already, as if a file held them.
+  static std::shared_ptr<MappedFile> of(std::string bytes);
+
   MappedFile(const MappedFile&) = delete;
   ~MappedFile();
 
@@ -28,6 +31,7 @@ class MappedFile {
  private:
   MappedFile() = default;
 
+  std::string held_;
   const char* data_ = "";
   size_t size_ = 0;
 };
@@ -35,10 +39,14 @@ class MappedFile {
 // SHA-256 as 64 hexadecimal digits in lower case.
 std::string sha256_hex(std::string_view bytes);
 
-// Calls `write` with a free name beside `path`, then renames that file to `path`; removes it where anything fails.
+// Calls `write` with an empty file beside `path`, then renames that to `path`; removes it where anything fails. A file
+// that is there keeps its mode and owner; one that cannot be replaced, and a device, is written over.
 void written_whole(const fs::path& path, const std::function<void(const fs::path&)>& write);
 
-// Throws InputError unless files can be made where `path` is to be, in a folder that is made where it is missing.
+// Throws InputError unless `written_whole` can write there; makes nothing.
 void check_writable(const fs::path& path);
+
+// What keeps programs in the folder for temporary files from running, with the folder's name; empty where nothing does.
+std::string temporary_folder_fault();
 
 }  // namespace lavin

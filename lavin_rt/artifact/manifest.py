@@ -27,6 +27,7 @@ from lavin_rt.files import Progress
 
 FORMAT, VERSION = "lavin-rt artifact", 1
 NAME = "manifest.json"
+REAL_FILES = "copy the file itself (cp -rL), or of a hub's cache give the hub's id"
 KINDS = ("onnx", "tensorrt", "aoti")
 KINDS_OF_CODE = ("tensorrt", "aoti")
 MODULATION = "modulation.safetensors"
@@ -139,7 +140,7 @@ class Manifest:
             reason = error.strerror or str(error)
             raise InputError(f"{path}: {reason}; the artifact is not complete, export or fetch it again") from None
         if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{path} is no plain file; an artifact holds neither links nor devices: copy the file")
+            raise InputError(f"{path} is no plain file; an artifact holds neither links nor devices: {REAL_FILES}")
         if status.st_size != size:
             raise InputError(
                 f"{path} has {status.st_size:,} bytes, the manifest says {size:,}; export or fetch the artifact again"
@@ -192,15 +193,23 @@ class Manifest:
 
 
 def artifact_values(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """What a folder's `manifest.json` holds where it says that it is an artifact's (of whatever version), else None."""
+    """What a folder's `manifest.json` holds where it says that it is an artifact's (of whatever version), else None.
+
+    Raises:
+        InputError: it is one, but a link.
+    """
     path = Path(folder) / NAME
     if not path.is_file():
         return None
     try:
-        values = _read_json(path)
+        values = _read_json(Path(os.path.realpath(path)))
     except InputError:
         return None
-    return values if values.get("format") == FORMAT else None
+    if values.get("format") != FORMAT:
+        return None
+    if path.is_symlink():
+        _read_json(path)  # says why it may not be one
+    return values
 
 
 def file_sha256(path: str | os.PathLike, add: Callable[[int], None] | None = None) -> str:
@@ -220,7 +229,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; expected the manifest of an artifact") from None
     if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path} is no plain file; an artifact holds neither links nor devices: copy the file")
+        raise InputError(f"{path} is no plain file; an artifact holds neither links nor devices: {REAL_FILES}")
     if status.st_size > MAX_BYTES:
         raise InputError(f"{path} has {status.st_size:,} bytes; no manifest is larger than {MAX_BYTES:,}")
     try:

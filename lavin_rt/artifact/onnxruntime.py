@@ -16,6 +16,7 @@ from lavin_rt.artifact.onnx_file import check_external_files
 from lavin_rt.artifact.sizes import bind_sizes, sized
 from lavin_rt.devices import DTYPES
 from lavin_rt.errors import InputError, missing_extra
+from lavin_rt.host_state import own_state
 
 ELEMENT_TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}  # of onnx.TensorProto
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
@@ -103,8 +104,7 @@ class Session:
             InputError: shapes that the artifact was not exported for.
         """
         sizes = bind_sizes(self.part, [tensor.shape for tensor in inputs], self.path.stem)
-        # Buffers outlive the caller's inference mode, outside of which they could not be written.
-        with torch.inference_mode(False), torch.no_grad():
+        with own_state():
             return self._answer(inputs, sizes)
 
     def _answer(self, inputs: tuple[torch.Tensor, ...], sizes: dict[str, int]) -> tuple[torch.Tensor, ...]:

@@ -12,7 +12,6 @@ import math
 import os
 import pickle
 import re
-import warnings
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
@@ -26,18 +25,22 @@ from lavin_rt.checkpoint.header import (
     check_tensors,
     common_dtype,
     dit_config,
+    open_checkpoint,
     quantized_message,
+    report_renamed,
     report_unexpected,
 )
-from lavin_rt.checkpoint.names import modulation_layout, official_layout, resident_layout
+from lavin_rt.checkpoint.names import modulation_layout, official_layout, official_name, resident_layout
 from lavin_rt.checkpoint.tensors import FLOAT_DTYPES, SafetensorsFile, write_safetensors
 from lavin_rt.dit.config import PRESETS, DiTConfig
 from lavin_rt.dit.model import JDiT
 from lavin_rt.errors import InputError
 from lavin_rt.files import Progress, written_whole
+from lavin_rt.host_state import own_state
 from lavin_rt.vae.model import STVAE
 
 
+@own_state()
 def load_dit(
     path: str | os.PathLike | SafetensorsFile,
     device: torch.device | str = "cpu",
@@ -52,7 +55,8 @@ def load_dit(
     for training load with `resident_modulation=True` and call `dit.requires_grad_()`.
 
     Args:
-        path: `lavin_dit.safetensors`, float32, bfloat16, float16 or float64; or the file where it has been opened.
+        path: `lavin_dit.safetensors`, float32, bfloat16, float16 or float64, or the index of one in several files; or
+            what `open_checkpoint` made of it.
         device: where the parameters are to live.
         dtype: of the parameters; None keeps the file's (the narrowest that holds all of them, should they differ).
         strict: stop on unexpected tensors instead of naming them in one warning.
@@ -66,7 +70,8 @@ def load_dit(
     """
     check_dtype(dtype)
     # Read again later, perhaps from another working folder.
-    file = path if isinstance(path, SafetensorsFile) else SafetensorsFile.open(os.path.abspath(path))
+    file = path if isinstance(path, SafetensorsFile) else open_checkpoint(os.path.abspath(path))
+    report_renamed(file.path, file.renamed)
     config = dit_config(file)
     everything = official_layout(config)
     report_unexpected(file.path, check_tensors(file, config, everything), strict)
@@ -77,10 +82,12 @@ def load_dit(
         for block in dit.blocks:
             block.modulation.drop()
         dit.modulation_source = ModulationInFile(file, config)
-    dit = dit.to(dtype or common_dtype(file, everything)).to_empty(device=device)
+    dtype = dtype or common_dtype(file, everything)
+    # Not `to_empty`, which makes tensors like those of the meta device, for which torch imports sympy: a second.
+    dit._apply(lambda tensor: torch.empty(tensor.shape, dtype=dtype, device=device))
     parameters = dict(dit.named_parameters())
     places = everything if resident_modulation else resident_layout(config)
-    places = sorted(places, key=lambda place: file.entries[place.official].start)
+    places = sorted(places, key=lambda place: (file.entries[place.official].file, file.entries[place.official].start))
     done, total = 0, sum(file.entries[place.official].size for place in places)
     with file.reader() as reader:
         for place in places:
@@ -160,6 +167,7 @@ class ModulationInFile:
         return weight, bias
 
 
+@own_state()
 def load_vae(
     path: str | os.PathLike,
     device: torch.device | str = "cpu",
@@ -181,7 +189,9 @@ def load_vae(
     """
     check_dtype(dtype)
     path = Path(path)
-    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    found = _read_safetensors(path) if path.suffix in (".safetensors", ".json") else _read_pickle(path)
+    tensors = {official_name(name): tensor for name, tensor in found.items()}
+    report_renamed(path, tensors.keys() != found.keys())
     dtypes = {name: tensor.dtype for name, tensor in tensors.items() if name.startswith(("encoder.", "decoder."))}
     quantized = [name for name, found in dtypes.items() if found not in FLOAT_DTYPES.values()]
     if quantized:
@@ -209,7 +219,7 @@ def save_vae(vae: STVAE, path: str | os.PathLike) -> None:
         write_safetensors(path, layout, tensors.values(), {"format": "pt"})
     elif path.suffix == ".pt":
         state_dict = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        with written_whole(path) as partial, open(partial, "xb") as file:
+        with written_whole(path) as partial, open(partial, "wb") as file:
             torch.save({"state_dict": state_dict}, file)
     else:
         raise InputError(f"{path} ends in {path.suffix!r}; expected .safetensors or .pt")
@@ -233,9 +243,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise InputError(f"cannot read {path}: no such file; expected stvae.pt or stvae.safetensors")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the pickle's protocol, besides the error that follows
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"refers to {found[1]}" if found else "is no pickle of tensors"
@@ -294,10 +302,10 @@ class Description:
 
 def describe(files: Checkpoint) -> Description:
     """Reads and checks the transformer's header; an `InputError` for whatever `load_dit` would refuse."""
-    file = SafetensorsFile.open(files.dit)
+    file = open_checkpoint(files.dit)
     config = dit_config(file)
     places = official_layout(config)
     unexpected = check_tensors(file, config, places)
     parameters = sum(math.prod(place.shape) for place in places)
-    dtype, size = common_dtype(file, places), file.stamp[0]
+    dtype, size = common_dtype(file, places), file.size
     return Description(files, config, parameters, dtype, size, tuple(unexpected))

@@ -14,7 +14,8 @@ from lavin_rt.devices import gigabytes, resolve_device, resolve_dtype
 from lavin_rt.dit.config import PRESETS
 from lavin_rt.dit.packed import resolve_impl
 from lavin_rt.errors import InputError
-from lavin_rt.find.model import Artifact, find_model
+from lavin_rt.find.model import BUNDLED, Artifact, find_model, template_roots
+from lavin_rt.pictures.context import task_folders
 
 
 def info(options: argparse.Namespace) -> None:
@@ -22,7 +23,7 @@ def info(options: argparse.Namespace) -> None:
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     record: dict = {"machine": machine(device, dtype)}
-    checks = []
+    checks, model = [], None
     if options.self_check:
         from lavin_rt.sampling.self_check import check_known_answers
 
@@ -35,6 +36,7 @@ def info(options: argparse.Namespace) -> None:
             record["checkpoint"], more = checkpoint(options, model, device, dtype)
             record["memory on a GPU"] = memory(model)
             checks += more
+    record["tasks"] = {"by name": tasks(model)}
     if options.self_check:
         record["self-check"] = [
             {"name": check.name, "error": check.error, "allowed": check.allowed, "passed": check.passed}
@@ -87,6 +89,12 @@ def artifact(model: Artifact, device: torch.device, self_check: bool) -> dict:
     return record
 
 
+def tasks(model: Artifact | Checkpoint | None) -> list[str]:
+    """Names of the tasks in a model's templates and in the package's own, which --task takes."""
+    roots = [BUNDLED / "template"] if model is None else template_roots(model)
+    return list(dict.fromkeys(path.name for root in roots for path in task_folders(root)))
+
+
 def checkpoint(
     options: argparse.Namespace, files: Checkpoint, device: torch.device, dtype: torch.dtype
 ) -> tuple[dict, list]:
@@ -108,14 +116,13 @@ def memory(files: Checkpoint) -> dict:
     """What a first and a second picture take on a GPU in bfloat16, as predicted (`lavin_rt.memory`),
     with the released autoencoder's shape.
     """
-    from lavin_rt.checkpoint.header import picture_size
+    from lavin_rt.checkpoint.header import open_checkpoint, picture_size
     from lavin_rt.checkpoint.load import describe
-    from lavin_rt.checkpoint.tensors import SafetensorsFile
     from lavin_rt.memory import PAIRS, predict
     from lavin_rt.task import task_shape
     from lavin_rt.vae.config import VAEConfig
 
-    size = picture_size(SafetensorsFile.open(files.dit))
+    size = picture_size(open_checkpoint(files.dit))
     stages = predict(describe(files).config, VAEConfig(), task_shape(1, PAIRS, 1, (size, size), guided=True))
     last = stages[-1]
     return {

@@ -1,6 +1,7 @@
 """The command line: `lavin-rt run`, `serve`, `map`, `task`, `info`, `export` and `bench`.
 
-Exit codes: 0 done, 1 the run failed, 2 something given cannot be used, 130 interrupted. Errors are one line on stderr.
+Exit codes: 0 done, 1 the run failed, 2 something given cannot be used, 130 interrupted, 143 and 129 ended by TERM and
+HUP. Errors are one line on stderr.
 """
 
 from __future__ import annotations
@@ -10,14 +11,27 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
 
-from lavin_rt.cli.options import SPEED_HELP, Parser, add_checkpoint_options
+from lavin_rt.cli.options import COMPILE_HELP, SPEED_HELP, Parser, add_checkpoint_options
 from lavin_rt.cli.services import add_map, add_serve, add_task
 from lavin_rt.errors import InputError
+from lavin_rt.process import (
+    Terminated,
+    finish_output,
+    settle_threads,
+    sound_streams,
+    terminating,
+    to_nowhere,
+)
 
 OWN = ("run", "info", "serve", "map", "task")
 COMMANDS = "lavin_rt.commands"
 """Entry points of other packages' commands: functions that are given what `add_subparsers` returned, and add theirs."""
+CLIP_HELP = (
+    "each query is a clip: a folder of frames or an animation, of 1 + 4k frames (1, 5, 9, ...), as many as the task's "
+    "clips; those that come with the package have 5"
+)
 
 
 class _Version(argparse.Action):
@@ -47,12 +61,19 @@ def parser(others: bool = True) -> argparse.ArgumentParser:
     return root
 
 
+def _bundled_tasks() -> list[str]:
+    """Names of the tasks that come with the package, without importing what takes time."""
+    folder = Path(__file__).parents[1] / "mini" / "template"
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
 def _add_run(commands) -> None:
     run = commands.add_parser(
         "run",
         help="answer queries with a task's context",
         description="Answers one or more queries with the task that the context shows.",
-        epilog="example: lavin-rt run --checkpoint weights/ --task depth --query photo.jpg -o depth.png",
+        epilog="example: lavin-rt run --checkpoint weights/ --task depth --query photo.jpg -o depth.png; "
+        f"tasks by name, or a beginning of it: {', '.join(_bundled_tasks())}",
     )
     what = run.add_argument_group("what to do")
     what.add_argument(
@@ -72,12 +93,15 @@ def _add_run(commands) -> None:
         metavar="OUT",
         help="file (.png .jpg .webp, clips also .gif) for one query, else a folder",
     )
-    what.add_argument("--clip", action="store_true", help="each query is a clip: a folder of frames or an animation")
+    what.add_argument("--clip", action="store_true", help=CLIP_HELP)
+    what.add_argument(
+        "--frames", type=int, metavar="N", help="cut longer clips, of queries and task, to their first N frames"
+    )
     what.add_argument(
         "--checkpoint",
         metavar="PATH|HUB-ID|ARTIFACT",
         help="folder with lavin_dit.safetensors and stvae.pt, weights.tar.gz, exported artifact, or Hugging Face id "
-        "(default: the small model that comes with the package)",
+        "(default: mini, the small model that comes with the package)",
     )
     how = run.add_argument_group("how to do it")
     how.add_argument("--pairs", type=int, default=4, help="pairs chosen from the task's folder (default: 4)")
@@ -91,7 +115,10 @@ def _add_run(commands) -> None:
     how.add_argument("--batch-size", type=int, help="queries that run together (default: up to 4, as memory allows)")
     how.add_argument("--tile", type=int, help="VAE tile in pixels for pictures too large for memory; approximate")
     how.add_argument("--chunk", type=int, help="latent frames per VAE piece for clips too long for memory; approximate")
-    how.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    how.add_argument("--compile", action="store_true", help=COMPILE_HELP)
+    how.add_argument(
+        "--allow-huge", action="store_true", help="read pictures of more than 178 megapixels, if memory allows"
+    )
     how.add_argument("--no-graphs", action="store_true", help="on CUDA, run steps without CUDA graphs; the same bits")
     out = run.add_argument_group("output")
     out.add_argument("--keep-size", action="store_true", help="return pictures at each query's own size")
@@ -139,17 +166,27 @@ def _warn(message, category, filename, lineno, file=None, line=None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # Looking for other packages' commands takes a while: only where one may be meant.
-    options = parser(others=not arguments or arguments[0] not in OWN).parse_args(arguments)
-    with warnings.catch_warnings():
+    with sound_streams(), terminating(), warnings.catch_warnings():
         warnings.showwarning = _warn
+        # About damage that either does not matter or is an error in a moment.
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         try:
+            try:
+                # Looking for other packages' commands takes a while: only where one may be meant.
+                options = parser(others=not arguments or arguments[0] not in OWN).parse_args(arguments)
+            finally:
+                finish_output()  # of --help
+            settle_threads()
             options.run(options)
+            finish_output()
         except InputError as error:
             return _fail(str(error), 2)
+        except Terminated as stop:
+            return _fail(str(stop), 128 + stop.number)
         except KeyboardInterrupt:
             return _fail("interrupted", 130)
         except BrokenPipeError:
+            to_nowhere(sys.stdout)
             return 1
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""

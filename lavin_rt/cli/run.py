@@ -4,39 +4,62 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lavin_rt.artifact.manifest import Manifest
 from lavin_rt.checkpoint.files import Checkpoint
+from lavin_rt.checkpoint.header import open_checkpoint, picture_size
 from lavin_rt.console import Progress, print_json
 from lavin_rt.errors import InputError
-from lavin_rt.find.model import Artifact, find_model, template_roots
+from lavin_rt.files import check_writable
+from lavin_rt.find.model import BUNDLED_NAMES, Artifact, find_model, template_roots
+from lavin_rt.pictures import colours, images
 from lavin_rt.pictures import context as contexts
-from lavin_rt.pictures import images
-from lavin_rt.pipeline import Pipeline
+from lavin_rt.pictures.encoded import EncodedContext
+from lavin_rt.pipeline import Pipeline, check_posterior
 from lavin_rt.sampling.speeds import speed_of
-from lavin_rt.task import Result, Task, check_seed
+from lavin_rt.task import Result, Task, check_batch_size, check_guidance, check_seed
+
+if TYPE_CHECKING:
+    import torch
+
+BUNDLED_NOTE = (
+    "note: this is lavin-mini, the small model that comes with the package: soft pictures of 64 px, of depth, normals, "
+    "segmentation, detection, edges, inpainting, restoration and negatives (lavin-rt info lists its tasks); of other "
+    "pairs it makes a blurred copy; --checkpoint takes another model"
+)
 
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command; raises `InputError` for what cannot be used, before work is lost to it."""
+    with colours.huge_pictures(options.allow_huge):
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
     queries = find_queries(options.query, options.clip)
     outputs = output_paths(queries, options.output, options.grid)
     speed = speed_of(options.speed)
     knots = speed.knots(options.steps)
     size = None if options.size is None else images.parse_size(options.size)
     check_seed(options.seed, len(queries))
+    check_guidance(options.guidance)
+    if options.batch_size is not None:
+        check_batch_size(options.batch_size)
+    lengths, largest = [], (0, 0)
     for query, output in zip(queries, outputs, strict=True):
         # Read once to be checked and once to be answered: many large pictures need not be in memory together.
-        clip = images.load_clip(query)
-        images.check_clip_frames(len(clip), str(query))
+        clip = read_query(query, options.clip, options.frames)
+        lengths.append(len(clip))
+        largest = max(largest, tuple(clip.shape[-2:]))
         images.check_output(output, len(clip), tuple(clip.shape[-2:]) if options.keep_size else size)
-        if options.grid:
-            images.check_output(grid_path(output), len(clip))
     if options.save_context:
         if not options.save_context.endswith(".safetensors"):
             raise InputError(f"--save-context {options.save_context}: expected a name ending in .safetensors")
-        images.check_writable(options.save_context)
+        check_writable(options.save_context)
     if options.tile is not None and (options.tile < 64 or options.tile % 16):
         raise InputError(f"--tile is {options.tile}; expected a multiple of 16 from 64 on, in pixels")
     if options.chunk is not None and options.chunk < 3:
@@ -46,7 +69,9 @@ def run(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     with progress.bar("loading", "B") as loading:
         checkpoint = find_model(options.checkpoint, options.revision, options.trust, progress=loading)
-        check_task(options, checkpoint)
+        check_task(options, checkpoint, size, queries, lengths, outputs)
+        if checkpoint.source == BUNDLED_NAMES[1]:
+            note(options, BUNDLED_NOTE)
         pipe = Pipeline.from_pretrained(
             checkpoint,
             device=options.device,
@@ -68,7 +93,14 @@ def run(options: argparse.Namespace) -> None:
         seed=options.seed,
         repeats=options.repeats,
         posterior=options.posterior,
+        frames=options.frames,
     )
+    if options.keep_size and (largest[0] > task.size[0] or largest[1] > task.size[1]):
+        computed, shown = (f"{height}x{width}" for height, width in (task.size, largest))
+        note(
+            options,
+            f"note: answers are computed at {computed}; --keep-size enlarges them to {shown}, as soft as they are",
+        )
     if options.save_context:
         task.context.save(options.save_context)
     encoded = time.perf_counter()
@@ -89,13 +121,61 @@ def run(options: argparse.Namespace) -> None:
     report(options, task, queries, outputs, seeds, seconds, knots.tolist())
 
 
-def check_task(options: argparse.Namespace, checkpoint: Checkpoint | Artifact) -> None:
-    """Finds what is wrong with the task before minutes go into reading weights."""
+def check_task(
+    options: argparse.Namespace,
+    model: Checkpoint | Artifact,
+    size: tuple[int, int] | None,
+    queries: list[Path],
+    frames: list[int],
+    outputs: list[Path | str],
+) -> None:
+    """Finds what is wrong with the task, or with queries of so many frames beside it, before minutes go into reading
+    weights and answering.
+    """
+    check_posterior(options.posterior)
     if options.task.endswith(".safetensors"):
-        contexts.EncodedContext.load(options.task)
+        encoded = EncodedContext.load(options.task)
+        size, columns, frames_per_clip = encoded.size, 1, encoded.frames_per_clip
+    else:
+        folder = contexts.find_task(options.task, template_roots(model))
+        chosen = contexts.choose_pairs(contexts.read_template(folder), options.pairs, options.seed, options.repeats)
+        # Small, as only the lengths are asked.
+        frames_per_clip = contexts.ContextFrames.prepare(chosen, (16, 16), options.frames).frames_per_clip
+        size, columns = size or images.parse_size(trained_size(model)), len(chosen) + 1
+    for query, count, output in zip(queries, frames, outputs, strict=True):
+        check_length(query, count, frames_per_clip)
+        if options.grid:
+            images.check_output(grid_path(output), count, images.grid_size(2, columns, size))
+
+
+def trained_size(model: Checkpoint | Artifact) -> int:
+    """The size of the pictures that a model was trained on, pixels a side; reads no weights."""
+    if isinstance(model, Artifact):
+        return Manifest.read(model.folder).size
+    return picture_size(open_checkpoint(model.dit))
+
+
+def read_query(query: Path, clip: bool, frames: int | None) -> torch.Tensor:
+    """A query's frames, uint8 `[T, 3, H, W]`; without `clip` it is one picture, of an animation the first."""
+    return images.load_clip(query, frames) if clip else images.load_picture(query)[None]
+
+
+def check_length(query: Path, length: int, frames: int) -> None:
+    """Checks that a query has as many frames as the task's clips, and says how to come by them."""
+    if length == frames:
         return
-    folder = contexts.find_task(options.task, template_roots(checkpoint))
-    contexts.choose_pairs(contexts.read_template(folder), options.pairs, options.seed, options.repeats)
+    if frames == 1:
+        raise InputError(f"{query}: {length} frames, the task's pairs are pictures; leave --clip out")
+    hint = f"cut it with --frames {frames}" if length > frames else "give a longer one, or cut both with --frames"
+    if length == 1:
+        hint = "did you mean --clip, with a folder of frames or an animation?"
+    raise InputError(f"{query}: {length} frame{'s' * (length > 1)}, the task's clips have {frames}; {hint}")
+
+
+def note(options: argparse.Namespace, text: str) -> None:
+    """One line on stderr, unless nothing but errors and records is wanted."""
+    if not options.quiet and not options.json:
+        print(f"lavin-rt: {text}", file=sys.stderr)
 
 
 def answer(
@@ -111,16 +191,20 @@ def answer(
     Returns the seeds.
     """
     runs, done, seeds = -(-len(queries) // together), 0, []
-    with progress.bar("sampling", " steps") as sampling:
+    several = len(queries) > 1  # then what counts is pictures a second
+    with progress.bar("sampling", " pictures" if several else " steps") as sampling:
 
         def callback(step: int, evaluations: int, latents: object) -> None:
             nonlocal done
             done += 1
-            sampling(done, runs * evaluations)
+            if several:
+                sampling(round(len(queries) * done / (runs * evaluations), 1), len(queries))
+            else:
+                sampling(done, evaluations)
 
         for first in range(0, len(queries), together):
             some = slice(first, first + together)
-            clips = [images.load_clip(query) for query in queries[some]]
+            clips = [read_query(query, options.clip, options.frames) for query in queries[some]]
             results = task.run(
                 # A clip is [T, 3, H, W]; as an array it is given as [T, H, W, 3].
                 [clip.permute(0, 2, 3, 1).numpy() for clip in clips],
@@ -159,7 +243,11 @@ def output_paths(queries: list[Path], output: str, grid: bool) -> list[Path | st
     """One output for every query: the file named, or files with the queries' names in the folder named."""
     one_file = bool(Path(output).suffix) and not output.endswith(os.sep) and not os.path.isdir(output)
     if one_file and len(queries) > 1:
-        raise InputError(f"--output {output} is one file for {len(queries)} queries; give a folder such as results/")
+        frames = len({query.parent for query in queries}) == 1 and not any(query.is_dir() for query in queries)
+        hint = ", or --clip where they are the frames of one clip" * frames
+        raise InputError(
+            f"--output {output} is one file for {len(queries)} queries; give a folder such as results/{hint}"
+        )
     paths: list[Path | str] = [output] if one_file else [Path(output) / f"{query.stem}.png" for query in queries]
     written = [os.path.realpath(path) for path in [*paths, *(grid_path(path) for path in paths if grid)]]
     for path in written:
@@ -214,10 +302,13 @@ def report(
             {"query": str(query), "output": str(output), "seed": seed}
             for query, output, seed in zip(queries, outputs, seeds, strict=True)
         ]
+        setting["pictures_per_second"] = round(len(queries) / seconds["queries"], 4)
         rounded = {part: round(value, 4) for part, value in seconds.items()}
         print_json({**setting, "results": answers, "seconds": rounded})
     elif not options.quiet:
         for output, seed in zip(outputs, seeds, strict=True):
             print(f"{output}  seed {seed}")
         parts = ", ".join(f"{part} {value:.2f} s" for part, value in seconds.items())
+        if len(queries) > 1:
+            parts += f", {len(queries) / seconds['queries']:.2f} pictures/s"
         print(f"{parts}  (speed {options.speed}, impl {pipe.impl}, {setting['device']}, {setting['dtype']})")

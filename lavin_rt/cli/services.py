@@ -37,7 +37,7 @@ def add_serve(commands) -> None:
     bounds.add_argument("--max-tasks", type=int, default=64, help="that clients may make (default: 64)")
     bounds.add_argument("--task-age", type=float, default=3600.0, help="seconds they are kept unused (default: 3600)")
     serve.add_argument("--speed", default="exact", help="of requests that name none (default: exact)")
-    serve.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    serve.add_argument("--compile", action="store_true", help="run the network through torch.compile, at a wait first")
     add_checkpoint_options(serve)
     serve.set_defaults(run=_serve)
 
@@ -100,6 +100,9 @@ def add_task(commands) -> None:
     add.add_argument("--pairs", type=int, help="chosen from a folder (default: up to 8 of those there are)")
     add.add_argument("--size", help="N or HEIGHTxWIDTH, multiples of 16 (default: what the model was trained at)")
     add.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
+    add.add_argument(
+        "--keep-keys", action="store_true", help="also keep the pairs' keys and values, for --speed fastest"
+    )
     _add_checkpoint(add)
     add_checkpoint_options(add)
     add.set_defaults(run=_add)
@@ -114,7 +117,7 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--checkpoint",
         metavar="PATH|HUB-ID|ARTIFACT",
-        help="folder, weights.tar.gz, exported artifact, or Hugging Face id (default: the small model)",
+        help="folder, weights.tar.gz, exported artifact, or Hugging Face id (default: mini)",
     )
 
 

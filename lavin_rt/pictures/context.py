@@ -1,4 +1,4 @@
-"""Task contexts: folders of example pairs, the choice among them, their frames, and encoded contexts in files."""
+"""Task contexts: folders of example pairs, the choice among them, and their frames."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import dataclasses
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lavin_rt.errors import InputError
-from lavin_rt.files import written_whole
 from lavin_rt.pictures import images
+from lavin_rt.scalars import whole
 
 _ROLES = ("input", "target")
-_FORMAT, _VERSION = "lavin-rt encoded context", "1"
-THUMBNAILS = "thumbnails"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +54,8 @@ def read_template(folder: str | os.PathLike) -> list[Pair]:
         for paths in roles.values():
             if len(paths) > 1:
                 raise InputError(
-                    f"{where}: {_names(paths)} all begin with {name}_; expected one, as the text before the first _ "
-                    "tells pairs apart; rename them"
+                    f"{where}: {_names(paths)} all begin with {images.source_name(name)}_; expected one, as the text "
+                    "before the first _ tells pairs apart; rename them"
                 )
     lonely = [path for roles in found.values() if not all(roles.values()) for paths in roles.values() for path in paths]
     if lonely:
@@ -103,8 +101,12 @@ def choose_pairs(pairs: Sequence[Pair], count: int, seed: int, repeats: bool = F
     Raises:
         InputError: zero pairs, or more than there are.
     """
-    if not isinstance(count, int) or count < 1:
-        raise InputError(f"{count!r} context pairs asked for; expected a whole number, at least 1")
+    given, count = count, whole(count)
+    if whole(seed) is None:
+        raise InputError(f"seed is {seed!r}; expected a whole number")
+    seed = whole(seed)  # its text decides
+    if count is None or count < 1:
+        raise InputError(f"{given!r} context pairs asked for; expected a whole number, at least 1")
     if not pairs:
         raise InputError("the context has no pairs; expected at least one")
     if repeats:
@@ -141,10 +143,11 @@ def find_task(name: str | os.PathLike, template_roots: Iterable[str | os.PathLik
         if len(fitting) == 1:
             return of_root[fitting[0]]
         if fitting:
-            raise InputError(f"task {text!r} fits {', '.join(fitting)}; give more of the name")
+            raise InputError(f"task {text!r} fits {_names(fitting, len(fitting))}; give more of the name")
     known = sorted({task for of_root in tasks for task in of_root}, key=images.natural_key)
-    expected = f"expected a folder or one of {', '.join(known)}" if known else "no templates here; give a folder"
-    raise InputError(f"unknown task {text!r}; {expected}")
+    if not known:
+        raise InputError(f"unknown task {text!r}; no templates here; give a folder")
+    raise InputError(f"unknown task {text!r}; expected a folder or one of {_names(known, len(known))}")
 
 
 def task_folders(root: str | os.PathLike) -> list[Path]:
@@ -168,8 +171,8 @@ class ContextFrames(Sequence):
     size: tuple[int, int]
 
     @classmethod
-    def prepare(cls, pairs: Sequence[Pair], size: tuple[int, int]) -> ContextFrames:
-        """Reads the pairs' pictures or clips and resizes them to (height, width).
+    def prepare(cls, pairs: Sequence[Pair], size: tuple[int, int], cut: int | None = None) -> ContextFrames:
+        """Reads the pairs' pictures or clips, of longer clips `cut` frames, and resizes them to (height, width).
 
         Raises:
             InputError: no pairs, something unreadable, or clips of different lengths.
@@ -177,11 +180,11 @@ class ContextFrames(Sequence):
         frames: list[torch.Tensor] = []
         for pair in pairs:
             for role, source in zip(_ROLES, (pair.input, pair.target), strict=True):
-                clip = images.resize(images.load_clip(source), size)
+                clip = images.resize(images.load_clip(source, cut), size)
                 if frames and len(clip) != len(frames[0]):
                     raise InputError(
-                        f"{role} of context pair {pair.name} has {len(clip)} frames, the first input {len(frames[0])}; "
-                        "all clips of a context have the same number"
+                        f"{role} of context pair {images.source_name(pair.name)} has {len(clip)} frames, the first "
+                        f"input {len(frames[0])}; all clips of a context have the same number"
                     )
                 frames.append(clip)
         if not frames:
@@ -211,146 +214,9 @@ def check_query_frames(query_frames: int, context_frames: int, source: str = "qu
     """Checks that a query has as many frames as every clip of its context."""
     if query_frames != context_frames:
         raise InputError(
-            f"{source}: {query_frames} frames, the context's clips have {context_frames}; "
-            "give queries and pairs of the same length"
+            f"{source}: {query_frames} frame{'s' * (query_frames != 1)}, the context's clips have {context_frames}; "
+            "give queries and pairs of the same length, or cut both (frames=N, --frames N)"
         )
-
-
-class WhenRead:
-    """A dataclass's field that takes a value, or a function that gives it when it is first read."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, instance: object | None, owner: type) -> Any:
-        if instance is None:
-            raise AttributeError(self._name)  # no default
-        value = instance.__dict__[self._name]
-        if callable(value):
-            value = instance.__dict__[self._name] = value()
-        return value
-
-    def __set__(self, instance: object, value: Any) -> None:
-        instance.__dict__[self._name] = value
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class EncodedContext:
-    """A context as the diffusion transformer reads it, encoded once for any number of queries.
-
-    Attributes:
-        latents: `[1, 16, F, h, w]`, `h = height / 8`, already scaled (`(z - shift) * scale` after the VAE's encoder);
-            F is the latent frames of `in1, target1, in2, target2, ...` one after another.
-        vae_fingerprint: `vae_fingerprint` of the VAE that encoded it, or what computes it once it is asked for.
-        size: (height, width) of the frames, pixels.
-        posterior: "mean" or "sample", what was taken of the VAE's posterior.
-        pairs: how many.
-        frames_per_clip: frames of every input and target, `1 + 4 k`.
-        source: where it comes from, for messages.
-    """
-
-    latents: torch.Tensor
-    vae_fingerprint: str = WhenRead()
-    size: tuple[int, int]
-    posterior: str
-    pairs: int
-    frames_per_clip: int
-    source: str = "encoded context"
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes one safetensors file, `latents` and metadata, whole or not at all.
-
-        Raises:
-            InputError: the file cannot be written.
-        """
-        self.save_with(path, {}, {})
-
-    def save_with(self, path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], more: Mapping[str, str]) -> None:
-        """Writes the file of `save` with more tensors and metadata, as a task pack has them."""
-        from safetensors.torch import save
-
-        described = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "vae_fingerprint": self.vae_fingerprint,
-            "size": f"{self.size[0]}x{self.size[1]}",
-            "posterior": self.posterior,
-            "pairs": str(self.pairs),
-            "frames_per_clip": str(self.frames_per_clip),
-        }
-        content = save({"latents": self.latents.detach().cpu().contiguous(), **tensors}, metadata={**more, **described})
-        images.check_writable(path)
-        with written_whole(path) as partial:
-            partial.write_bytes(content)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> EncodedContext:
-        """Reads what `save` wrote, on the CPU and in the dtype it was saved in.
-
-        Raises:
-            InputError: no such file, truncated, another kind of file or version, or a contradiction.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        name = images.source_name(path)
-        foreign = f"{name}: not an encoded context of lavin-rt"
-        try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                described = file.metadata() or {}
-                if described.get("format") != _FORMAT:
-                    raise InputError(f"{foreign} (its metadata do not say so); expected a file saved as one")
-                version = described.get("version", "none")
-                if version != _VERSION:
-                    raise InputError(f"{name}: is of version {version}, this package reads {_VERSION}; encode it again")
-                # A task pack has small pictures of its pairs beside them (lavin_rt.packs).
-                if "latents" not in file.keys() or set(file.keys()) - {"latents", THUMBNAILS}:  # noqa: SIM118
-                    raise InputError(f"{name}: holds {sorted(file.keys())}, expected latents alone; encode it again")
-                latents = file.get_tensor("latents").clone()
-        except FileNotFoundError:
-            raise InputError(f"{name}: no such file; expected an encoded context") from None
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{foreign}, or truncated ({' '.join(str(error).split())}); encode it again") from error
-        try:
-            size = images.parse_size(described["size"])
-            pairs, frames_per_clip = int(described["pairs"]), int(described["frames_per_clip"])
-            images.check_clip_frames(frames_per_clip)
-            posterior, fingerprint = described["posterior"], described["vae_fingerprint"]
-        except (KeyError, ValueError) as error:
-            raise InputError(f"{name}: damaged metadata ({error}); encode it again") from error
-        shape = [1, 16, 2 * pairs * (1 + (frames_per_clip - 1) // 4), size[0] // 8, size[1] // 8]
-        if pairs < 1 or list(latents.shape) != shape or not latents.is_floating_point() or not latents.isfinite().all():
-            found = f"{str(latents.dtype).removeprefix('torch.')} {list(latents.shape)}"
-            raise InputError(f"{name}: latents are {found}, expected finite numbers {shape}; encode it again")
-        return cls(latents, fingerprint, size, posterior, pairs, frames_per_clip, source=name)
-
-    def check(
-        self,
-        vae_fingerprint: str,
-        size: tuple[int, int] | None = None,
-        frames: int | None = None,
-        posterior: str | None = None,
-    ) -> None:
-        """Refuses to be used with another VAE, or where given, at another size, frame count or posterior.
-
-        Raises:
-            InputError: one of them differs; names both values.
-        """
-        if vae_fingerprint != self.vae_fingerprint:
-            raise InputError(
-                f"{self.source}: encoded by another VAE (fingerprint {self.vae_fingerprint[:12]}, this one has "
-                f"{vae_fingerprint[:12]}); encode the task's context again with this VAE"
-            )
-        if size is not None and tuple(size) != self.size:
-            raise InputError(
-                f"{self.source}: encoded at size {self.size[0]}x{self.size[1]}, asked for {size[0]}x{size[1]}; "
-                f"run at {self.size[0]}x{self.size[1]} or encode it again"
-            )
-        if posterior is not None and posterior != self.posterior:
-            raise InputError(
-                f"{self.source}: holds the posterior's {self.posterior}, asked for {posterior}; encode it again"
-            )
-        if frames is not None:
-            check_query_frames(frames, self.frames_per_clip)
 
 
 def _hash(*parts: object) -> int:
@@ -370,6 +236,6 @@ def _entries(folder: Path) -> Iterator[Path]:
     return iter(sorted(entries, key=lambda path: images.natural_key(path.name)))
 
 
-def _names(paths: Sequence[Path], most: int = 5) -> str:
+def _names(paths: Sequence[Path | str], most: int = 5) -> str:
     more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(path.name for path in paths[:most]) + more
+    return ", ".join(images.source_name(os.path.basename(path)) for path in paths[:most]) + more

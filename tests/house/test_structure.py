@@ -16,18 +16,21 @@ lavin_kernels.reference lavin_kernels.launch
 lavin_kernels.validate
 lavin_kernels.ops
 lavin_kernels.static
+lavin_kernels.machine_code
 lavin_kernels
 
-lavin_rt.errors lavin_rt.console lavin_rt.mini
-lavin_rt.files lavin_rt.devices
+lavin_rt.errors lavin_rt.container lavin_rt.host_state lavin_rt.mini
+lavin_rt.files lavin_rt.scalars lavin_rt.process lavin_rt.devices
+lavin_rt.console lavin_rt.compiling
 lavin_rt.dit lavin_rt.vae lavin_rt.mini.world
 lavin_rt.checkpoint lavin_rt.sampling lavin_rt.pictures
 lavin_rt.artifact lavin_rt.engine lavin_rt.memory
-lavin_rt.find lavin_rt.task
+lavin_rt.find lavin_rt.kept_keys
+lavin_rt.task
 lavin_rt.packs lavin_rt.pipeline
 lavin_rt.serve lavin_rt.mini.train
 lavin_rt.cli
-lavin_rt
+lavin_rt.__main__ lavin_rt
 
 lavin_export.errors lavin_export.options
 lavin_export.networks lavin_export.writer

@@ -13,7 +13,7 @@ from test_context import one_line
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.dit.model import JDiT, randomize_
 from lavin_rt.errors import InputError
-from lavin_rt.pictures.context import EncodedContext
+from lavin_rt.pictures.encoded import EncodedContext
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.vae.config import VAEConfig
 from lavin_rt.vae.model import STVAE, vae_fingerprint

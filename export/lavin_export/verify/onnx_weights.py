@@ -14,9 +14,8 @@ from lavin_export.networks.weights import denoiser_weights
 from lavin_rt.artifact.manifest import MODULATION, Manifest
 from lavin_rt.artifact.onnx_file import check_external_files
 from lavin_rt.checkpoint.files import Checkpoint
-from lavin_rt.checkpoint.header import dit_config
+from lavin_rt.checkpoint.header import dit_config, open_checkpoint
 from lavin_rt.checkpoint.load import load_vae
-from lavin_rt.checkpoint.tensors import SafetensorsFile
 from lavin_rt.errors import InputError, missing_extra
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ def check_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
     except ImportError:
         raise missing_extra("onnx_ir", "onnx", "verifying an ONNX artifact") from None
 
-    file = SafetensorsFile.open(checkpoint.dit)
+    file = open_checkpoint(checkpoint.dit)
     if dit_config(file) != manifest.config:
         raise InputError(f"{manifest.folder} was exported from another model than {checkpoint.dit}")
     vae = load_vae(checkpoint.vae, dtype=torch.float32)

@@ -1,0 +1,63 @@
+"""Keys and values of a task's pairs in its file, for the speeds that make them once a task."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from lavin_rt.dit.packed import padded_head_size
+from lavin_rt.errors import InputError
+from lavin_rt.pictures.encoded import ANEW, KeptKeys
+from lavin_rt.sampling.denoisers import Network, Tensors
+from lavin_rt.sampling.speeds import CONTEXT_TIME
+from lavin_rt.vae.model import vae_fingerprint
+
+SAMPLES = 4096  # of every parameter: two trainings differ everywhere, and 3.4 billion values take long to read
+
+
+def keys_to_keep(network: Network, keys: Tensors) -> KeptKeys:
+    """Those that `Executor.context_keys` made for one context, without what pads their heads."""
+    size = network.config.head_size
+    return KeptKeys(torch.stack([part[0, ..., :size].cpu() for part in keys]), fingerprint(network))
+
+
+def check_kept_keys(kept: KeptKeys, network: Network, rows: int, source: str) -> None:
+    """Refuses keys and values of other weights, or of a context of another number of rows.
+
+    Raises:
+        InputError: which of these.
+    """
+    config = network.config
+    expected = [2 * config.depth, rows, config.num_kv_heads, config.head_size]
+    if list(kept.parts.shape) != expected:
+        raise InputError(
+            f"{source}: its kept keys and values are {list(kept.parts.shape)}, this model and size take "
+            f"{expected}; {ANEW}"
+        )
+    found = fingerprint(network)
+    if kept.fingerprint != found:
+        raise InputError(
+            f"{source}: its kept keys and values belong to other weights (fingerprint {kept.fingerprint[:12]}, "
+            f"these have {found[:12]}); {ANEW}"
+        )
+
+
+def kept_tensors(kept: KeptKeys, network: Network) -> Tensors:
+    """As `Executor.sample` takes them: on the network's device, in its dtype and with its heads' width."""
+    more = padded_head_size(network.config.head_size, network.impl) - network.config.head_size
+    return tuple(F.pad(kept.parts.to(network.device, network.dtype), (0, more))[:, None])
+
+
+def fingerprint(network: Network) -> str:
+    """32 hexadecimal digits that tell transformers apart, in any dtype: a hash of a part of every parameter.
+
+    Raises:
+        InputError: the network is an artifact, whose parameters are not at hand.
+    """
+    if not hasattr(network, "dit"):
+        raise InputError("an artifact keeps no keys and values; make and use such packs with its checkpoint")
+    parts = {f"made at {CONTEXT_TIME}": torch.zeros(0)}
+    for name, parameter in network.dit.named_parameters():
+        values = parameter.detach().flatten()
+        parts[f"{name} {list(parameter.shape)}"] = values[:: max(1, len(values) // SAMPLES)]
+    return vae_fingerprint(parts)
