@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lavin_rt.cli.options import COMPILE_HELP, Parser, add_checkpoint_options
+from lavin_rt.cli.options import COMPILE_HELP, DTYPES, IMPLS, SPEEDS, Parser, add_checkpoint_options
 
 
 def add_bench(commands) -> None:
@@ -19,7 +19,7 @@ def add_bench(commands) -> None:
     kernels.add_argument("--operator", default="", help="only operators whose name contains this")
     kernels.add_argument("--full", action="store_true", help="all sizes and pairs, with and without the null branch")
     kernels.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    kernels.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
+    kernels.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights and arithmetic (default: auto)")
     kernels.add_argument("--repeats", type=int, default=15, help="samples per variant (default: 15)")
     kernels.add_argument("--json", metavar="FILE", help="write the figures to this file")
     kernels.add_argument(
@@ -47,7 +47,7 @@ def add_bench(commands) -> None:
     pipeline.add_argument("--size", type=int, nargs="+", default=[], help="pixels (default: 256 512; on a CPU 128)")
     pipeline.add_argument("--pairs", type=int, nargs="+", default=[], help="pairs (default: 1 4 8; on a CPU 4)")
     pipeline.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    pipeline.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
+    pipeline.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights and arithmetic (default: auto)")
     pipeline.add_argument("--repeats", type=int, help="samples per variant (default: 7)")
     pipeline.add_argument(
         "--error-steps", type=int, default=20, help="knots of the samplings that errors are taken of (default: 20)"
@@ -69,13 +69,16 @@ def add_bench(commands) -> None:
         "--checkpoint", help="folder, archive, hub id or artifact (default: a random one, made for this)"
     )
     startup.add_argument(
-        "--model", default="auto", help="which random one: small, released, or auto: released on CUDA (default: auto)"
+        "--model",
+        default="auto",
+        choices=("auto", "small", "released"),
+        help="which random one (default: auto, which is released on CUDA)",
     )
     startup.add_argument("--size", type=int, help="pixels (default: 512; for the small model 128)")
     startup.add_argument("--pairs", type=int, default=4, help="pairs of the context (default: 4)")
     startup.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    startup.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
-    startup.add_argument("--impl", default="auto", help="auto, plain, torch or triton (default: auto)")
+    startup.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights and arithmetic (default: auto)")
+    startup.add_argument("--impl", default="auto", choices=IMPLS, help="what computes (default: auto)")
     startup.add_argument("--compile", action="store_true", help=COMPILE_HELP)
     startup.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
     startup.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
@@ -103,8 +106,8 @@ def _add_bench_quality(kinds) -> None:
     quality.add_argument(
         "--speed",
         nargs="+",
-        metavar="NAME",
-        help="instead hold these speeds (near, fast, fastest) against exact: measures, distance to the exact answer, "
+        choices=SPEEDS[1:],
+        help="instead hold these speeds against exact: measures, distance to the exact answer, "
         "FLOPs and seconds of every task",
     )
     quality.add_argument(

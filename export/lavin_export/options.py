@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from lavin_rt.cli.options import DTYPES
+
 
 def add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
@@ -21,7 +23,8 @@ def add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype",
         default="auto",
-        help="auto, float32, bfloat16 or float16 (default: auto, which is float32 for onnx)",
+        choices=DTYPES,
+        help="of weights and arithmetic (default: auto, which is float32 for onnx)",
     )
     command.add_argument(
         "--steps", type=int, nargs="+", default=[20], help="schedules that it shall know, in knots (default: 20)"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from lavin_rt.cli.options import COMPILE_HELP, SPEED_HELP, Parser, add_checkpoint_options
+from lavin_rt.cli.options import COMPILE_HELP, POSTERIORS, SPEED_HELP, SPEEDS, Parser, add_checkpoint_options
 from lavin_rt.cli.services import add_map, add_serve, add_task
 from lavin_rt.errors import InputError
 from lavin_rt.process import (
@@ -107,11 +107,11 @@ def _add_run(commands) -> None:
     how.add_argument("--pairs", type=int, default=4, help="pairs chosen from the task's folder (default: 4)")
     how.add_argument("--repeats", action="store_true", help="choose pairs with repeats, as the published scripts do")
     how.add_argument("--size", help="N or HEIGHTxWIDTH, multiples of 16 (default: what the model was trained at)")
-    how.add_argument("--speed", default="exact", metavar="NAME", help=SPEED_HELP)
+    how.add_argument("--speed", default="exact", choices=SPEEDS, help=SPEED_HELP)
     how.add_argument("--steps", type=int, help="knots of the schedule at speed exact, even, 4 to 136 (default: 20)")
     how.add_argument("--guidance", type=float, default=1.5, help="guidance scale; 1.0 is faster (default: 1.5)")
     how.add_argument("--seed", type=int, default=0, help="of pairs and noise; query i uses SEED + i (default: 0)")
-    how.add_argument("--posterior", default="mean", help="mean or sample (default: mean)")
+    how.add_argument("--posterior", default="mean", choices=POSTERIORS, help="of the VAE (default: mean)")
     how.add_argument("--batch-size", type=int, help="queries that run together (default: up to 4, as memory allows)")
     how.add_argument("--tile", type=int, help="VAE tile in pixels for pictures too large for memory; approximate")
     how.add_argument("--chunk", type=int, help="latent frames per VAE piece for clips too long for memory; approximate")
@@ -170,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _warn
         # About damage that either does not matter or is an error in a moment.
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")
         try:
             try:
                 # Looking for other packages' commands takes a while: only where one may be meant.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lavin_rt.cli.options import Parser, add_checkpoint_options
+from lavin_rt.cli.options import SPEEDS, Parser, add_checkpoint_options
 
 
 def add_serve(commands) -> None:
@@ -36,7 +36,7 @@ def add_serve(commands) -> None:
     )
     bounds.add_argument("--max-tasks", type=int, default=64, help="that clients may make (default: 64)")
     bounds.add_argument("--task-age", type=float, default=3600.0, help="seconds they are kept unused (default: 3600)")
-    serve.add_argument("--speed", default="exact", help="of requests that name none (default: exact)")
+    serve.add_argument("--speed", default="exact", choices=SPEEDS, help="of requests that name none (default: exact)")
     serve.add_argument("--compile", action="store_true", help="run the network through torch.compile, at a wait first")
     add_checkpoint_options(serve)
     serve.set_defaults(run=_serve)
@@ -62,7 +62,7 @@ def add_map(commands) -> None:
     how.add_argument("--steps", type=int, help="knots of the schedule, even, 4 to 136 (default: 20)")
     how.add_argument("--guidance", type=float, default=1.5, help="guidance scale; 1.0 is faster (default: 1.5)")
     how.add_argument("--seed", type=int, default=0, help="of pairs and noise; query i uses SEED + i (default: 0)")
-    how.add_argument("--speed", default="exact", help="exact, or a faster one (default: exact)")
+    how.add_argument("--speed", default="exact", choices=SPEEDS, help="(default: exact)")
     how.add_argument("--keep-size", action="store_true", help="return pictures at each query's own size")
     how.add_argument("--format", default="png", choices=("png", "webp", "jpg"), help="of the pictures (default: png)")
     machines = fleet.add_argument_group("workers")

@@ -18,7 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from support.command import run, write_picture, write_template
 
+from lavin_rt import devices, pipeline
+from lavin_rt.cli import options
 from lavin_rt.cli.main import main
+from lavin_rt.dit import packed
+from lavin_rt.sampling import speeds
 
 
 def test_a_run(setup, capsys):
@@ -183,7 +187,9 @@ def check_refused(code: int, capsys, tmp_path: Path, message: str) -> None:
     out, err = capsys.readouterr()
     assert code == 2
     assert out == ""
-    assert err.startswith("lavin-rt: error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert (
+        err.startswith(("lavin-rt: error: ", "lavin-rt run: error: ")) and err.endswith("\n") and err.count("\n") == 1
+    ), err
     assert message in err and "Traceback" not in err
     assert not list(tmp_path.rglob("out*")) and not list(tmp_path.rglob("*.part"))
 
@@ -330,3 +336,8 @@ def test_help_does_not_wait_for_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "lavin-rt run --checkpoint" in " ".join(result.stdout.split())
+
+
+def test_choices_are_what_the_modules_know():
+    assert set(options.DTYPES) == {"auto", *devices.DTYPES} and options.IMPLS == packed.IMPLEMENTATIONS
+    assert options.POSTERIORS == pipeline.POSTERIORS and tuple(speeds.SPEEDS) == options.SPEEDS

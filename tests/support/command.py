@@ -57,4 +57,7 @@ def run(arguments: dict[str, str | list[str] | None], *flags: str, command: str 
     for name, value in arguments.items():
         if value is not None:
             words += [name, *([value] if isinstance(value, str) else value)]
-    return main([*words, *flags])
+    try:
+        return main([*words, *flags])
+    except SystemExit as stop:  # of what the parser refuses
+        return stop.code
