@@ -44,7 +44,9 @@ def _load_row(
     """The first `count` of HEADS heads: MAIN columns as a tuple of groups of heads, the rest as one tile."""
     main = ()
     for start in tl.static_range(0, HEADS, GROUP):
-        main += (_load_heads(source_ptr, start + tl.arange(0, GROUP), tl.arange(0, MAIN), count, SIZE),)
+        main += (  # type: ignore[assignment]  # Triton's tuples grow
+            _load_heads(source_ptr, start + tl.arange(0, GROUP), tl.arange(0, MAIN), count, SIZE),
+        )
     heads = tl.arange(0, triton.next_power_of_2(HEADS))
     return main, _load_heads(source_ptr, heads, MAIN + tl.arange(0, TAIL), count, SIZE)
 
