@@ -9,6 +9,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def export_aoti(
     with writing(output, "aoti", checkpoint, dtype, target, options, steps, templates) as artifact:
         parts: list[Callable[[], None]] = [lambda: compile_denoiser(artifact, device, cpu)]
         parts += [
-            lambda part=part, frames=frames: compile_vae(artifact, part, frames, device, cpu)
+            partial(compile_vae, artifact, part, frames, device, cpu)
             for frames in lengths
             for part in ("encoder", "decoder")
         ]
@@ -201,7 +202,8 @@ def write_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     orders, stored = {}, {}
     for name, tensor in tensors.items():
         # Slowest dimension first; of two dimensions with one stride, the longer one goes around the other.
-        dims = sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride(dim), -tensor.shape[dim]))
+        extents = list(zip(tensor.stride(), tensor.shape, strict=True))
+        dims = sorted(range(tensor.dim()), key=extents.__getitem__, reverse=True)
         in_order = tensor.is_contiguous() or dims == sorted(dims)
         stored[name] = tensor.detach() if in_order else tensor.detach().permute(dims)
         if not stored[name].is_contiguous():

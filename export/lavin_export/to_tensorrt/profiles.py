@@ -10,6 +10,8 @@ from typing import Any
 from lavin_rt.artifact.sizes import parse_size
 from lavin_rt.errors import InputError
 
+Bounds = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
 SIZES = ("batch", "pairs", "cond_frames", "target_frames", "height", "width")
 _RANGE = re.compile(r"(\d+)(?::(\d+))?(?::(\d+))?")
 
@@ -47,15 +49,17 @@ class Profile:
     height: Range
     width: Range
 
-    def bounds(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    def bounds(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Bounds]:
         """Least, tuned and largest shape of every input of a manifest's part whose shape varies."""
-        named, bounds = self._named(), {}
+        named = self._named()
+        bounds: dict[str, Bounds] = {}
         for tensor in inputs:
             if all(isinstance(size, int) for size in tensor["shape"]):
                 continue
-            bounds[tensor["name"]] = tuple(
+            least, best, most = (
                 tuple(_number(size, named, which) for size in tensor["shape"]) for which in ("least", "best", "most")
             )
+            bounds[tensor["name"]] = least, best, most
         return bounds
 
     def ranges(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
