@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -108,8 +108,8 @@ class Pipeline(Engine):
                 raise InputError(
                     "an artifact has settled what runs it; leave impl and compile out, or give a checkpoint"
                 )
-            network, vae = _load_artifact(files, device, dtype, trust, progress)
-            return cls(network, vae, "auto", False, graphs, tile, chunk, roots, files.source, network.manifest.size)
+            network, coder = _load_artifact(files, device, dtype, trust, progress)
+            return cls(network, coder, "auto", False, graphs, tile, chunk, roots, files.source, network.manifest.size)
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
         file = SafetensorsFile.open(os.path.abspath(files.dit))  # read again later, perhaps from another working folder
@@ -120,7 +120,7 @@ class Pipeline(Engine):
 
     def task(
         self,
-        context: str | os.PathLike | EncodedContext | Iterable[tuple[Any, Any]],
+        context: str | os.PathLike | EncodedContext | Iterable[Sequence[Any] | contexts.Pair],
         pairs: int = 4,
         size: int | str | tuple[int, int] | None = None,
         seed: int = 0,
@@ -165,7 +165,8 @@ class Pipeline(Engine):
         generator = torch.Generator().manual_seed(seed ^ 0x5DEECE66D) if posterior == "sample" else None
         latents = torch.cat(self.encode(clips, generator), dim=2)
         # Hashing the VAE takes longer than encoding: it waits until the context is saved or compared.
-        encoded = EncodedContext(latents, self._hash_vae, size, posterior, clips.pairs, clips.frames_per_clip)
+        fingerprint: Any = self._hash_vae
+        encoded = EncodedContext(latents, fingerprint, size, posterior, clips.pairs, clips.frames_per_clip)
         return Task(self, encoded, clips)
 
 
@@ -185,5 +186,5 @@ def _load_artifact(
     return load_artifact(manifest, resolve_device(device), trust, progress)[:2]
 
 
-def _is_encoded_file(context: Any) -> bool:
+def _is_encoded_file(context: Any) -> TypeGuard[str | os.PathLike]:
     return isinstance(context, str | os.PathLike) and os.fspath(context).endswith(".safetensors")

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -171,14 +172,14 @@ class Task:
                 start,
                 knots,
                 guidance,
-                callback and (lambda done, evaluations, state, count=count: callback(done, evaluations, state[:count])),
+                callback and partial(_of_first, callback, count),
                 speed,
                 keys,
             )[:count]
             for clip, one, used in zip(clips[chunk], latents.split(1), seeds[chunk], strict=True):
                 frames = self.engine.decode(one)
                 if keep_size:
-                    frames = images.resize(frames, tuple(clip.shape[-2:]))
+                    frames = images.resize(frames, (clip.shape[-2], clip.shape[-1]))
                 results.append(Result(frames, one.cpu(), used))
         return results
 
@@ -274,3 +275,8 @@ class Task:
                 torch.randn(16, self._clip_frames, *(edge // 8 for edge in self.size), generator=generator)
             encoded += self.engine.encode([pixels], generator)
         return torch.cat(encoded)
+
+
+def _of_first(callback: Callback, count: int, done: int, evaluations: int, state: torch.Tensor) -> None:
+    """Shows a callback the latents of so many queries, which others fill the batch up behind."""
+    callback(done, evaluations, state[:count])

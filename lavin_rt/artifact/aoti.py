@@ -104,7 +104,8 @@ class _NoTF32:
         with self._lock:
             self._inside += 1
             if self._inside == 1:
-                self._before = torch.backends.cudnn.conv.fp32_precision == "tf32"
+                conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch puts it there as it starts
+                self._before = conv.fp32_precision == "tf32"
                 if self._before:
                     torch.backends.cudnn.allow_tf32 = False
 

@@ -173,6 +173,7 @@ class Session:
         if wanted == "cpu":
             return ["CPUExecutionProvider"]
         available = self._ort.get_available_providers()
+        assert self._stream is not None  # there is one on every device but a CPU
         stream = {
             "device_id": str(device.index or 0),
             "user_compute_stream": str(self._stream.cuda_stream),

@@ -121,7 +121,7 @@ class Session:
         tensors = []
         for entry in declared:
             dtype = dtypes.get(engine.get_tensor_dtype(entry["name"]))
-            if str(dtype) != f"torch.{entry['dtype']}":
+            if dtype is None or str(dtype) != f"torch.{entry['dtype']}":
                 raise InputError(f"{self.path.name}: {entry['name']} is {dtype}; its manifest says {entry['dtype']}")
             tensors.append((entry["name"], dtype, tuple(engine.get_tensor_shape(entry["name"]))))
         return tensors
@@ -267,4 +267,4 @@ class Session:
                 f"{name} {list(shape)}" for (name, _, own), shape in zip(self._inputs, shapes, strict=True) if -1 in own
             )
             raise InputError(f"{self.path.name} has no profile for {given}; it has {held}; export one that covers it")
-        return min(distances, key=distances.get)
+        return min(distances, key=distances.__getitem__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import NoReturn
 
 SPEED_HELP = (
     "exact, near, fast or fastest (default: exact): fewer evaluations of the network, of whose context and guidance "
@@ -13,7 +14,7 @@ SPEED_HELP = (
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 

@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
         # Read once to be checked and once to be answered: many large pictures need not be in memory together.
         clip = images.load_clip(query)
         images.check_clip_frames(len(clip), str(query))
-        images.check_output(output, len(clip), tuple(clip.shape[-2:]) if options.keep_size else size)
+        images.check_output(output, len(clip), (clip.shape[-2], clip.shape[-1]) if options.keep_size else size)
         if options.grid:
             images.check_output(grid_path(output), len(clip))
     if options.save_context:
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
         "preparing": prepared - encoded,
         "queries": time.perf_counter() - prepared,
     }
-    report(options, task, queries, outputs, seeds, seconds, knots.tolist())
+    report(options, pipe, task, queries, outputs, seeds, seconds, knots.tolist())
 
 
 def check_task(options: argparse.Namespace, checkpoint: Checkpoint | Artifact) -> None:
@@ -186,6 +186,7 @@ def grid_of(task: Task, clip, result: Result):
 
 def report(
     options: argparse.Namespace,
+    pipe: Pipeline,
     task: Task,
     queries: list[Path],
     outputs: list[Path | str],
@@ -194,7 +195,6 @@ def report(
     times: list[float],
 ) -> None:
     """Says what was done: a record in JSON, or a line for every picture and one for the time."""
-    pipe = task.engine
     setting = {
         "checkpoint": pipe.source,
         "task": options.task,

@@ -6,9 +6,9 @@ import dataclasses
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -68,13 +68,13 @@ def read_template(folder: str | os.PathLike) -> list[Pair]:
     return [Pair(name, *(found[name][role][0] for role in _ROLES)) for name in sorted(found, key=images.natural_key)]
 
 
-def given_pairs(pairs: Iterable[Sequence[Any]]) -> list[Pair]:
+def given_pairs(pairs: Iterable[Sequence[Any] | Pair]) -> list[Pair]:
     """Pairs given in Python as `(input, target)`, all of them and in their order."""
     if not isinstance(pairs, Iterable):
         raise InputError(
             f"context is {type(pairs).__name__}; expected a folder, a task's name or pairs (input, target)"
         )
-    given = []
+    given: list[Pair] = []
     for i, pair in enumerate(pairs):
         if isinstance(pair, Pair):
             given.append(pair)
@@ -153,7 +153,7 @@ def task_folders(root: str | os.PathLike) -> list[Path]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ContextFrames(Sequence):
+class ContextFrames(Sequence[torch.Tensor]):
     """The clips of a context's pairs, decoded and resized, as a sequence `in1, target1, in2, target2, ...`.
 
     An item is what the VAE encodes, float32 `[1, 3, T, H, W]` in [-1, 1], made when it is asked for: held as uint8,
@@ -191,7 +191,7 @@ class ContextFrames(Sequence):
     def __len__(self) -> int:
         return len(self.frames)
 
-    def __getitem__(self, item: int) -> torch.Tensor:
+    def __getitem__(self, item: int) -> torch.Tensor:  # type: ignore[override]  # one by one, no slices
         return images.to_pixels(self.frames[item]).transpose(0, 1).unsqueeze(0).contiguous()
 
     @property
@@ -217,12 +217,12 @@ def check_query_frames(query_frames: int, context_frames: int, source: str = "qu
 
 
 class WhenRead:
-    """A dataclass's field that takes a value, or a function that gives it when it is first read."""
+    """A dataclass's field of text that takes it, or a function that gives it when it is first read."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, instance: object | None, owner: type) -> Any:
+    def __get__(self, instance: object | None, owner: type) -> str:
         if instance is None:
             raise AttributeError(self._name)  # no default
         value = instance.__dict__[self._name]
@@ -230,7 +230,7 @@ class WhenRead:
             value = instance.__dict__[self._name] = value()
         return value
 
-    def __set__(self, instance: object, value: Any) -> None:
+    def __set__(self, instance: object, value: str | Callable[[], str]) -> None:
         instance.__dict__[self._name] = value
 
 
@@ -250,7 +250,10 @@ class EncodedContext:
     """
 
     latents: torch.Tensor
-    vae_fingerprint: str = WhenRead()
+    if TYPE_CHECKING:
+        vae_fingerprint: str  # mypy would take the descriptor for a default
+    else:
+        vae_fingerprint: str = WhenRead()
     size: tuple[int, int]
     posterior: str
     pairs: int

@@ -128,7 +128,7 @@ def parse_size(size: str | int | Sequence[int]) -> tuple[int, int]:
             match = re.fullmatch(r"\s*([0-9]{1,6})(?:\s*[xX×]\s*([0-9]{1,6}))?\s*", size)
             values = [int(value) for value in match.groups() if value] if match else []
         else:
-            given = list(size) if isinstance(size, Sequence) else [size]
+            given: list[Any] = list(size) if isinstance(size, Sequence) else [size]
             values = [operator.index(value) for value in given if not isinstance(value, bool)]
         height, width = values * 2 if len(values) == 1 else values
     except (TypeError, ValueError):
@@ -246,7 +246,8 @@ def save_picture(frames: torch.Tensor, path: str | os.PathLike) -> None:
         exif[_DESCRIPTION_TAG] = mark
         # Pillow merges a repeated PNG frame only if it blends like the one before, which opaque frames do not show.
         blend = [i % 2 for i in range(len(images))]
-        options |= {"PNG": {"blend": blend}, "GIF": {"comment": mark}, "WEBP": {"exif": exif}}[file_format]
+        marked: dict[str, dict[str, Any]] = {"PNG": {"blend": blend}, "GIF": {"comment": mark}, "WEBP": {"exif": exif}}
+        options |= marked[file_format]
     with written_whole(path) as partial, open(partial, "xb") as file:
         images[0].save(file, file_format, **options)
 
@@ -298,12 +299,11 @@ def _reading(source: Any) -> Iterator[Image.Image]:
     name = source_name(source)
     if not isinstance(source, str | os.PathLike | Image.Image):
         raise InputError(f"{name}: expected a path, a PIL image or a uint8 array [H, W, 3]")
-    opened = contextlib.nullcontext(source) if isinstance(source, Image.Image) else None
     try:
         with warnings.catch_warnings():
             # About damage that either does not matter or raises in a moment.
             warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-            with opened or Image.open(source) as image:
+            with contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
                 yield image
     except (InputError, MemoryError):
         raise

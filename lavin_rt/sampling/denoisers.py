@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -132,7 +132,7 @@ class PackedNetwork:
     def check_speed(self, speed: Speed) -> None:
         """Has every speed."""
 
-    def step(self, shape: Shape, form: Form | None = None, once: bool = False) -> Step:
+    def step(self, shape: Shape, form: Form | None = None, once: bool = False) -> _PackedOnBuffers:
         layout = Layout.make(self.config, shape, self.device, form)
         return _PackedOnBuffers(PackedStep(self.dit, layout, self.impl), self, self.compiles and not once)
 
@@ -159,11 +159,11 @@ class PackedNetwork:
 class _PackedOnBuffers:
     def __init__(self, step: PackedStep, network: PackedNetwork, compile: bool):
         self.step, self.network = step, network
-        self.run = step.compiled() if compile else step
+        self.run: Callable[..., torch.Tensor] = step.compiled() if compile else step
 
     def buffers(self) -> Tensors:
         config, shape = self.network.config, self.step.layout.shape
-        kind = {"dtype": self.network.dtype, "device": self.network.device}
+        kind: dict[str, Any] = {"dtype": self.network.dtype, "device": self.network.device}
         rows = torch.zeros(sum(shape.condition_frames) * shape.frame_tokens, config.hidden_size, **kind)
         if shape.guided:
             zeros = rows.new_zeros(1, config.in_channels, 1, shape.height, shape.width)
@@ -281,6 +281,10 @@ class LatentCondition:
         conditional[:, context.shape[1] :] = query
         for null in condition[1 : 1 + self.shape.guided]:
             null.transpose(1, 2)[:, 1:] = query
+
+    def context(self, condition: Tensors) -> Tensors:
+        """None: it keeps nothing of the pairs."""
+        return ()
 
     def __call__(self, latents: torch.Tensor, condition: Tensors, *rows: torch.Tensor) -> torch.Tensor:
         run = condition[: 2 if self.form.null else 1]

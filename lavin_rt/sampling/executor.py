@@ -192,16 +192,16 @@ class Executor:
         """
 
         def work() -> torch.Tensor:
-            self._load_schedule(knots)
+            schedule = self._load_schedule(knots)
             forms = speed.forms(shape, len(knots) - 1)
             plan = self._plan(shape, forms)
             if speed.refresh == TASK:
                 fill_keys(plan.step, plan.condition, keys)
             plan.step.fill(plan.condition, context, query)
             plan.latents.copy_(noise)
-            self._schedule.guidance.fill_(guidance)
-            self._schedule.rewind()
-            self._run(plan, forms, callback)
+            schedule.guidance.fill_(guidance)
+            schedule.rewind()
+            self._run(plan, schedule, forms, callback)
             return plan.latents.clone()
 
         return self._run_of(shape, work)
@@ -235,8 +235,8 @@ class Executor:
         step(latents, condition, *(table[0] for table in self._table(torch.tensor([CONTEXT_TIME, 1.0]))))
         return tuple(part.clone() for part in step.context(condition))
 
-    def _run(self, plan: _Plan, forms: Sequence[Form], callback: Callback | None) -> None:
-        finite, evaluations = self._schedule.finite, len(forms)
+    def _run(self, plan: _Plan, schedule: Schedule, forms: Sequence[Form], callback: Callback | None) -> None:
+        finite, evaluations = schedule.finite, len(forms)
         # Without a callback a GPU is asked once, at the end, so that no step waits for the host.
         every_step = callback is not None or finite.device.type == "cpu"
         for done, form in enumerate(forms, 1):
@@ -251,11 +251,11 @@ class Executor:
         if len(failed):
             raise NonFiniteError(int(failed[0]) + 1, evaluations)
 
-    def _load_schedule(self, knots: torch.Tensor) -> None:
+    def _load_schedule(self, knots: torch.Tensor) -> Schedule:
         key = tuple(knots.tolist())
         schedule = self._schedule
         if schedule is not None and schedule.loaded == key:
-            return
+            return schedule
         tables = self._table(knots)
         evaluations = len(knots) - 1
         if schedule is None or len(schedule.widths) < evaluations:
@@ -266,6 +266,7 @@ class Executor:
             buffer[:evaluations] = table
         schedule.widths[:evaluations] = knots.diff()
         schedule.loaded = key
+        return schedule
 
     def _table(self, knots: torch.Tensor) -> Tensors:
         """The network's table of a schedule, one of the last few kept."""
@@ -291,7 +292,8 @@ class Executor:
 
     def _make_plan(self, shape: Shape, forms: Sequence[Form]) -> _Plan:
         """A shape's plan with these forms, those that it has already included."""
-        network, plan = self.network, self._plans.get(shape)
+        network, plan, schedule = self.network, self._plans.get(shape), self._schedule
+        assert schedule is not None  # loaded before any plan is made
         if plan is None:
             grid = (shape.target_frames, shape.height, shape.width)
             latents = torch.zeros(shape.queries, network.config.in_channels, *grid, device=network.device)
@@ -303,8 +305,8 @@ class Executor:
             step = plan.step if not plan.advances else network.step(shape, form)
             # Nothing of the executor in it: a plan let go frees its memory at once, not at the next garbage collection.
             state = (plan.latents, plan.condition, plan.difference)
-            advance = partial(guided_step, self._schedule, step, *state, form, shape.guided)
-            self._schedule.rewind()
+            advance = partial(guided_step, schedule, step, *state, form, shape.guided)
+            schedule.rewind()
             replay = self._capture(advance) if self.graphs else None
             if not self.graphs and (network.compiles or network.device.type == "cuda"):
                 advance()

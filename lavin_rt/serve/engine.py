@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lavin_rt.errors import Cancelled
@@ -17,6 +17,7 @@ from lavin_rt.serve.limits import Limits, Refused, refusal
 if TYPE_CHECKING:
     import torch
 
+    from lavin_rt.serve.service import Kind
     from lavin_rt.task import Result
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ class Ticket:
         future: the `Answer`, or the `Refused` that there is instead.
     """
 
-    def __init__(self, queue: str, kind: Hashable, clip: torch.Tensor, seed: int):
+    def __init__(self, queue: str, kind: Kind, clip: torch.Tensor, seed: int):
         self.queue, self.kind, self.clip, self.seed = queue, kind, clip, seed
         self.state = "waiting"
         self.done = self.total = 0
@@ -100,7 +101,7 @@ class Engine:
     def __init__(
         self,
         run: Callable[[Sequence[Ticket], Callable], Sequence[Result]],
-        most: Callable[[Hashable, int], int],
+        most: Callable[[Kind, int], int],
         limits: Limits,
         observe: Callable[[Sequence[Ticket], int, float], None] = lambda *_: None,
     ):
@@ -245,7 +246,8 @@ class Engine:
         first = items.popleft()
         batch = [first]
         if isinstance(first, Ticket):
-            alike = [item for item in items if item.kind == first.kind][: self._limits.batch - 1]
+            tickets = [item for item in items if isinstance(item, Ticket) and item.kind == first.kind]
+            alike = tickets[: self._limits.batch - 1]
             if alike:
                 alike = alike[: max(1, self._most(first.kind, 1 + len(alike))) - 1]
             for item in alike:
