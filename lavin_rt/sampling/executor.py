@@ -252,12 +252,10 @@ class Executor:
             raise NonFiniteError(int(failed[0]) + 1, evaluations)
 
     def _load_schedule(self, knots: torch.Tensor) -> Schedule:
-        key = tuple(knots.tolist())
-        schedule = self._schedule
+        key, schedule = tuple(knots.tolist()), self._schedule
         if schedule is not None and schedule.loaded == key:
             return schedule
-        tables = self._table(knots)
-        evaluations = len(knots) - 1
+        tables, evaluations = self._table(knots), len(knots) - 1
         if schedule is None or len(schedule.widths) < evaluations:
             self.release()
             schedule = self._schedule = Schedule.make(tables, max(evaluations, EVALUATIONS), self.network.device)

@@ -17,7 +17,6 @@ from lavin_rt.serve.limits import Limits, Refused, refusal
 if TYPE_CHECKING:
     import torch
 
-    from lavin_rt.serve.service import Kind
     from lavin_rt.task import Result
 
 T = TypeVar("T")
@@ -50,7 +49,7 @@ class Ticket:
 
     Attributes:
         queue: what fairness is between, the task's name.
-        kind: requests of one kind run together.
+        kind: requests of one kind, which are equal in it, run together.
         clip: the query, uint8 `[T, 3, H, W]`.
         seed: of the noise.
         state: `waiting`, `running`, `done`, `failed` or `cancelled`.
@@ -58,7 +57,7 @@ class Ticket:
         future: the `Answer`, or the `Refused` that there is instead.
     """
 
-    def __init__(self, queue: str, kind: Kind, clip: torch.Tensor, seed: int):
+    def __init__(self, queue: str, kind: Any, clip: torch.Tensor, seed: int):
         self.queue, self.kind, self.clip, self.seed = queue, kind, clip, seed
         self.state = "waiting"
         self.done = self.total = 0
@@ -101,7 +100,7 @@ class Engine:
     def __init__(
         self,
         run: Callable[[Sequence[Ticket], Callable], Sequence[Result]],
-        most: Callable[[Kind, int], int],
+        most: Callable[[Any, int], int],
         limits: Limits,
         observe: Callable[[Sequence[Ticket], int, float], None] = lambda *_: None,
     ):

@@ -228,7 +228,7 @@ class Service:
 
     def _run(self, tickets: Sequence[Ticket], callback: Callable) -> list[Result]:
         """One packed run; on the engine's thread."""
-        kind = tickets[0].kind
+        kind: Kind = tickets[0].kind
         task = self.library.task(kind.entry, kind.pairs, kind.size)
         options: dict[str, Any] = {"speed": kind.speed}
         if task.context.posterior == "sample":
@@ -260,7 +260,7 @@ class Service:
 
     def record(self, ticket: Ticket, answer: Answer) -> dict[str, Any]:
         """What is said about an answer beside its picture."""
-        kind = ticket.kind
+        kind: Kind = ticket.kind
         return {
             "task": kind.entry.name,
             "seed": ticket.seed,

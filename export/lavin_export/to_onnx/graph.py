@@ -22,6 +22,7 @@ from torch import nn
 
 from lavin_export.to_onnx import cuda as onnx_cuda
 from lavin_export.to_onnx.support import OPSET, Report, check_support
+from lavin_export.verify.onnx_weights import described
 from lavin_rt.errors import missing_extra
 from lavin_rt.files import Progress
 
@@ -163,12 +164,6 @@ def write(
             if progress is not None:
                 progress(done, total)
     onnx_ir.save(graph.model, path)
-
-
-def described(value: onnx_ir.Value) -> tuple[str, onnx_ir.Shape, onnx_ir.DataType]:
-    """Name, shape and dtype of a weight, which every weight has."""
-    assert value.name is not None and value.shape is not None and value.dtype is not None
-    return value.name, value.shape, value.dtype
 
 
 def on_meta(module: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:

@@ -11,7 +11,6 @@ import torch
 from lavin_export.errors import VerificationError
 from lavin_export.networks import vae as vae_parts
 from lavin_export.networks.weights import denoiser_weights
-from lavin_export.to_onnx.graph import described
 from lavin_rt.artifact.manifest import MODULATION, Manifest
 from lavin_rt.artifact.onnx_file import check_external_files
 from lavin_rt.checkpoint.files import Checkpoint
@@ -124,3 +123,9 @@ def _external(model: onnx_ir.Model) -> list[onnx_ir.Value]:
 
     values = model.graph.initializers.values()
     return [value for value in values if isinstance(value.const_value, onnx_ir.ExternalTensor)]
+
+
+def described(value: onnx_ir.Value) -> tuple[str, onnx_ir.Shape, onnx_ir.DataType]:
+    """Name, shape and dtype of a weight, which every weight has."""
+    assert value.name is not None and value.shape is not None and value.dtype is not None
+    return value.name, value.shape, value.dtype
