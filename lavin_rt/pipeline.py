@@ -24,7 +24,7 @@ from lavin_rt.find.model import Artifact, find_model, template_roots
 from lavin_rt.pictures import context as contexts
 from lavin_rt.pictures import images
 from lavin_rt.pictures.context import EncodedContext
-from lavin_rt.sampling.denoisers import Network
+from lavin_rt.sampling.denoisers import Denoiser
 from lavin_rt.task import Task, check_seed, task_shape
 
 POSTERIORS = ("mean", "sample")
@@ -50,7 +50,7 @@ class Pipeline(Engine):
 
     def __init__(
         self,
-        dit: JDiT | Network,
+        dit: JDiT | Denoiser,
         vae: VAE,
         impl: str = "auto",
         compile: bool = False,

@@ -27,7 +27,7 @@ class Step(Protocol):
         """Room for the condition, constant over a run's steps, and for what a shape keeps; the same for all forms."""
 
     def fill(self, condition: Tensors, context: torch.Tensor, query: torch.Tensor) -> None:
-        """Writes embedded frames (`Network.embed`) into the buffers.
+        """Writes embedded frames (`Denoiser.embed`) into the buffers.
 
         Args:
             condition: what `buffers` made.
@@ -42,11 +42,11 @@ class Step(Protocol):
 
     def __call__(self, latents: torch.Tensor, condition: Tensors, *rows: torch.Tensor) -> torch.Tensor:
         """Velocities `[branches of the form, 16, target frames, h, w]`, the conditional branches first, of latents
-        `[queries, 16, target frames, h, w]` float32 and one evaluation's rows of `Network.table`.
+        `[queries, 16, target frames, h, w]` float32 and one evaluation's rows of `Denoiser.table`.
         """
 
 
-class Network(Protocol):
+class Denoiser(Protocol):
     """A denoiser on a device: the plain model, packed rows, or an artifact's engine.
 
     Attributes:
@@ -102,7 +102,7 @@ def fill_keys(step: Step, condition: Tensors, keys: Tensors | None) -> None:
         target.copy_(part)
 
 
-def make_network(dit: JDiT, impl: str = "auto", compile: bool = False) -> Network:
+def make_network(dit: JDiT, impl: str = "auto", compile: bool = False) -> Denoiser:
     """The network that `impl` names (`packed.resolve_impl`) over a model's parameters."""
     impl = resolve_impl(impl, dit.device, dit.config)
     return PlainNetwork(dit, compile) if impl == "plain" else PackedNetwork(dit, impl, compile)

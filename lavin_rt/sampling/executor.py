@@ -23,7 +23,7 @@ from lavin_rt.devices import current_device, gigabytes, let_go, memory_at_hand, 
 from lavin_rt.dit.layout import STORED, Form, Shape
 from lavin_rt.errors import InputError, NonFiniteError
 from lavin_rt.sampling.capture import CaptureError, Graphs, Replays
-from lavin_rt.sampling.denoisers import Network, Step, Tensors, fill_keys
+from lavin_rt.sampling.denoisers import Denoiser, Step, Tensors, fill_keys
 from lavin_rt.sampling.fitting import describe, what_fits
 from lavin_rt.sampling.guided_step import Schedule, guided_step
 from lavin_rt.sampling.speeds import CONTEXT_TIME, TASK, Speed
@@ -77,7 +77,7 @@ class Executor:
         replays: CUDA graphs replayed so far.
     """
 
-    def __init__(self, network: Network, graphs: bool = True, shapes: int = SHAPES):
+    def __init__(self, network: Denoiser, graphs: bool = True, shapes: int = SHAPES):
         if shapes < 1:
             raise InputError(f"shapes is {shapes}; expected at least 1")
         self.network = network

@@ -21,7 +21,7 @@ from lavin_rt.dit.model import JDiT
 from lavin_rt.pictures import images
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.sampling import sampler
-from lavin_rt.sampling.denoisers import Network, PackedNetwork
+from lavin_rt.sampling.denoisers import Denoiser, PackedNetwork
 from lavin_rt.sampling.executor import Executor
 from lavin_rt.sampling.speeds import SPEEDS, TASK
 from lavin_rt.vae.config import VAEConfig
@@ -164,7 +164,7 @@ def variants(dit: JDiT, setting: Setting, baselines: Baselines) -> dict[str, Var
 
         return Variant(make, modulates=True)
 
-    def ours(network: Callable[[], Network], graphs: bool = False, speed: str = "exact") -> Variant:
+    def ours(network: Callable[[], Denoiser], graphs: bool = False, speed: str = "exact") -> Variant:
         chosen = SPEEDS[speed]
         shape = dataclasses.replace(setting.shape, kept=chosen.keeps)
 
