@@ -22,6 +22,7 @@ from lavin_export.options import common_options
 from lavin_export.verify.artifact import verify_written
 from lavin_export.writer import ArtifactWriter, writing
 from lavin_rt.artifact.aoti import CPU_LEVELS, PERMUTED
+from lavin_rt.artifact.parts import Ranges, Record, Target, TensorSpec
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.load import load_dit
 from lavin_rt.checkpoint.tensors import write_safetensors
@@ -85,10 +86,10 @@ def export_aoti(
     if cpu != "native" and platform.machine() != "x86_64":
         raise InputError(f"cpu is {cpu!r}, this is an {platform.machine()} machine; use native")
     lengths = vae_parts.clip_lengths(clip_frames)
-    target: dict[str, Any] = {"device": device.type, "compute_capability": None}
+    target: Target = {"device": device.type, "compute_capability": None}
     if device.type == "cuda":
         target["compute_capability"] = list(torch.cuda.get_device_capability(device))
-    options = {"cpu": cpu, "clip_frames": list(clip_frames)}
+    options: Record = {"cpu": cpu, "clip_frames": list(clip_frames)}
     with writing(output, "aoti", checkpoint, dtype, target, options, steps, templates) as artifact:
         parts: list[Callable[[], None]] = [lambda: compile_denoiser(artifact, device, cpu)]
         parts += [
@@ -168,7 +169,7 @@ def _compile(
     dynamic_shapes: Any,
     device: torch.device,
     cpu: str,
-    specification: tuple[list[dict], list[dict], dict[str, list[int]]],
+    specification: tuple[list[TensorSpec], list[TensorSpec], Ranges],
     **more: Any,
 ) -> None:
     file, weights = f"{name}.pt2", f"{name}.weights.safetensors"

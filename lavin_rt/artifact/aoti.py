@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lavin_rt.artifact.manifest import Manifest
+from lavin_rt.artifact.parts import Part
 from lavin_rt.artifact.sizes import bind_sizes
 from lavin_rt.devices import DTYPES
 from lavin_rt.errors import InputError
@@ -46,7 +47,7 @@ class AotiSession:
             package, or a package that cannot be loaded.
     """
 
-    def __init__(self, folder: Path, part: dict[str, Any], manifest: Manifest, device: torch.device):
+    def __init__(self, folder: Path, part: Part, manifest: Manifest, device: torch.device):
         self.part, self.device = part, device
         self.path = Path(folder) / part["file"]
         manifest.check_device(device)
@@ -119,7 +120,7 @@ class _NoTF32:
 _NO_TF32 = _NoTF32()
 
 
-def check_versions(path: Path, torch_version: str, part: dict[str, Any], device: torch.device) -> None:
+def check_versions(path: Path, torch_version: str, part: Part, device: torch.device) -> None:
     """Raises an `InputError` where a package was compiled for another torch or a processor with more instructions."""
     if _release(torch_version) != _release(torch.__version__):
         raise InputError(

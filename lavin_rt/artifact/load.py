@@ -92,7 +92,7 @@ def _opener(manifest: Manifest, device: torch.device, provider: str) -> Callable
 
 
 class ArtifactNetwork:
-    """An artifact's denoiser as an executor runs it (`lavin_rt.sampling.denoisers.Denoiser`): one call a branch kind."""
+    """An artifact's network as an executor runs it (`lavin_rt.sampling.denoisers.Denoiser`): one call a branch kind."""
 
     compiles = False
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lavin_rt.artifact.parts import Ranges, TensorSpec
 from lavin_rt.checkpoint.names import STREAMS, Place, resident_layout
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.dit.model import GATE_MLP, GATE_MSA, NORM_EPS, SCALE_MLP, SCALE_MSA, Block, JDiT, patchify, unpatchify
@@ -213,11 +214,12 @@ def example_inputs(
     return latents, cond_latents, modulation.to(device), (0.3 * draw(config.hidden_size)).to(device)
 
 
-def specification(config: DiTConfig, dtype: str) -> tuple[list[dict], list[dict], dict[str, list[int]]]:
+def specification(config: DiTConfig, dtype: str) -> tuple[list[TensorSpec], list[TensorSpec], Ranges]:
     """Inputs, outputs and ranges of the part "denoiser", as the manifest has them."""
     grid = ["height", "width"]
-    latents = {"name": "latents", "dtype": dtype, "shape": ["batch", config.in_channels, "target_frames", *grid]}
-    inputs = [
+    shape: list[int | str] = ["batch", config.in_channels, "target_frames", *grid]
+    latents: TensorSpec = {"name": "latents", "dtype": dtype, "shape": shape}
+    inputs: list[TensorSpec] = [
         latents,
         {"name": "cond_latents", "dtype": dtype, "shape": ["batch", config.in_channels, "cond_frames", *grid]},
         {"name": "modulation", "dtype": "float32", "shape": [config.depth, 2, 4, config.hidden_size]},

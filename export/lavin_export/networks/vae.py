@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lavin_export.networks.denoiser import fixed
+from lavin_rt.artifact.parts import Ranges, TensorSpec
 from lavin_rt.pictures.images import check_clip_frames
 from lavin_rt.vae import layers as vae_layers
 from lavin_rt.vae import model as vae_model
@@ -316,11 +317,11 @@ def network_of(name: str, vae: STVAE) -> nn.Module:
     return NETWORKS[part](vae, int(frames or 1))
 
 
-def specification(part: str, dtype: str, frames: int = 1) -> tuple[list[dict], list[dict], dict[str, list[int]]]:
+def specification(part: str, dtype: str, frames: int = 1) -> tuple[list[TensorSpec], list[TensorSpec], Ranges]:
     """Inputs, outputs and ranges of a part, as the manifest has them."""
-    pixels = {"name": "pixels", "dtype": dtype, "shape": [1, 3, frames, "8*rows", "8*columns"]}
-    latent = {"dtype": dtype, "shape": [1, 16, latent_frames(frames), "rows", "columns"]}
+    pixels: TensorSpec = {"name": "pixels", "dtype": dtype, "shape": [1, 3, frames, "8*rows", "8*columns"]}
+    latent: TensorSpec = {"name": "latents", "dtype": dtype, "shape": [1, 16, latent_frames(frames), "rows", "columns"]}
     ranges = {"rows": list(ROWS), "columns": list(ROWS)}
     if part == "encoder":
-        return [pixels], [{"name": name, **latent} for name in ("mean", "logvar")], ranges
-    return [{"name": "latents", **latent}], [pixels], ranges
+        return [pixels], [{**latent, "name": name} for name in ("mean", "logvar")], ranges
+    return [latent], [pixels], ranges

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from torch import nn
 from lavin_export.to_onnx import cuda as onnx_cuda
 from lavin_export.to_onnx.support import OPSET, Report, check_support
 from lavin_export.verify.onnx_weights import described
+from lavin_rt.artifact.parts import TensorSpec
 from lavin_rt.errors import missing_extra
 from lavin_rt.files import Progress
 
@@ -54,8 +55,8 @@ def trace(
     module: nn.Module,
     inputs: Sequence[torch.Tensor],
     dynamic_shapes: Any,
-    input_specification: Sequence[Mapping[str, Any]],
-    output_specification: Sequence[Mapping[str, Any]],
+    input_specification: Sequence[TensorSpec],
+    output_specification: Sequence[TensorSpec],
     cuda: bool = False,
 ) -> Graph:
     """Traces a module on the meta device into a graph that TensorRT and ONNX Runtime both take.
@@ -221,7 +222,7 @@ def _name_constants(graph: onnx_ir.Graph) -> None:
             graph.initializers[value.name] = value
 
 
-def _name_sizes(graph: onnx_ir.Graph, inputs: Sequence[Mapping], outputs: Sequence[Mapping]) -> None:
+def _name_sizes(graph: onnx_ir.Graph, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
     """Names the sizes of inputs and outputs as the manifest does; shapes between keep only what is a number."""
     import onnx_ir
 

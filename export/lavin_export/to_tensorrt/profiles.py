@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from lavin_rt.artifact.parts import TensorSpec
 from lavin_rt.artifact.sizes import parse_size
 from lavin_rt.errors import InputError
 
@@ -49,7 +49,7 @@ class Profile:
     height: Range
     width: Range
 
-    def bounds(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Bounds]:
+    def bounds(self, inputs: Sequence[TensorSpec]) -> dict[str, Bounds]:
         """Least, tuned and largest shape of every input of a manifest's part whose shape varies."""
         named = self._named()
         bounds: dict[str, Bounds] = {}
@@ -62,7 +62,7 @@ class Profile:
             bounds[tensor["name"]] = least, best, most
         return bounds
 
-    def ranges(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    def ranges(self, inputs: Sequence[TensorSpec]) -> dict[str, list[int]]:
         """Least and most of every named size of these inputs, as a manifest has them."""
         names = {parse_size(size)[1] for tensor in inputs for size in tensor["shape"] if isinstance(size, str)}
         named = self._named()

@@ -13,6 +13,7 @@ from lavin_export.networks import vae as vae_parts
 from lavin_export.networks.weights import denoiser_weights
 from lavin_rt.artifact.manifest import MODULATION, Manifest
 from lavin_rt.artifact.onnx_file import check_external_files
+from lavin_rt.artifact.parts import Part, TensorSpec
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.header import dit_config
 from lavin_rt.checkpoint.load import load_vae
@@ -74,7 +75,7 @@ def widened(manifest: Manifest, folder: Path) -> Manifest:
     import onnx_ir
 
     half = {torch.bfloat16: onnx_ir.DataType.BFLOAT16, torch.float16: onnx_ir.DataType.FLOAT16}[manifest.dtype]
-    parts = {}
+    parts: dict[str, Part] = {}
     for name, part in manifest.parts.items():
         model = _load(manifest, part["file"], part["weights"])
         graph = model.graph
@@ -103,8 +104,9 @@ def widened(manifest: Manifest, folder: Path) -> Manifest:
                     data.name, offset, len(written), dtype, shape=shape, name=named, base_dir=folder
                 )
         onnx_ir.save(model, folder / part["file"])
-        float32 = {role: [{**tensor, "dtype": "float32"} for tensor in part[role]] for role in ("inputs", "outputs")}
-        parts[name] = {**part, **float32, "weights": [data.name]}
+        inputs: list[TensorSpec] = [{**tensor, "dtype": "float32"} for tensor in part["inputs"]]
+        outputs: list[TensorSpec] = [{**tensor, "dtype": "float32"} for tensor in part["outputs"]]
+        parts[name] = {**part, "inputs": inputs, "outputs": outputs, "weights": [data.name]}
     (folder / MODULATION).symlink_to((manifest.folder / MODULATION).resolve())
     return dataclasses.replace(manifest, folder=folder, dtype=torch.float32, parts=parts)
 
