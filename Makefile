@@ -22,6 +22,7 @@ demo: $(READY) ## vision tasks with the small model, without a GPU
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(READY) ## rewrite the code in the house's style
 	$(BIN)/ruff check --fix .

@@ -84,13 +84,13 @@ def temporary_folder() -> str:
     """The folder for temporary files that the environment asks for first, there or not: programs in C do not look for
     another one.
     """
-    return tempfile._candidate_tempdir_list()[0]
+    return tempfile._candidate_tempdir_list()[0]  # type: ignore[attr-defined]  # its list has no public name
 
 
-def folder_fault(folder: str | os.PathLike) -> str:
+def folder_fault(folder: str | os.PathLike[str]) -> str:
     """Why files cannot be made, or programs not be run, in a folder; nothing where they can."""
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=os.fspath(folder)) as file:
             file.write(bytes(2**16))
             file.flush()
         if hasattr(os, "ST_NOEXEC") and os.statvfs(folder).f_flag & os.ST_NOEXEC:

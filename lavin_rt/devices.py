@@ -49,8 +49,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if dtype == "auto":
         fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if fast else torch.float32
-    resolved = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if resolved not in DTYPES.values():
+    resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved is None or resolved not in DTYPES.values():
         raise InputError(f"dtype is {str(dtype)!r}; expected auto, {', '.join(DTYPES)}")
     return resolved
 
@@ -82,8 +82,8 @@ def memory_at_hand(device: torch.device) -> int:
         available = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    allowed = memory_left()
-    return available if allowed is None else min(available, allowed)
+    left = memory_left()
+    return available if left is None else min(available, left)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -11,7 +11,7 @@ from lavin_rt.devices import out_of_memory
 from lavin_rt.dit.model import JDiT
 from lavin_rt.errors import TooLittleMemory
 from lavin_rt.pictures import images
-from lavin_rt.sampling.denoisers import Network, make_network
+from lavin_rt.sampling.denoisers import Denoiser, make_network
 from lavin_rt.sampling.executor import Executor
 from lavin_rt.sampling.speeds import Speed, speed_of
 from lavin_rt.vae.model import STVAE, Posterior, scale_latents, unscale_latents
@@ -47,7 +47,7 @@ class Engine:
 
     def __init__(
         self,
-        dit: JDiT | Network,
+        dit: JDiT | Denoiser,
         vae: VAE,
         impl: str = "auto",
         compile: bool = False,

@@ -11,7 +11,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -82,10 +82,11 @@ class _FullFloat32:
                 if torch.get_float32_matmul_precision() != "highest":
                     self._products = torch.get_float32_matmul_precision()
                     torch.set_float32_matmul_precision("highest")
-            self._convolutions = backends.cudnn.conv.fp32_precision == "tf32"
+            cudnn, mkldnn = cast(Any, backends.cudnn), cast(Any, backends.mkldnn)
+            self._convolutions = cudnn.conv.fp32_precision == "tf32"
             if self._convolutions:
                 backends.cudnn.allow_tf32 = False
-            products = backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv
+            products = backends.cuda.matmul, mkldnn.matmul, mkldnn.conv
             self._others = [(of, of.fp32_precision) for of in products if of.fp32_precision in ("tf32", "bf16")]
             for of, _ in self._others:
                 of.fp32_precision = "ieee"

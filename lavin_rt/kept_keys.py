@@ -8,20 +8,20 @@ import torch.nn.functional as F
 from lavin_rt.dit.packed import padded_head_size
 from lavin_rt.errors import InputError
 from lavin_rt.pictures.encoded import ANEW, KeptKeys
-from lavin_rt.sampling.denoisers import Network, Tensors
+from lavin_rt.sampling.denoisers import Denoiser, Tensors
 from lavin_rt.sampling.speeds import CONTEXT_TIME
 from lavin_rt.vae.model import vae_fingerprint
 
 SAMPLES = 4096  # of every parameter: two trainings differ everywhere, and 3.4 billion values take long to read
 
 
-def keys_to_keep(network: Network, keys: Tensors) -> KeptKeys:
+def keys_to_keep(network: Denoiser, keys: Tensors) -> KeptKeys:
     """Those that `Executor.context_keys` made for one context, without what pads their heads."""
     size = network.config.head_size
     return KeptKeys(torch.stack([part[0, ..., :size].cpu() for part in keys]), fingerprint(network))
 
 
-def check_kept_keys(kept: KeptKeys, network: Network, rows: int, source: str) -> None:
+def check_kept_keys(kept: KeptKeys, network: Denoiser, rows: int, source: str) -> None:
     """Refuses keys and values of other weights, or of a context of another number of rows.
 
     Raises:
@@ -42,13 +42,13 @@ def check_kept_keys(kept: KeptKeys, network: Network, rows: int, source: str) ->
         )
 
 
-def kept_tensors(kept: KeptKeys, network: Network) -> Tensors:
+def kept_tensors(kept: KeptKeys, network: Denoiser) -> Tensors:
     """As `Executor.sample` takes them: on the network's device, in its dtype and with its heads' width."""
     more = padded_head_size(network.config.head_size, network.impl) - network.config.head_size
     return tuple(F.pad(kept.parts.to(network.device, network.dtype), (0, more))[:, None])
 
 
-def fingerprint(network: Network) -> str:
+def fingerprint(network: Denoiser) -> str:
     """32 hexadecimal digits that tell transformers apart, in any dtype: a hash of a part of every parameter.
 
     Raises:

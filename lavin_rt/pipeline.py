@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -26,8 +26,9 @@ from lavin_rt.kept_keys import check_kept_keys
 from lavin_rt.pictures import context as contexts
 from lavin_rt.pictures import images
 from lavin_rt.pictures.encoded import EncodedContext
-from lavin_rt.sampling.denoisers import Network
+from lavin_rt.sampling.denoisers import Denoiser
 from lavin_rt.task import Task, check_seed, task_shape
+from lavin_rt.vae.model import STVAE
 
 POSTERIORS = ("mean", "sample")
 
@@ -53,7 +54,7 @@ class Pipeline(Engine):
     @own_state()
     def __init__(
         self,
-        dit: JDiT | Network,
+        dit: JDiT | Denoiser,
         vae: VAE,
         impl: str = "auto",
         compile: bool = False,
@@ -115,8 +116,8 @@ class Pipeline(Engine):
                 raise InputError(
                     "an artifact has settled what runs it; leave impl and compile out, or give a checkpoint"
                 )
-            network, vae = _load_artifact(files, device, dtype, trust, progress)
-            pipe = cls(network, vae, "auto", False, graphs, tile, chunk, roots, files.source, network.manifest.size)
+            network, coder = _load_artifact(files, device, dtype, trust, progress)
+            pipe = cls(network, coder, "auto", False, graphs, tile, chunk, roots, files.source, network.manifest.size)
             pipe._origin = files, {"device": str(pipe.device), "trust": trust}
             return pipe
         device = resolve_device(device)
@@ -147,7 +148,7 @@ class Pipeline(Engine):
 
     def _weights(self) -> list[tuple[int, int]]:
         """What tells whether a model's weights are those that were loaded."""
-        if not isinstance(self.dit, JDiT):
+        if not isinstance(self.dit, JDiT) or not isinstance(self.vae, STVAE):
             return []
         return [(id(tensor), tensor._version) for net in (self.dit, self.vae) for tensor in net.parameters()]
 
@@ -158,7 +159,7 @@ class Pipeline(Engine):
     @own_state()
     def task(
         self,
-        context: str | os.PathLike | EncodedContext | Iterable[tuple[Any, Any]],
+        context: str | os.PathLike | EncodedContext | Iterable[Sequence[Any] | contexts.Pair],
         pairs: int = 4,
         size: int | str | tuple[int, int] | None = None,
         seed: int = 0,
@@ -204,7 +205,8 @@ class Pipeline(Engine):
         generator = torch.Generator().manual_seed(seed ^ 0x5DEECE66D) if posterior == "sample" else None
         latents = torch.cat(self.encode(clips, generator), dim=2)
         # Hashing the VAE takes longer than encoding: it waits until the context is saved or compared.
-        encoded = EncodedContext(latents, self._hash_vae, size, posterior, clips.pairs, clips.frames_per_clip)
+        fingerprint: Any = self._hash_vae
+        encoded = EncodedContext(latents, fingerprint, size, posterior, clips.pairs, clips.frames_per_clip)
         return Task(self, encoded, clips, frames)
 
     def check_context(
@@ -244,5 +246,5 @@ def _load_artifact(
     return load_artifact(manifest, resolve_device(device), trust, progress)[:2]
 
 
-def _is_encoded_file(context: Any) -> bool:
+def _is_encoded_file(context: Any) -> TypeGuard[str | os.PathLike]:
     return isinstance(context, str | os.PathLike) and os.fspath(context).endswith(".safetensors")

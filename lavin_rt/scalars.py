@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def whole(value: Any) -> int | None:
     """A whole number as Python's; None for anything else, truth values and arrays of one number among it."""
-    if _is_truth(value) or getattr(value, "ndim", 0):
+    if _is_truth(value) or getattr(value, "ndim", False):
         return None
     try:
         return operator.index(value)
@@ -23,7 +23,7 @@ def whole(value: Any) -> int | None:
 
 def real(value: Any) -> float | None:
     """A real number as Python's; None for anything else, text and truth values among it."""
-    if isinstance(value, str | bytes) or _is_truth(value) or getattr(value, "ndim", 0):
+    if isinstance(value, str | bytes) or _is_truth(value) or getattr(value, "ndim", False):
         return None
     try:
         return float(value)

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -217,14 +218,14 @@ class Task:
                 start,
                 knots,
                 guidance,
-                callback and (lambda done, evaluations, state, count=count: callback(done, evaluations, state[:count])),
+                callback and partial(_of_first, callback, count),
                 speed,
                 keys,
             )[:count]
             decoded = self.engine.decode(latents).split(self.context.frames_per_clip)
             for clip, one, frames, used in zip(clips[chunk], latents.split(1), decoded, seeds[chunk], strict=True):
                 if keep_size:
-                    frames = images.resize(frames, tuple(clip.shape[-2:]))
+                    frames = images.resize(frames, (clip.shape[-2], clip.shape[-1]))
                 results.append(Result(frames, one.cpu(), used))
         return results
 
@@ -338,3 +339,8 @@ class Task:
                 )
             encoded += self.engine.encode([pixels], generator)
         return torch.cat(encoded)
+
+
+def _of_first(callback: Callback, count: int, done: int, evaluations: int, state: torch.Tensor) -> None:
+    """Shows a callback the latents of so many queries, which others fill the batch up behind."""
+    callback(done, evaluations, state[:count])

@@ -127,7 +127,13 @@ def _peers(visit: Visit, save: Save) -> None:
 def _pipeline(visit: Visit, save: Save, sizes: Sequence[int], without: Sequence[str]) -> None:
     dtype = torch.float32 if visit.dry else torch.bfloat16
     chosen, repeats = [visit.setting(size) for size in sizes], 1 if visit.dry else 3
-    options = {"steps": 6 if visit.dry else 20, "error_steps": 4, "without": without, "whole": False, "checks": ()}
+    options: dict[str, Any] = {
+        "steps": 6 if visit.dry else 20,
+        "error_steps": 4,
+        "without": without,
+        "whole": False,
+        "checks": (),
+    }
     save(pipeline.run(chosen, visit.device, dtype, repeats, **options, save=save, speeds=not visit.dry))
 
 

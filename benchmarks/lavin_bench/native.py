@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def condition(places: dict[str, Path]) -> tuple[Pipeline, torch.Tensor, torch.Te
 def forms(places: dict[str, Path], threads: int) -> dict[str, Callable[[], tuple[float, torch.Tensor]]]:
     """For every form a call that samples once and returns its seconds and the latents."""
     pipe, cond, noise = condition(places)
-    shape = Shape(1, cond.shape[2], 1, 1, *noise.shape[3:], guided=True)
+    shape = Shape(1, cond.shape[2], 1, 1, noise.shape[3], noise.shape[4], guided=True)
     knots = schedule(STEPS)
     dit = load_dit(places["checkpoint"] / "lavin_dit.safetensors", dtype=torch.float32)
 
@@ -162,6 +163,10 @@ def timed_process(command: list[Any], threads: int) -> float:
     return time.perf_counter() - began
 
 
+def _seconds_of(run: Callable[[], tuple[float, torch.Tensor]]) -> float:
+    return run()[0]
+
+
 def compare(places: dict[str, Path], repeats: int, threads: int) -> list[dict[str, Any]]:
     """One row per form; raises `SystemExit` where a result is wrong."""
     runs = forms(places, threads)
@@ -170,11 +175,11 @@ def compare(places: dict[str, Path], repeats: int, threads: int) -> list[dict[st
     errors = {name: float((result - truth).norm() / truth.norm()) for name, result in results.items()}
     if not all(error <= TOLERANCE for error in errors.values()):
         raise SystemExit(f"no times, the latents differ by {errors} (limit {TOLERANCE})")
-    sampling = in_turn({name: lambda run=run: run()[0] for name, run in runs.items()}, repeats)
+    sampling = in_turn({name: partial(_seconds_of, run) for name, run in runs.items()}, repeats)
     commands = processes(places)
     for command in commands.values():
         run_process(command, threads)  # the compiler's cache on disk, the page cache
-    starts = in_turn({n: lambda c=c: timed_process(c, threads) for n, c in commands.items()}, min(repeats, 3))
+    starts = in_turn({n: partial(timed_process, c, threads) for n, c in commands.items()}, min(repeats, 3))
     return [
         {
             "form": name,

@@ -66,7 +66,7 @@ class Load:
         began = time.monotonic()
         if began > self.end:
             raise RuntimeError(f"not done in {LIMIT_SECONDS} s")
-        data = {name: str(one[name]) for name in ("seed", "steps", "speed") if name in one}
+        data: dict[str, str] = {name: str(one[name]) for name in ("seed", "steps", "speed") if name in one}
         answer = self.client.post(f"/v1/tasks/{one['task']}/run", files={"query": query(one["query"])}, data=data)
         return answer.status_code, time.monotonic() - began, answer.content, int(answer.headers.get("lavin-batch", 0))
 
@@ -79,7 +79,9 @@ class Load:
     def memory(self) -> int:
         """Resident bytes of the service."""
         text = Path(f"/proc/{self.process}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", text)[1]) * 1024
+        found = re.search(r"VmRSS:\s+(\d+)", text)
+        assert found is not None
+        return int(found[1]) * 1024
 
 
 def worst(pipe: Pipeline, asked: list[dict[str, Any]], answers: list) -> int:
@@ -100,7 +102,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "lavin_rt.cli.main", "serve", "--port", "0", "--no-page", "--dtype", "float32"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as service:
         try:
-            load = Load(re.search(r"http://\S+", service.stdout.readline())[0], service.pid)
+            assert service.stdout is not None
+            address = re.search(r"http://\S+", service.stdout.readline())
+            assert address is not None, "the service said no address"
+            load = Load(address[0], service.pid)
             asked = requests(options.requests, options.steps)
             load.run([asked[i] for i in range(8)], 2)  # warm
             few = asked[: options.alone]

@@ -9,6 +9,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lavin_export.options import common_options
 from lavin_export.verify.artifact import verify_written
 from lavin_export.writer import ArtifactWriter, writing
 from lavin_rt.artifact.aoti import CPU_LEVELS, PERMUTED
+from lavin_rt.artifact.parts import Ranges, Record, Target, TensorSpec
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.load import load_dit
 from lavin_rt.checkpoint.tensors import write_safetensors
@@ -85,14 +87,14 @@ def export_aoti(
     if cpu != "native" and platform.machine() != "x86_64":
         raise InputError(f"cpu is {cpu!r}, this is an {platform.machine()} machine; use native")
     lengths = vae_parts.clip_lengths(clip_frames)
-    target: dict[str, Any] = {"device": device.type, "compute_capability": None}
+    target: Target = {"device": device.type, "compute_capability": None}
     if device.type == "cuda":
         target["compute_capability"] = list(torch.cuda.get_device_capability(device))
-    options = {"cpu": cpu, "clip_frames": list(clip_frames)}
+    options: Record = {"cpu": cpu, "clip_frames": list(clip_frames)}
     with writing(output, "aoti", checkpoint, dtype, target, options, steps, templates) as artifact:
         parts: list[Callable[[], None]] = [lambda: compile_denoiser(artifact, device, cpu)]
         parts += [
-            lambda part=part, frames=frames: compile_vae(artifact, part, frames, device, cpu)
+            partial(compile_vae, artifact, part, frames, device, cpu)
             for frames in lengths
             for part in ("encoder", "decoder")
         ]
@@ -168,7 +170,7 @@ def _compile(
     dynamic_shapes: Any,
     device: torch.device,
     cpu: str,
-    specification: tuple[list[dict], list[dict], dict[str, list[int]]],
+    specification: tuple[list[TensorSpec], list[TensorSpec], Ranges],
     **more: Any,
 ) -> None:
     file, weights = f"{name}.pt2", f"{name}.weights.safetensors"
@@ -202,7 +204,8 @@ def write_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     orders, stored = {}, {}
     for name, tensor in tensors.items():
         # Slowest dimension first; of two dimensions with one stride, the longer one goes around the other.
-        dims = sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride(dim), -tensor.shape[dim]))
+        extents = list(zip(tensor.stride(), tensor.shape, strict=True))
+        dims = sorted(range(tensor.dim()), key=extents.__getitem__, reverse=True)
         in_order = tensor.is_contiguous() or dims == sorted(dims)
         stored[name] = tensor.detach() if in_order else tensor.detach().permute(dims)
         if not stored[name].is_contiguous():

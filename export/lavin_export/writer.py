@@ -25,11 +25,12 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from lavin_rt.artifact.manifest import FORMAT, KINDS, MODULATION, NAME, VERSION, Manifest, file_sha256
+from lavin_rt.artifact.parts import FileEntry, Part, Ranges, Record, Target, TensorSpec
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.header import check_tensors, dit_config, open_checkpoint, picture_size
 from lavin_rt.checkpoint.load import ModulationInFile, load_dit, load_vae
@@ -44,7 +45,7 @@ from lavin_rt.files import check_writable, is_vacant, written_whole
 from lavin_rt.sampling.schedule import schedule
 from lavin_rt.vae.model import LATENT_SCALE, LATENT_SHIFT, STVAE, vae_fingerprint
 
-ANY_DEVICE: dict[str, Any] = {"device": "any", "compute_capability": None}
+ANY_DEVICE: Target = {"device": "any", "compute_capability": None}
 
 
 @contextlib.contextmanager
@@ -53,8 +54,8 @@ def writing(
     kind: str,
     checkpoint: Checkpoint,
     dtype: torch.dtype,
-    target: dict[str, Any] | None = None,
-    options: dict[str, Any] | None = None,
+    target: Target | None = None,
+    options: Record | None = None,
     steps: Sequence[int] = (20,),
     templates: bool = True,
 ) -> Iterator[ArtifactWriter]:
@@ -112,8 +113,8 @@ class ArtifactWriter:
         kind: str,
         checkpoint: Checkpoint,
         dtype: torch.dtype,
-        target: dict[str, Any],
-        options: dict[str, Any],
+        target: Target,
+        options: Record,
         steps: tuple[int, ...],
     ):
         self.folder, self.kind, self.checkpoint = folder, kind, checkpoint
@@ -122,10 +123,10 @@ class ArtifactWriter:
         self.config: DiTConfig = dit_config(self.file)
         check_tensors(self.file, self.config, official_layout(self.config))
         self.versions = {"lavin_rt": importlib.metadata.version("lavin-rt"), "torch": torch.__version__}
-        self.verification: dict[str, Any] = {}
-        self._parts: dict[str, dict[str, Any]] = {}
-        self._hashes: dict[tuple[str, int, int], dict[str, Any]] = {}
-        self._source: dict[str, Any] | None = None
+        self.verification: Record = {}
+        self._parts: dict[str, Part] = {}
+        self._hashes: dict[tuple[str, int, int], FileEntry] = {}
+        self._source: Record | None = None
         self._vae: STVAE | None = None
         self._dit: JDiT | None = None
 
@@ -150,22 +151,22 @@ class ArtifactWriter:
         name: str,
         file: str,
         weights: Sequence[str],
-        inputs: Sequence[dict[str, Any]],
-        outputs: Sequence[dict[str, Any]],
-        ranges: dict[str, list[int]] | list[dict[str, list[int]]],
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        ranges: Ranges | list[Ranges],
         **more: Any,
     ) -> None:
         """Enters a compiled network, whose files lie in `folder`; the fields are those of `Manifest.parts`, and `more`
         is kept beside them for the record.
         """
-        self._parts[name] = {
+        part: Part = {
             "file": file,
             "weights": list(weights),
             "inputs": list(inputs),
             "outputs": list(outputs),
             "ranges": ranges,
-            **more,
         }
+        self._parts[name] = cast("Part", {**part, **more})
 
     def write_modulation(self) -> None:
         """Writes the modulation of every schedule, float32, from the weights as the checkpoint has them.
@@ -212,7 +213,7 @@ class ArtifactWriter:
         (self.folder / NAME).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         return Manifest.read(self.folder)
 
-    def _entry(self, path: Path) -> dict[str, Any]:
+    def _entry(self, path: Path) -> FileEntry:
         """Hash and size of a file, hashed again only when it has changed."""
         status = path.stat()
         key = (path.name, status.st_size, status.st_mtime_ns)

@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -62,7 +62,7 @@ class Code:
         """What every round of a loop does: without what a branch inside of it may pass over, as the mask that only the
         first tile of keys needs, or what one warp of many does.
         """
-        passed = set()
+        passed: set[int] = set()
         for index in loop:
             if index < self.target(index) <= loop[-1]:
                 passed.update(range(index + 1, self.target(index)))
@@ -101,7 +101,7 @@ class Counts:
     programs: int
 
 
-def attention_counts(config: Mapping[str, int | str], capability: int) -> tuple[Counts, str]:
+def attention_counts(config: tuning.Launch, capability: int) -> tuple[Counts, str]:
     """Of attention at the standard run's blocks in bfloat16 in a launch configuration, and the machine code."""
     attention = importlib.import_module("lavin_kernels.ops.joint_attention")
     kernel = attention.static_case(config, torch.bfloat16, x_only=False).compile(capability)
@@ -110,7 +110,7 @@ def attention_counts(config: Mapping[str, int | str], capability: int) -> tuple[
     block_m, block_n = config["block_m"], config["block_n"]
     # A warp group of the Gluon form has 64 rows of its own and runs the whole loop.
     warps = block_m // 16 if config["variant"] == "gluon" else config["num_warps"]
-    threads = int(re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])[1])
+    threads = int(re.findall(r"\.reqntid (\d+)", kernel.asm["ptx"])[0])
     shared = kernel.metadata.shared
     limits = (
         REGISTERS // (-(-usage["REG"] // 8) * 8 * threads),

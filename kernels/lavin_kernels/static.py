@@ -117,7 +117,7 @@ def check(
         for module in loaded
         for case in module.static_cases(capability)
     ]
-    reports = []
+    reports: list[Report] = []
     for case, capability in cases:
         if progress is not None:
             progress(len(reports), len(cases), f"{case.name} for {capability / 10}")
@@ -213,11 +213,11 @@ def table(reports: Sequence[Report]) -> str:
         "kernel", "sm", "warps", "stages", "registers", "spills", "shared KiB", "matrix instructions", "TF32",
         "setmaxnreg", "TMA", "executed/useful", "MB", "GFLOP", "least us",
     )  # fmt: skip
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for report in reports:
         kinds = {"mma.sync": report.mma_sync, "wgmma": report.wgmma, "tcgen05": report.tcgen05}
         matrix = " ".join(f"{kind} {count}" for kind, count in kinds.items() if count) or "-"
-        row = (report.name, str(report.capability), str(report.num_warps), str(report.num_stages))
+        row: tuple[str, ...] = (report.name, str(report.capability), str(report.num_warps), str(report.num_stages))
         if report.failure:
             rows.append((*row, report.failure[:60], *[""] * (len(header) - 5)))
             continue

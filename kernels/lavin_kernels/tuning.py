@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,10 +25,12 @@ CONFIGS = Path(__file__).parent / "configs"
 # What the interpreter on a CPU runs with: the defaults that every target can run.
 CPU_CAPABILITY = 80
 
-_overrides: dict[str, dict[str, int | str]] = {}
+# `Any`: a kernel's launcher reads numbers from it, and names of forms.
+Launch = Mapping[str, Any]
+_overrides: dict[str, dict[str, Any]] = {}
 
 
-def config(kernel: str, device: torch.device, dtype: torch.dtype) -> Mapping[str, int | str]:
+def config(kernel: str, device: torch.device, dtype: torch.dtype) -> Launch:
     """The launch configuration of `kernel` for rows of `dtype`: tuned for that device, or its capability's default.
 
     The first call for a CUDA device asks the driver for its name; later ones are a dictionary look-up.
@@ -40,7 +43,7 @@ def config(kernel: str, device: torch.device, dtype: torch.dtype) -> Mapping[str
     return _device_config(kernel, device.type, device.index, dtype)
 
 
-def default_config(kernel: str, capability: int, dtype: torch.dtype) -> Mapping[str, int | str]:
+def default_config(kernel: str, capability: int, dtype: torch.dtype) -> Launch:
     """The default of a compute capability such as 90, whatever device is at hand."""
     by_capability = _stored("default")[kernel]
     listed = sorted(int(key) for key in by_capability)
@@ -82,15 +85,15 @@ def _device_capability(device: torch.device) -> int:
 
 
 @functools.cache
-def _device_config(kernel: str, device_type: str, index: int | None, dtype: torch.dtype) -> Mapping[str, int | str]:
+def _device_config(kernel: str, device_type: str, index: int | None, dtype: torch.dtype) -> Launch:
     if device_type != "cuda":
         return default_config(kernel, CPU_CAPABILITY, dtype)
-    device = torch.device(device_type, index)
+    device = torch.device(device_type) if index is None else torch.device(device_type, index)
     tuned = _stored(config_file(torch.cuda.get_device_name(device)).stem).get(kernel, {})
     return _of_dtype(tuned, dtype) or default_config(kernel, capability(device), dtype)
 
 
-def _of_dtype(by_dtype: Mapping[str, Mapping[str, int | str]], dtype: torch.dtype) -> Mapping[str, int | str] | None:
+def _of_dtype(by_dtype: Mapping[str, Launch], dtype: torch.dtype) -> Launch | None:
     name = str(dtype).removeprefix("torch.")
     for key in (name, *(["bfloat16"] if name == "float16" else []), "any"):
         if key in by_dtype:

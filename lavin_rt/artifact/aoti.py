@@ -11,11 +11,11 @@ import json
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lavin_rt.artifact.manifest import Manifest
+from lavin_rt.artifact.parts import Part
 from lavin_rt.artifact.sizes import bind_sizes
 from lavin_rt.container import folder_fault, temporary_folder
 from lavin_rt.devices import DTYPES
@@ -47,7 +47,7 @@ class AotiSession:
             package, or a package that cannot be loaded.
     """
 
-    def __init__(self, folder: Path, part: dict[str, Any], manifest: Manifest, device: torch.device):
+    def __init__(self, folder: Path, part: Part, manifest: Manifest, device: torch.device):
         self.part, self.device = part, device
         self.path = Path(folder) / part["file"]
         manifest.check_device(device)
@@ -91,7 +91,7 @@ class AotiSession:
             return tuple(self._loader.boxed_run([tensor.contiguous() for tensor in inputs]))
 
 
-def check_versions(path: Path, torch_version: str, part: dict[str, Any], device: torch.device) -> None:
+def check_versions(path: Path, torch_version: str, part: Part, device: torch.device) -> None:
     """Raises an `InputError` where a package was compiled for another torch or a processor with more instructions."""
     if _release(torch_version) != _release(torch.__version__):
         raise InputError(

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -23,6 +24,9 @@ from lavin_rt.sampling.denoisers import LatentCondition, Tensors
 from lavin_rt.sampling.speeds import Speed
 from lavin_rt.vae.model import LATENT_SCALE, LATENT_SHIFT, Posterior
 from lavin_rt.vae.tiling import Axis, blended, decode_axes, encode_axes
+
+if TYPE_CHECKING:
+    from lavin_rt.artifact.tensorrt import Session as Plan
 
 Session = Callable[..., Tensors]
 
@@ -88,7 +92,7 @@ def _opener(manifest: Manifest, device: torch.device, provider: str) -> Callable
 
 
 class ArtifactNetwork:
-    """An artifact's denoiser as an executor runs it (`lavin_rt.sampling.denoisers.Network`): one call a branch kind."""
+    """An artifact's network as an executor runs it (`lavin_rt.sampling.denoisers.Denoiser`): one call a branch kind."""
 
     compiles = False
 
@@ -154,7 +158,7 @@ class ArtifactNetwork:
         self.check(shape)
         form = Form.exact(shape) if form is None else form
         # What a plan needs for a shape goes with the shape's graph.
-        session = self.session.calls() if self.manifest.kind == "tensorrt" else self.session
+        session = cast("Plan", self.session).calls() if self.manifest.kind == "tensorrt" else self.session
         return LatentCondition(shape, self.dtype, self.device, partial(self._velocity, session), form)
 
     def _velocity(

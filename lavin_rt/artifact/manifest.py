@@ -15,16 +15,18 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 
+from lavin_rt.artifact.parts import FileEntry, Part, Record, Target
 from lavin_rt.artifact.sizes import parse_size, ranges_of, shown
 from lavin_rt.devices import DTYPES
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.errors import InputError
 from lavin_rt.files import Progress
 
+T = TypeVar("T")
 FORMAT, VERSION = "lavin-rt artifact", 1
 NAME = "manifest.json"
 REAL_FILES = "copy the file itself (cp -rL), or of a hub's cache give the hub's id"
@@ -53,13 +55,10 @@ class Manifest:
         vae_fingerprint: of the VAE, as `lavin_rt.pictures.context.vae_fingerprint`.
         latent_scaling: {"shift", "scale"} between the VAE and the transformer.
         size: of the pictures that the checkpoint was trained on, pixels a side.
-        target: {"device": "any", "cpu" or "cuda", "compute_capability": [major, minor] or None}.
+        target: the device that it was made for.
         schedules: numbers of knots that the modulation file has.
-        parts: by name ("denoiser", "vae_encoder", "vae_decoder", "vae_encoder_clip5", ...) {"file", "weights": [files],
-            "inputs", "outputs": [{"name", "dtype", "shape"}], "ranges"}. A shape's items are numbers, names of sizes
-            such as "batch", or multiples of one ("8*rows"); "ranges" gives the least and the most of every name, or is
-            a list of such maps of which one has to fit.
-        files: {"sha256", "bytes"} of every file but the manifest itself.
+        parts: by name: "denoiser", "vae_encoder", "vae_decoder", "vae_encoder_clip5", ...
+        files: every file but the manifest itself.
         versions, source, options, verification: of the export, for the record.
     """
 
@@ -70,14 +69,14 @@ class Manifest:
     vae_fingerprint: str
     latent_scaling: dict[str, float]
     size: int
-    target: dict[str, Any]
+    target: Target
     schedules: tuple[int, ...]
-    parts: dict[str, dict[str, Any]]
-    files: dict[str, dict[str, Any]]
+    parts: dict[str, Part]
+    files: dict[str, FileEntry]
     versions: dict[str, str]
-    source: dict[str, Any]
-    options: dict[str, Any]
-    verification: dict[str, Any]
+    source: Record
+    options: Record
+    verification: Record
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Manifest:
@@ -89,7 +88,7 @@ class Manifest:
         return cls.of(Path(folder), _read_json(Path(folder) / NAME))
 
     @classmethod
-    def of(cls, folder: Path, values: dict[str, Any]) -> Manifest:
+    def of(cls, folder: Path, values: Mapping[str, object]) -> Manifest:
         """A folder's manifest from what its `manifest.json` holds; raises as `read` does."""
         path = folder / NAME
         if values.get("format") != FORMAT:
@@ -99,7 +98,7 @@ class Manifest:
                 f"{path} is of version {shown(values.get('version'))}, this package reads {VERSION}; export it again"
             )
         try:
-            return cls(folder=folder, **_parsed(values))
+            return _parsed(folder, values)
         except InputError as error:
             raise InputError(f"{path}: {error}; export it again") from None
 
@@ -165,7 +164,7 @@ class Manifest:
             f"{found[0]}.{found[1]}; export it on this machine"
         )
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         """What `lavin-rt info` shows."""
         denoiser = self.parts["denoiser"]
         shown = [
@@ -192,7 +191,7 @@ class Manifest:
         }
 
 
-def artifact_values(folder: str | os.PathLike) -> dict[str, Any] | None:
+def artifact_values(folder: str | os.PathLike) -> Record | None:
     """What a folder's `manifest.json` holds where it says that it is an artifact's (of whatever version), else None.
 
     Raises:
@@ -223,7 +222,7 @@ def file_sha256(path: str | os.PathLike, add: Callable[[int], None] | None = Non
     return digest.hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Record:
     try:
         status = os.lstat(path)
     except OSError as error:
@@ -243,8 +242,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _parsed(values: dict[str, Any]) -> dict[str, Any]:
-    """A manifest's fields, checked."""
+def _parsed(folder: Path, values: Mapping[str, object]) -> Manifest:
+    """A folder's manifest, its fields checked."""
     kind, dtype = values.get("kind"), values.get("dtype")
     if kind not in KINDS:
         raise InputError(f"kind is {shown(kind)}, expected one of {', '.join(KINDS)}")
@@ -282,22 +281,23 @@ def _parsed(values: dict[str, Any]) -> dict[str, Any]:
     options = _typed(values, "options", dict)
     if kind == "tensorrt":
         _check_options(options, target)
-    return {
-        "kind": kind,
-        "dtype": DTYPES[dtype],
-        "config": config,
-        "vae_fingerprint": _typed(values, "vae_fingerprint", str),
-        "latent_scaling": scaling,
-        "size": size,
-        "target": target,
-        "schedules": tuple(schedules),
-        "parts": parts,
-        "files": files,
-        "versions": {str(k): str(v) for k, v in _typed(values, "versions", dict).items()},
-        "source": _typed(values, "source", dict),
-        "options": options,
-        "verification": _typed(values, "verification", dict),
-    }
+    return Manifest(
+        folder=folder,
+        kind=kind,
+        dtype=DTYPES[dtype],
+        config=config,
+        vae_fingerprint=_typed(values, "vae_fingerprint", str),
+        latent_scaling=scaling,
+        size=size,
+        target=cast("Target", target),
+        schedules=tuple(schedules),
+        parts=parts,
+        files=files,
+        versions={str(k): str(v) for k, v in _typed(values, "versions", dict).items()},
+        source=_typed(values, "source", dict),
+        options=options,
+        verification=_typed(values, "verification", dict),
+    )
 
 
 def check_file_name(name: object) -> None:
@@ -306,7 +306,7 @@ def check_file_name(name: object) -> None:
         raise InputError(f"it names the file {shown(name)}; expected plain names of files in its folder")
 
 
-def _check_part(name: str, part: Any, files: Mapping[str, Any]) -> None:
+def _check_part(name: str, part: object, files: Mapping[str, object]) -> None:
     if not _PART.fullmatch(name):
         raise InputError(f"the part {shown(name)} is unknown")
     if not isinstance(part, dict):
@@ -338,7 +338,7 @@ def _check_part(name: str, part: Any, files: Mapping[str, Any]) -> None:
             raise InputError(f"part {name} has the ranges {shown(ranges)}")
 
 
-def _check_options(options: Mapping[str, Any], target: Mapping[str, Any]) -> None:
+def _check_options(options: Mapping[str, object], target: Mapping[str, object]) -> None:
     given = [name for name in ONLY_IN_0_1 if options.get(name)]
     if target.get("hardware_compatibility") is not None:
         given.append("hardware_compatibility")
@@ -347,13 +347,14 @@ def _check_options(options: Mapping[str, Any], target: Mapping[str, Any]) -> Non
         raise InputError(f"it was made with {switches}, which only lavin-rt 0.1 had")
 
 
-def _typed(values: Mapping[str, Any], name: str, kind: type) -> Any:
-    if not isinstance(values.get(name), kind):
-        raise InputError(f"{name} is {shown(values.get(name))}, expected {kind.__name__}")
-    return values[name]
+def _typed(values: Mapping[str, object], name: str, kind: type[T]) -> T:
+    value = values.get(name)
+    if not isinstance(value, kind):
+        raise InputError(f"{name} is {shown(value)}, expected {kind.__name__}")
+    return value
 
 
-def _target_text(target: Mapping[str, Any]) -> str:
+def _target_text(target: Target) -> str:
     capability = target.get("compute_capability")
     text = "any device" if target["device"] == "any" else target["device"]
     return text + (f", compute capability {capability[0]}.{capability[1]}" if capability else "")

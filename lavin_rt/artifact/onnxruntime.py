@@ -13,6 +13,7 @@ import torch
 
 from lavin_rt.artifact.manifest import Manifest
 from lavin_rt.artifact.onnx_file import check_external_files
+from lavin_rt.artifact.parts import Part
 from lavin_rt.artifact.sizes import bind_sizes, sized
 from lavin_rt.devices import DTYPES
 from lavin_rt.errors import InputError, missing_extra
@@ -59,9 +60,7 @@ class Session:
 
     capturable = False  # it captures by itself
 
-    def __init__(
-        self, folder: Path, part: dict[str, Any], manifest: Manifest, device: torch.device, provider: str = "auto"
-    ):
+    def __init__(self, folder: Path, part: Part, manifest: Manifest, device: torch.device, provider: str = "auto"):
         self.part, self.device = part, device
         self.path = Path(folder) / part["file"]
         check_external_files(self.path, part["weights"])
@@ -173,6 +172,7 @@ class Session:
         if wanted == "cpu":
             return ["CPUExecutionProvider"]
         available = self._ort.get_available_providers()
+        assert self._stream is not None  # there is one on every device but a CPU
         stream = {
             "device_id": str(device.index or 0),
             "user_compute_stream": str(self._stream.cuda_stream),
@@ -193,8 +193,11 @@ class Session:
     def _check_tensors(self) -> None:
         """The manifest says of inputs and outputs what the graph says, or memory of the wrong size would be bound."""
         kinds = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
-        for role, found in (("inputs", self.session.get_inputs()), ("outputs", self.session.get_outputs())):
-            said = [(entry["name"], kinds[entry["dtype"]], entry["shape"]) for entry in self.part[role]]
+        for role, entries, found in (
+            ("inputs", self.part["inputs"], self.session.get_inputs()),
+            ("outputs", self.part["outputs"], self.session.get_outputs()),
+        ):
+            said = [(entry["name"], kinds[entry["dtype"]], entry["shape"]) for entry in entries]
             has = [(tensor.name, tensor.type, list(tensor.shape)) for tensor in found]
             if said != has:
                 raise InputError(f"{self.path} has the {role} {has}, its manifest says {said}; export it again")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from lavin_rt.artifact.parts import Part, Ranges
 from lavin_rt.errors import InputError
 
 _SIZE = re.compile(r"(?:([1-9][0-9]{0,3})\*)?([a-z][a-z_]{0,63})")
 
 
-def bind_sizes(part: Mapping[str, Any], shapes: Sequence[Sequence[int]], name: str = "network") -> dict[str, int]:
+def bind_sizes(part: Part, shapes: Sequence[Sequence[int]], name: str = "network") -> dict[str, int]:
     """The named sizes that inputs of these shapes give a part of an artifact.
 
     Args:
@@ -40,12 +40,12 @@ def bind_sizes(part: Mapping[str, Any], shapes: Sequence[Sequence[int]], name: s
     return sizes
 
 
-def ranges_of(part: Mapping[str, Any]) -> list[dict[str, list[int]]]:
+def ranges_of(part: Part) -> list[Ranges]:
     """The ranges of a part's sizes, of which one has to fit."""
     return part["ranges"] if isinstance(part["ranges"], list) else [part["ranges"]]
 
 
-def check_ranges(part: Mapping[str, Any], sizes: Mapping[str, int], name: str = "network") -> None:
+def check_ranges(part: Part, sizes: Mapping[str, int], name: str = "network") -> None:
     """Raises an `InputError` for sizes that a part was not exported for; sizes that it does not name are free."""
     alternatives = ranges_of(part)
     for one in alternatives:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lavin_rt.artifact.manifest import Manifest
+from lavin_rt.artifact.parts import Part, TensorSpec
 from lavin_rt.artifact.tensorrt_library import check_version, create, import_tensorrt, make_logger
 from lavin_rt.errors import InputError
 
@@ -83,7 +84,7 @@ class Session:
             outputs are not those of the manifest.
     """
 
-    def __init__(self, folder: Path, part: dict, manifest: Manifest, device: torch.device):
+    def __init__(self, folder: Path, part: Part, manifest: Manifest, device: torch.device):
         if device.type != "cuda":
             raise InputError(f"a TensorRT plan runs on CUDA; the device is {device}; use --device cuda")
         self.device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
@@ -109,7 +110,7 @@ class Session:
             raise InputError(f"{self.path.name}: TensorRT cannot read the plan: {self.logger.why}; export it again")
         return engine
 
-    def _tensors(self, declared: Sequence[dict], mode: Any) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    def _tensors(self, declared: Sequence[TensorSpec], mode: Any) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, dtype, shape with -1 where it varies) in the manifest's order, compared with the plan's own."""
         trt, engine = self._trt, self.engine
         dtypes = {getattr(trt.DataType, name): dtype for name, dtype in DTYPES.items()}
@@ -121,7 +122,7 @@ class Session:
         tensors = []
         for entry in declared:
             dtype = dtypes.get(engine.get_tensor_dtype(entry["name"]))
-            if str(dtype) != f"torch.{entry['dtype']}":
+            if dtype is None or str(dtype) != f"torch.{entry['dtype']}":
                 raise InputError(f"{self.path.name}: {entry['name']} is {dtype}; its manifest says {entry['dtype']}")
             tensors.append((entry["name"], dtype, tuple(engine.get_tensor_shape(entry["name"]))))
         return tensors
@@ -267,4 +268,4 @@ class Session:
                 f"{name} {list(shape)}" for (name, _, own), shape in zip(self._inputs, shapes, strict=True) if -1 in own
             )
             raise InputError(f"{self.path.name} has no profile for {given}; it has {held}; export one that covers it")
-        return min(distances, key=distances.get)
+        return min(distances, key=distances.__getitem__)

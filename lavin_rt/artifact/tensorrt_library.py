@@ -61,7 +61,9 @@ def check_version(built: str | None, installed: str) -> None:
 def make_logger(trt: ModuleType) -> Any:
     """A TensorRT logger that keeps warnings and errors in `.lines` and prints nothing; `.why` is the last error."""
 
-    class Logger(trt.ILogger):
+    base: Any = trt.ILogger
+
+    class Logger(base):
         def __init__(self):
             trt.ILogger.__init__(self)
             self.lines: list[tuple[str, str]] = []

@@ -21,6 +21,7 @@ import torch
 
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.header import (
+    CheckpointFile,
     check_dtype,
     check_tensors,
     common_dtype,
@@ -42,7 +43,7 @@ from lavin_rt.vae.model import STVAE
 
 @own_state()
 def load_dit(
-    path: str | os.PathLike | SafetensorsFile,
+    path: str | os.PathLike | CheckpointFile,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     strict: bool = False,
@@ -70,7 +71,7 @@ def load_dit(
     """
     check_dtype(dtype)
     # Read again later, perhaps from another working folder.
-    file = path if isinstance(path, SafetensorsFile) else open_checkpoint(os.path.abspath(path))
+    file = path if isinstance(path, CheckpointFile) else open_checkpoint(os.path.abspath(path))
     report_renamed(file.path, file.renamed)
     config = dit_config(file)
     everything = official_layout(config)

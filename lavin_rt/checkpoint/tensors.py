@@ -196,7 +196,7 @@ class Reader:
 
     def _fill(self, name: str, buffer: torch.Tensor) -> None:
         """Reads the file's next bytes into `buffer`, `[bytes]` uint8."""
-        view = memoryview(buffer.numpy())
+        view = buffer.numpy().data
         while view:
             count = self._file.readinto(view)
             if not count:
@@ -276,7 +276,7 @@ def write_safetensors(
             if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {dtype} {tuple(shape)}")
             flat = tensor.detach().cpu().contiguous().view(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            file.write(flat.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())  # on disk before the rename, which may replace a sound checkpoint
 

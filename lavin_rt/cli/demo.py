@@ -39,6 +39,7 @@ def row(pipe: Pipeline, task: str) -> list[torch.Tensor]:
     session = pipe.task(context)
     [result] = session.run([asked.input])
     query, truth = (images.resize(images.load_clip(picture), session.size) for picture in (asked.input, asked.target))
+    assert session.frames is not None  # a context of pictures
     return [*session.frames.frames[:4], query, result.frames, truth]
 
 

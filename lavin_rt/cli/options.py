@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import NoReturn
 
 # As the modules that do the work know them, which are not imported here: that takes seconds.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -23,7 +24,7 @@ COMPILE_HELP = (
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 

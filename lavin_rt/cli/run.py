@@ -54,8 +54,9 @@ def _run(options: argparse.Namespace) -> None:
         # Read once to be checked and once to be answered: many large pictures need not be in memory together.
         clip = read_query(query, options.clip, options.frames)
         lengths.append(len(clip))
-        largest = max(largest, tuple(clip.shape[-2:]))
-        images.check_output(output, len(clip), tuple(clip.shape[-2:]) if options.keep_size else size)
+        own = clip.shape[-2], clip.shape[-1]
+        largest = max(largest, own)
+        images.check_output(output, len(clip), own if options.keep_size else size)
     if options.save_context:
         if not options.save_context.endswith(".safetensors"):
             raise InputError(f"--save-context {options.save_context}: expected a name ending in .safetensors")
@@ -118,7 +119,7 @@ def _run(options: argparse.Namespace) -> None:
         "preparing": prepared - encoded,
         "queries": time.perf_counter() - prepared,
     }
-    report(options, task, queries, outputs, seeds, seconds, knots.tolist())
+    report(options, pipe, task, queries, outputs, seeds, seconds, knots.tolist())
 
 
 def check_task(
@@ -274,6 +275,7 @@ def grid_of(task: Task, clip, result: Result):
 
 def report(
     options: argparse.Namespace,
+    pipe: Pipeline,
     task: Task,
     queries: list[Path],
     outputs: list[Path | str],
@@ -282,7 +284,6 @@ def report(
     times: list[float],
 ) -> None:
     """Says what was done: a record in JSON, or a line for every picture and one for the time."""
-    pipe = task.engine
     setting = {
         "checkpoint": pipe.source,
         "task": options.task,

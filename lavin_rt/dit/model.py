@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +143,9 @@ class MLP(nn.Module):
 class Modulation(nn.Module):
     """The adaptive-norm linears of one block; the weights are None while they stay in the checkpoint's file."""
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(2, 4 * config.hidden_size, config.hidden_size))
@@ -228,7 +232,7 @@ class JDiT(nn.Module):
         self.time_embedder = TimeEmbedder(config)
         self.prompt_embed = nn.Parameter(torch.empty(1, config.hidden_size))
         self.answer_embed = nn.Parameter(torch.empty(1, config.hidden_size))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(Block(config) for _ in range(config.depth)))
         self.head = Head(config)
 
     @property
@@ -255,7 +259,7 @@ class JDiT(nn.Module):
         silu_t = self.silu_times(t)  # [B, 2, D]
         if kept is not None and kept[0].reused:
             first = kept[0].keys.shape[1]
-            cond, angles = cond[:, first:], tuple(part[first:] for part in angles)
+            cond, angles = cond[:, first:], (angles[0][first:], angles[1][first:])
         for index, block in enumerate(self.blocks):
             of_block = None if kept is None else kept[index]
             cond, x = block(cond, x, modulate(*self.modulation_parameters(index), silu_t), angles, of_block)
@@ -271,8 +275,9 @@ class JDiT(nn.Module):
         there.
         """
         modulation = self.blocks[index].modulation
-        if modulation.weight is not None:
+        if modulation.weight is not None and modulation.bias is not None:
             return modulation.weight, modulation.bias
+        assert self.modulation_source is not None  # whoever drops the weights says where they are
         return self.modulation_source(index, self.device, self.dtype)
 
     @contextmanager

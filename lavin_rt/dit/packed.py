@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,7 @@ class PackedStep:
     def __init__(self, dit: JDiT, layout: Layout, impl: str):
         self.dit = dit
         self.layout = layout
-        self.ops = operators(impl)
+        self.ops: Any = operators(impl)
         self.padded_head_size = padded_head_size(dit.config.head_size, impl)
 
     def compiled(self) -> Callable[..., torch.Tensor]:

@@ -124,7 +124,9 @@ class _Unpacking:
             links.append((member.name, member.linkname))
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tar.extractfile(member) as source, open(path, "wb") as target:
+        content = tar.extractfile(member)
+        assert content is not None  # of a regular file
+        with content as source, open(path, "wb") as target:
             while chunk := source.read(CHUNK):
                 target.write(chunk)
                 yield target.tell()

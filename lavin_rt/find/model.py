@@ -73,7 +73,7 @@ def find_model(
     """
     if is_bundled(model):
         return find_checkpoint(model, revision, cache)
-    text = os.fspath(model)
+    text = os.fspath(model or "")
     path = Path(text).expanduser()
     if text and (values := artifact_values(path)) is not None:
         if revision is not None:
@@ -105,8 +105,9 @@ def settled(files: Checkpoint | Artifact) -> Checkpoint | Artifact:
     if isinstance(files, Artifact):
         folder = Path(os.path.abspath(files.folder))
         return dataclasses.replace(files, manifest=dataclasses.replace(files.manifest, folder=folder))
-    paths = {name: value for name, value in vars(files).items() if isinstance(value, Path)}
-    return dataclasses.replace(files, **{name: Path(os.path.abspath(path)) for name, path in paths.items()})
+    dit, vae = (Path(os.path.abspath(path)) for path in (files.dit, files.vae))
+    templates = None if files.templates is None else Path(os.path.abspath(files.templates))
+    return dataclasses.replace(files, dit=dit, vae=vae, templates=templates)
 
 
 def template_roots(files: Checkpoint | Artifact) -> list[Path]:
@@ -143,7 +144,7 @@ def find_checkpoint(
     """
     if is_bundled(checkpoint):
         return dataclasses.replace(find_checkpoint(BUNDLED, revision, cache), source=BUNDLED_NAMES[1])
-    text = os.fspath(checkpoint)
+    text = os.fspath(checkpoint or "")
     path = Path(text).expanduser()
     try:
         if text and path.exists():
@@ -200,7 +201,9 @@ class _Finder:
         root = self.unpacked(archive, _weights_in)
         folder = _weights_in(archive, root)
         templates = (self.templates_near(place) for place in (folder, root, archive.parent))
-        return Checkpoint(_dit_in(folder), _vae_in(folder), next(filter(None, templates), None), self.source)
+        dit = _dit_in(folder)
+        assert dit is not None, "where the weights were found"
+        return Checkpoint(dit, _vae_in(folder), next(filter(None, templates), None), self.source)
 
     def templates_near(self, folder: Path) -> Path | None:
         """`template/`, or its archive unpacked, beside the weights or the folder `weights/` that they lie in."""

@@ -43,14 +43,15 @@ def load(image: Image.Image) -> np.ndarray | None:
     if image.format != "PNG" or key is None or image.mode not in ("L", "I", "I;16", "RGB") or not first:
         image.load()
         return None
-    raw = image.tile[0][3] if image.tile else None
+    tiles = getattr(image, "tile", None)  # of a file
+    raw = tiles[0][3] if tiles else None
     low = _low_bytes(image) if raw == "RGB;16B" else None
     image.load()
     if image.mode == "I" or image.mode.startswith("I;16"):
         return np.asarray(image) == key
     samples = np.asarray(image)
     if image.mode == "L":
-        scale = _SCALES.get(raw, 1)
+        scale = _SCALES.get(raw or "", 1)
         return samples == key % (255 // scale + 1) * scale
     if low is not None:
         return ((samples.astype(np.uint16) << 8 | low) == np.array(key)).all(-1)
@@ -61,12 +62,13 @@ def load(image: Image.Image) -> np.ndarray | None:
 
 def _low_bytes(image: Image.Image) -> np.ndarray:
     """The low bytes of a PNG's 16-bit colours, uint8 `[H, W, 3]`: Pillow unpacks one byte of each at a time."""
-    position = image.fp.tell()
+    file: Any = getattr(image, "fp", None)
+    position = file.tell()
     # Not to be closed: the file is the other image's.
-    again = Image.open(image.fp)
-    again.tile = [(*again.tile[0][:3], "RGB;16L")]
+    again = Image.open(file)
+    again.tile = [again.tile[0]._replace(args="RGB;16L")]
     low = np.array(again)
-    image.fp.seek(position)
+    file.seek(position)
     return low
 
 
@@ -123,7 +125,7 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         return image.convert("RGB")
     from PIL import ImageCms
 
-    return ImageCms.applyTransform(image.convert(family), transform)
+    return ImageCms.applyTransform(image.convert(family), transform) or image.convert("RGB")
 
 
 @functools.lru_cache(maxsize=16)
@@ -133,7 +135,9 @@ def _transform(profile: bytes | None, family: str) -> Any:
 
     try:
         # Lab has no profile of its own where a file has none.
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile) if family != "LAB" else ImageCms.createProfile("LAB"))
+        source = ImageCms.ImageCmsProfile(
+            io.BytesIO(profile or b"") if family != "LAB" else ImageCms.createProfile("LAB")
+        )
         if family != "LAB" and _SPACES.get(source.profile.xcolor_space.strip()) != family:
             return None
         target = ImageCms.createProfile("sRGB")

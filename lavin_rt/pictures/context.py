@@ -66,13 +66,13 @@ def read_template(folder: str | os.PathLike) -> list[Pair]:
     return [Pair(name, *(found[name][role][0] for role in _ROLES)) for name in sorted(found, key=images.natural_key)]
 
 
-def given_pairs(pairs: Iterable[Sequence[Any]]) -> list[Pair]:
+def given_pairs(pairs: Iterable[Sequence[Any] | Pair]) -> list[Pair]:
     """Pairs given in Python as `(input, target)`, all of them and in their order."""
     if not isinstance(pairs, Iterable):
         raise InputError(
             f"context is {type(pairs).__name__}; expected a folder, a task's name or pairs (input, target)"
         )
-    given = []
+    given: list[Pair] = []
     for i, pair in enumerate(pairs):
         if isinstance(pair, Pair):
             given.append(pair)
@@ -101,22 +101,21 @@ def choose_pairs(pairs: Sequence[Pair], count: int, seed: int, repeats: bool = F
     Raises:
         InputError: zero pairs, or more than there are.
     """
-    given, count = count, whole(count)
-    if whole(seed) is None:
+    wanted, number = whole(count), whole(seed)
+    if number is None:
         raise InputError(f"seed is {seed!r}; expected a whole number")
-    seed = whole(seed)  # its text decides
-    if count is None or count < 1:
-        raise InputError(f"{given!r} context pairs asked for; expected a whole number, at least 1")
+    if wanted is None or wanted < 1:
+        raise InputError(f"{count!r} context pairs asked for; expected a whole number, at least 1")
     if not pairs:
         raise InputError("the context has no pairs; expected at least one")
     if repeats:
         by_name = sorted(pairs, key=lambda pair: images.natural_key(pair.name))
-        return [by_name[_hash(seed, "draw", i) % len(by_name)] for i in range(count)]
-    if count > len(pairs):
+        return [by_name[_hash(number, "draw", i) % len(by_name)] for i in range(wanted)]
+    if wanted > len(pairs):
         raise InputError(
             f"{count} context pairs asked for, {len(pairs)} are there; ask for {len(pairs)} at most, or allow repeats"
         )
-    return sorted(pairs, key=lambda pair: _hash(seed, pair.name))[:count]
+    return sorted(pairs, key=lambda pair: _hash(number, pair.name))[:wanted]
 
 
 def find_task(name: str | os.PathLike, template_roots: Iterable[str | os.PathLike]) -> Path:
@@ -156,7 +155,7 @@ def task_folders(root: str | os.PathLike) -> list[Path]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ContextFrames(Sequence):
+class ContextFrames(Sequence[torch.Tensor]):
     """The clips of a context's pairs, decoded and resized, as a sequence `in1, target1, in2, target2, ...`.
 
     An item is what the VAE encodes, float32 `[1, 3, T, H, W]` in [-1, 1], made when it is asked for: held as uint8,
@@ -194,7 +193,7 @@ class ContextFrames(Sequence):
     def __len__(self) -> int:
         return len(self.frames)
 
-    def __getitem__(self, item: int) -> torch.Tensor:
+    def __getitem__(self, item: int) -> torch.Tensor:  # type: ignore[override]  # one by one, no slices
         return images.to_pixels(self.frames[item]).transpose(0, 1).unsqueeze(0).contiguous()
 
     @property

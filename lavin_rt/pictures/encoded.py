@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,12 +45,12 @@ class KeptKeys:
 
 
 class WhenRead:
-    """A dataclass's field that takes a value, or a function that gives it when it is first read."""
+    """A dataclass's field of text that takes it, or a function that gives it when it is first read."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, instance: object | None, owner: type) -> Any:
+    def __get__(self, instance: object | None, owner: type) -> str:
         if instance is None:
             raise AttributeError(self._name)  # no default
         value = instance.__dict__[self._name]
@@ -58,7 +58,7 @@ class WhenRead:
             value = instance.__dict__[self._name] = value()
         return value
 
-    def __set__(self, instance: object, value: Any) -> None:
+    def __set__(self, instance: object, value: str | Callable[[], str]) -> None:
         instance.__dict__[self._name] = value
 
 
@@ -79,7 +79,10 @@ class EncodedContext:
     """
 
     latents: torch.Tensor
-    vae_fingerprint: str = WhenRead()
+    if TYPE_CHECKING:
+        vae_fingerprint: str  # mypy would take the descriptor for a default
+    else:
+        vae_fingerprint: str = WhenRead()
     size: tuple[int, int]
     posterior: str
     pairs: int

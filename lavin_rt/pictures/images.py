@@ -139,8 +139,8 @@ def parse_size(size: str | int | Sequence[int]) -> tuple[int, int]:
             values = [int(value) for value in match.groups() if value] if match else []
         else:
             # An array, a tensor and torch.Size too; those without a dimension are not iterable, though they say so.
-            given = list(size) if getattr(size, "ndim", 1) and isinstance(size, Iterable) else [size]
-            values = [operator.index(whole(value)) for value in given]
+            given: list[Any] = list(size) if getattr(size, "ndim", 1) and isinstance(size, Iterable) else [size]
+            values = [operator.index(whole(value)) for value in given]  # type: ignore[arg-type]  # None is refused below
         height, width = values * 2 if len(values) == 1 else values
     except (TypeError, ValueError):
         raise InputError(f"size {size!r}: expected multiples of 16, as 512 or as 384x640 (height x width)") from None
@@ -246,7 +246,8 @@ def save_picture(frames: torch.Tensor, path: str | os.PathLike) -> None:
         exif[_DESCRIPTION_TAG] = mark
         # Pillow merges a repeated PNG frame only if it blends like the one before, which opaque frames do not show.
         blend = [i % 2 for i in range(len(images))]
-        options |= {"PNG": {"blend": blend}, "GIF": {"comment": mark}, "WEBP": {"exif": exif}}[file_format]
+        marked: dict[str, dict[str, Any]] = {"PNG": {"blend": blend}, "GIF": {"comment": mark}, "WEBP": {"exif": exif}}
+        options |= marked[file_format]
     with written_whole(path) as partial, open(partial, "wb") as file:
         images[0].save(file, file_format, **options)
 
@@ -292,9 +293,8 @@ def _reading(source: Any) -> Iterator[Image.Image]:
     name = source_name(source)
     if not isinstance(source, str | os.PathLike | Image.Image):
         raise InputError(f"{name}: expected a path, a PIL image or a uint8 array [H, W, 3]")
-    opened = contextlib.nullcontext(source) if isinstance(source, Image.Image) else None
     try:
-        with opened or Image.open(source) as image:
+        with contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
             yield image
     except (InputError, MemoryError):
         raise

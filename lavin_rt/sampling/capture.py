@@ -8,6 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ class Graphs:
 
     def __init__(self):
         self._stream: torch.cuda.Stream | None = None
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # torch's handle, of another type in every release
 
     def capture(self, function: Callable[[], object]) -> Callable[[], object]:
         """The replay of a function that has run before, so that kernels are compiled and libraries have their memory.
@@ -136,6 +137,7 @@ class Replays:
         self._kept[key] = kept
         if kept.replay is None:
             return function(x)
+        assert kept.source is not None and kept.result is not None  # made with the replay
         kept.source.copy_(x)
         kept.replay()
         return kept.result.clone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -28,7 +28,7 @@ class Step(Protocol):
         """Room for the condition, constant over a run's steps, and for what a shape keeps; the same for all forms."""
 
     def fill(self, condition: Tensors, context: torch.Tensor, query: torch.Tensor) -> None:
-        """Writes embedded frames (`Network.embed`) into the buffers.
+        """Writes embedded frames (`Denoiser.embed`) into the buffers.
 
         Args:
             condition: what `buffers` made.
@@ -43,11 +43,11 @@ class Step(Protocol):
 
     def __call__(self, latents: torch.Tensor, condition: Tensors, *rows: torch.Tensor) -> torch.Tensor:
         """Velocities `[branches of the form, 16, target frames, h, w]`, the conditional branches first, of latents
-        `[queries, 16, target frames, h, w]` float32 and one evaluation's rows of `Network.table`.
+        `[queries, 16, target frames, h, w]` float32 and one evaluation's rows of `Denoiser.table`.
         """
 
 
-class Network(Protocol):
+class Denoiser(Protocol):
     """A denoiser on a device: the plain model, packed rows, or an artifact's engine.
 
     Attributes:
@@ -103,7 +103,7 @@ def fill_keys(step: Step, condition: Tensors, keys: Tensors | None) -> None:
         target.copy_(part)
 
 
-def make_network(dit: JDiT, impl: str = "auto", compile: bool = False) -> Network:
+def make_network(dit: JDiT, impl: str = "auto", compile: bool = False) -> Denoiser:
     """The network that `impl` names (`packed.resolve_impl`) over a model's parameters."""
     impl = resolve_impl(impl, dit.device, dit.config)
     return PlainNetwork(dit, compile) if impl == "plain" else PackedNetwork(dit, impl, compile)
@@ -133,7 +133,7 @@ class PackedNetwork:
     def check_speed(self, speed: Speed) -> None:
         """Has every speed."""
 
-    def step(self, shape: Shape, form: Form | None = None, once: bool = False) -> Step:
+    def step(self, shape: Shape, form: Form | None = None, once: bool = False) -> _PackedOnBuffers:
         layout = Layout.make(self.config, shape, self.device, form)
         return _PackedOnBuffers(PackedStep(self.dit, layout, self.impl), self, self.compiles and not once)
 
@@ -160,11 +160,11 @@ class PackedNetwork:
 class _PackedOnBuffers:
     def __init__(self, step: PackedStep, network: PackedNetwork, compile: bool):
         self.step, self.network = step, network
-        self.run = step.compiled() if compile else step
+        self.run: Callable[..., torch.Tensor] = step.compiled() if compile else step
 
     def buffers(self) -> Tensors:
         config, shape = self.network.config, self.step.layout.shape
-        kind = {"dtype": self.network.dtype, "device": self.network.device}
+        kind: dict[str, Any] = {"dtype": self.network.dtype, "device": self.network.device}
         rows = torch.zeros(sum(shape.condition_frames) * shape.frame_tokens, config.hidden_size, **kind)
         if shape.guided:
             zeros = rows.new_zeros(1, config.in_channels, 1, shape.height, shape.width)
@@ -286,6 +286,10 @@ class LatentCondition:
         conditional[:, context.shape[1] :] = query
         for null in condition[1 : 1 + self.shape.guided]:
             null.transpose(1, 2)[:, 1:] = query
+
+    def context(self, condition: Tensors) -> Tensors:
+        """None: it keeps nothing of the pairs."""
+        return ()
 
     def __call__(self, latents: torch.Tensor, condition: Tensors, *rows: torch.Tensor) -> torch.Tensor:
         run = condition[: 2 if self.form.null else 1]

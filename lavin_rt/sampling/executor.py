@@ -22,7 +22,7 @@ from lavin_rt.devices import gigabytes, let_go, memory_at_hand, out_of_memory, r
 from lavin_rt.dit.layout import STORED, Form, Shape
 from lavin_rt.errors import InputError, NonFiniteError, TooLittleMemory
 from lavin_rt.sampling.capture import CaptureError, Graphs, Replays
-from lavin_rt.sampling.denoisers import Network, Step, Tensors, fill_keys
+from lavin_rt.sampling.denoisers import Denoiser, Step, Tensors, fill_keys
 from lavin_rt.sampling.fitting import describe, what_fits
 from lavin_rt.sampling.guided_step import Schedule, guided_step
 from lavin_rt.sampling.speeds import CONTEXT_TIME, TASK, Speed
@@ -77,7 +77,7 @@ class Executor:
         replays: CUDA graphs replayed so far.
     """
 
-    def __init__(self, network: Network, graphs: bool = True, shapes: int = SHAPES):
+    def __init__(self, network: Denoiser, graphs: bool = True, shapes: int = SHAPES):
         if shapes < 1:
             raise InputError(f"shapes is {shapes}; expected at least 1")
         self.network = network
@@ -182,16 +182,16 @@ class Executor:
         """
 
         def work() -> torch.Tensor:
-            self._load_schedule(knots)
+            schedule = self._load_schedule(knots)
             forms = speed.forms(shape, len(knots) - 1)
             plan = self._plan(shape, forms)
             if speed.refresh == TASK:
                 fill_keys(plan.step, plan.condition, keys)
             plan.step.fill(plan.condition, context, query)
             plan.latents.copy_(noise)
-            self._schedule.guidance.fill_(guidance)
-            self._schedule.rewind()
-            self._run(plan, forms, callback)
+            schedule.guidance.fill_(guidance)
+            schedule.rewind()
+            self._run(plan, schedule, forms, callback)
             return plan.latents.clone()
 
         return self._run_of(shape, work)
@@ -229,8 +229,8 @@ class Executor:
         )
         return tuple(part.clone() for part in step.context(condition))
 
-    def _run(self, plan: _Plan, forms: Sequence[Form], callback: Callback | None) -> None:
-        finite, evaluations = self._schedule.finite, len(forms)
+    def _run(self, plan: _Plan, schedule: Schedule, forms: Sequence[Form], callback: Callback | None) -> None:
+        finite, evaluations = schedule.finite, len(forms)
         # Without a callback a GPU is asked once, at the end, so that no step waits for the host.
         every_step = callback is not None or finite.device.type == "cpu"
         for done, form in enumerate(forms, 1):
@@ -245,13 +245,11 @@ class Executor:
         if len(failed):
             raise NonFiniteError(int(failed[0]) + 1, evaluations)
 
-    def _load_schedule(self, knots: torch.Tensor) -> None:
-        key = tuple(knots.tolist())
-        schedule = self._schedule
+    def _load_schedule(self, knots: torch.Tensor) -> Schedule:
+        key, schedule = tuple(knots.tolist()), self._schedule
         if schedule is not None and schedule.loaded == key:
-            return
-        tables = self._table(knots)
-        evaluations = len(knots) - 1
+            return schedule
+        tables, evaluations = self._table(knots), len(knots) - 1
         if schedule is None or len(schedule.widths) < evaluations:
             self.release()
             schedule = self._schedule = Schedule.make(tables, max(evaluations, EVALUATIONS), self.network.device)
@@ -260,6 +258,7 @@ class Executor:
             buffer[:evaluations] = table
         schedule.widths[:evaluations] = knots.diff()
         schedule.loaded = key
+        return schedule
 
     def _table(self, knots: torch.Tensor) -> Tensors:
         """The network's table of a schedule, one of the last few kept."""
@@ -285,7 +284,8 @@ class Executor:
 
     def _make_plan(self, shape: Shape, forms: Sequence[Form]) -> _Plan:
         """A shape's plan with these forms, those that it has already included."""
-        network, plan = self.network, self._plans.get(shape)
+        network, plan, schedule = self.network, self._plans.get(shape), self._schedule
+        assert schedule is not None  # loaded before any plan is made
         if plan is None:
             grid = (shape.target_frames, shape.height, shape.width)
             latents = torch.zeros(
@@ -299,8 +299,8 @@ class Executor:
             step = plan.step if not plan.advances else network.step(shape, form)
             # Nothing of the executor in it: a plan let go frees its memory at once, not at the next garbage collection.
             state = (plan.latents, plan.condition, plan.difference)
-            advance = partial(guided_step, self._schedule, step, *state, form, shape.guided)
-            self._schedule.rewind()
+            advance = partial(guided_step, schedule, step, *state, form, shape.guided)
+            schedule.rewind()
             replay = self._capture(advance) if self.graphs else None
             if not self.graphs and (network.compiles or network.device.type == "cuda"):
                 advance()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from lavin_rt.dit.layout import Shape
-from lavin_rt.sampling.denoisers import Network
+from lavin_rt.sampling.denoisers import Denoiser
 
 
-def what_fits(network: Network, shape: Shape, memory: int) -> str:
+def what_fits(network: Denoiser, shape: Shape, memory: int) -> str:
     """Names what so many bytes allow instead of a shape, always something smaller."""
     memory = min(memory, network.workspace(shape) - 1)
     for queries in range(shape.queries - 1, 0, -1):

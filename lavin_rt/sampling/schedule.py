@@ -26,10 +26,10 @@ def schedule(steps: int = 20) -> torch.Tensor:
     Raises:
         InputError: an odd, too small or too large number of steps.
     """
-    given, steps = steps, whole(steps)
-    if steps is None or steps % 2 or not MIN_STEPS <= steps <= MAX_STEPS:
-        raise InputError(f"steps is {given!r}; expected an even number from {MIN_STEPS} to {MAX_STEPS}, such as 20")
-    half = steps // 2
+    count = whole(steps)
+    if count is None or count % 2 or not MIN_STEPS <= count <= MAX_STEPS:
+        raise InputError(f"steps is {steps!r}; expected an even number from {MIN_STEPS} to {MAX_STEPS}, such as 20")
+    half = count // 2
     linear = torch.linspace(0, 0.05, half, dtype=torch.float64)
-    quadratic = 0.05 + 0.95 * torch.linspace(1 / steps, 1, half, dtype=torch.float64) ** 2
+    quadratic = 0.05 + 0.95 * torch.linspace(1 / count, 1, half, dtype=torch.float64) ** 2
     return torch.cat([linear, quadratic]).round(decimals=4).float()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Set
+from typing import TYPE_CHECKING, Any
 
 from lavin_rt.errors import InputError
 from lavin_rt.scalars import whole
@@ -51,8 +51,8 @@ class Speed:
 
     evaluations: int | None = None
     times: tuple[float, ...] | None = None
-    refresh: frozenset[int] | str | None = None
-    guided: frozenset[int] | None = None
+    refresh: Set[int] | str | None = None
+    guided: Set[int] | None = None
 
     def __post_init__(self):
         if self.times is not None:
@@ -69,8 +69,9 @@ class Speed:
         if not (isinstance(self.refresh, str) and self.refresh == TASK):
             object.__setattr__(self, "refresh", _indices("refresh", self.refresh, ', or "task"'))
         object.__setattr__(self, "guided", _indices("guided", self.guided))
-        if self.owns_grid:
-            self._check_sets(len(self.times) - 1 if self.times else self.evaluations)
+        evaluations = self.evaluations if self.times is None else len(self.times) - 1
+        if evaluations is not None:
+            self._check_sets(evaluations)
 
     @property
     def owns_grid(self) -> bool:
@@ -117,6 +118,7 @@ class Speed:
             raise InputError(f"speed {self.name} has a grid of its own, steps is {steps!r}; leave one of them out")
         if self.times is not None:
             return torch.tensor(self.times, dtype=torch.float64).float()
+        assert self.evaluations is not None  # or it would own no grid
         return torch.linspace(0, 1, self.evaluations + 1, dtype=torch.float64).float()
 
     def forms(self, shape: Shape, evaluations: int) -> list[Form]:
@@ -129,6 +131,7 @@ class Speed:
         from lavin_rt.dit.layout import COMPUTED, REUSED, STORED, Form
 
         forms = []
+        null: str | None
         for index in range(evaluations):
             if self.refresh is None:
                 context = null = COMPUTED
@@ -177,7 +180,7 @@ def _grid(times: Iterable[float]) -> tuple[float, ...]:
     return grid
 
 
-def _indices(name: str, given: Iterable[int] | None, others: str = "") -> frozenset[int] | None:
+def _indices(name: str, given: Iterable[Any] | None, others: str = "") -> frozenset[int] | None:
     if given is None:
         return None
     expected = f"expected a set of evaluations with 0 in it, such as {{0, 4}}{others}, or None"
@@ -187,7 +190,7 @@ def _indices(name: str, given: Iterable[int] | None, others: str = "") -> frozen
         raise InputError(f"{name} is {given!r}; {expected}") from None
     if isinstance(given, str) or not all(index is not None and index >= 0 for index in indices) or 0 not in indices:
         raise InputError(f"{name} is {_short(given)}; {expected}")
-    return frozenset(indices)
+    return frozenset(index for index in indices if index is not None)
 
 
 def _short(value: object) -> str:

@@ -12,7 +12,7 @@ import torch
 from lavin_rt.devices import current_device
 from lavin_rt.errors import InputError
 from lavin_rt.host_state import full_float32, own_state
-from lavin_rt.sampling.denoisers import Network
+from lavin_rt.sampling.denoisers import Denoiser
 
 
 class Turns:
@@ -22,7 +22,7 @@ class Turns:
         network: whose device it is.
     """
 
-    def __init__(self, network: Network):
+    def __init__(self, network: Denoiser):
         self._network = network
         self._last: torch.cuda.Event | None = None
         self._lock, self._busy, self._process = threading.RLock(), False, os.getpid()

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lavin_rt.errors import Cancelled
@@ -49,7 +49,7 @@ class Ticket:
 
     Attributes:
         queue: what fairness is between, the task's name.
-        kind: requests of one kind run together.
+        kind: requests of one kind, which are equal in it, run together.
         clip: the query, uint8 `[T, 3, H, W]`.
         seed: of the noise.
         state: `waiting`, `running`, `done`, `failed` or `cancelled`.
@@ -57,7 +57,7 @@ class Ticket:
         future: the `Answer`, or the `Refused` that there is instead.
     """
 
-    def __init__(self, queue: str, kind: Hashable, clip: torch.Tensor, seed: int):
+    def __init__(self, queue: str, kind: Any, clip: torch.Tensor, seed: int):
         self.queue, self.kind, self.clip, self.seed = queue, kind, clip, seed
         self.state = "waiting"
         self.done = self.total = 0
@@ -100,7 +100,7 @@ class Engine:
     def __init__(
         self,
         run: Callable[[Sequence[Ticket], Callable], Sequence[Result]],
-        most: Callable[[Hashable, int], int],
+        most: Callable[[Any, int], int],
         limits: Limits,
         observe: Callable[[Sequence[Ticket], int, float], None] = lambda *_: None,
     ):
@@ -245,7 +245,8 @@ class Engine:
         first = items.popleft()
         batch = [first]
         if isinstance(first, Ticket):
-            alike = [item for item in items if item.kind == first.kind][: self._limits.batch - 1]
+            tickets = [item for item in items if isinstance(item, Ticket) and item.kind == first.kind]
+            alike = tickets[: self._limits.batch - 1]
             if alike:
                 alike = alike[: max(1, self._most(first.kind, 1 + len(alike))) - 1]
             for item in alike:

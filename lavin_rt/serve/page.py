@@ -50,7 +50,8 @@ footer .built-with, footer a[href*="gradio"] {display: none !important}
 def upload(**options: Any) -> gr.Image:
     """A picture as the client sent it; the service's own bounded decoder opens it, and nothing else does."""
     image = gr.Image(type="filepath", image_mode=None, sources=["upload", "webcam", "clipboard"], **options)
-    image.preprocess = lambda payload: None if payload is None else payload.path
+    # A subclass would be another component to the browser.
+    image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
     return image
 
 
@@ -76,7 +77,7 @@ class Page:
         names = [name for name in EXAMPLES if name in entries] or list(entries)[:3]
         found = []
         for entry in (entries[name] for name in names):
-            if entry.frames == 1:
+            if entry.frames == 1 and isinstance(entry.source, Path):
                 count = min(PAIRS + 1, entry.pairs)
                 pairs = contexts.choose_pairs(contexts.read_template(entry.source), count, 0)
                 found.append((entry.name, Path(pairs[-1].input)))
@@ -269,7 +270,7 @@ def build(page: Page) -> gr.Blocks:
                 )
         asked = [task, query, speed, steps, guidance, seed, pairs, strip_state]
         answered = [message, ticket, result, download, strip, strip_state]
-        private = {"api_visibility": "private", "show_progress": "hidden"}
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         task.change(page.pairs, task, [shown, pairs], **private)
         run.click(page.run, asked, answered, **private)
         cancel.click(page.cancel, ticket, None, queue=False, **private)

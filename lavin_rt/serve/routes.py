@@ -56,17 +56,18 @@ class RunForm:
         accept: Annotated[str | None, Header(include_in_schema=False)] = None,
     ):
         self.query, self.seed, self.keep_size = query, seed, keep_size
-        self.run = {"steps": steps, "guidance": guidance, "speed": speed, "pairs": pairs, "size": size}
+        self.run: dict[str, Any] = {"steps": steps, "guidance": guidance, "speed": speed, "pairs": pairs, "size": size}
         self.record = format == "json" or (accept or "").startswith("application/json")
         self.format = "png" if format == "json" else "jpeg" if format == "jpg" else format
 
 
 Run = Annotated[RunForm, Depends()]
+Responses = dict[int | str, dict[str, Any]]
 
 
 def make_router(service: Service) -> APIRouter:
     """All routes but the page."""
-    known = {status: {"model": Problem} for status in (400, 404, 408, 409, 413, 415, 422, 429, 500, 503)}
+    known: Responses = {status: {"model": Problem} for status in (400, 404, 408, 409, 413, 415, 422, 429, 500, 503)}
     router = APIRouter(responses=known)
     decoding = asyncio.Semaphore(DECODERS)
 
@@ -145,7 +146,7 @@ def make_router(service: Service) -> APIRouter:
         service.library.remove(name)
         return Response(status_code=204)
 
-    shown = {200: {"content": {media: {} for media in (*pictures.MEDIA_TYPES.values(), "application/json")}}}
+    shown: Responses = {200: {"content": {media: {} for media in (*pictures.MEDIA_TYPES.values(), "application/json")}}}
 
     @router.post("/v1/tasks/{name}/run", tags=["runs"], responses=shown, response_class=Response)
     async def run(name: str, form: Run, request: Request) -> Response:
@@ -155,7 +156,7 @@ def make_router(service: Service) -> APIRouter:
         answer = await wait_for(ticket, request)
         if answer is None:
             return Response(status_code=GONE)
-        size = tuple(clip.shape[-2:]) if form.keep_size else None
+        size = (clip.shape[-2], clip.shape[-1]) if form.keep_size else None
         return await asyncio.to_thread(respond, service, ticket, answer, form.format, form.record, size)
 
     @router.post("/v1/tasks/{name}/jobs", tags=["jobs"], status_code=202)
@@ -248,8 +249,9 @@ async def wait_for(ticket: Ticket, request: Request) -> Answer | None:
             pass
 
     answer, leaving = asyncio.wrap_future(ticket.future), asyncio.ensure_future(gone())
+    either: set[asyncio.Future[Any]] = {answer, leaving}
     try:
-        await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
             return answer.result()
         ticket.cancel()

@@ -54,7 +54,7 @@ class Connection(H11Protocol):
     would take up all that there may be.
     """
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._look_again(None)
 

@@ -179,7 +179,7 @@ class Service:
         except InputError as error:
             raise Refused(422, str(error), "input") from None
         self._check_side(asked)
-        small = [tuple(images.resize(clip, asked) for clip in pair) for pair in clips]
+        small = [(images.resize(source, asked), images.resize(target, asked)) for source, target in clips]
         future = self.engine.call(lambda: TaskPack.of(self.library.encode(small, asked), name, words))
         return self.library.add(await asyncio.wrap_future(future))
 
@@ -204,10 +204,10 @@ class Service:
 
     def _forget_jobs(self) -> None:
         now = time.monotonic()
-        ended = [job for job in self._jobs.values() if job.ended is not None]
+        ended = [(job, job.ended) for job in self._jobs.values() if job.ended is not None]
         surplus = len(self._jobs) - self.limits.jobs + 1
-        for i, job in enumerate(ended):
-            if i < surplus or now - job.ended > self.limits.job_seconds:
+        for i, (job, end) in enumerate(ended):
+            if i < surplus or now - end > self.limits.job_seconds:
                 del self._jobs[job.id]
 
     def _most(self, kind: Kind, count: int) -> int:

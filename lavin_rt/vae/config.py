@@ -68,10 +68,10 @@ class VAEConfig:
             if name not in shapes:
                 found = f", e.g. {next(iter(shapes))}" if shapes else ""
                 raise InputError(f"not the weights of an ST-VAE: no {name} among {len(shapes)} tensors{found}")
-            found = tuple(getattr(shapes[name], "shape", shapes[name]))
-            if len(found) != 5:
-                raise InputError(f"not the weights of an ST-VAE: {name} is {list(found)}, expected five dimensions")
-            return found
+            sizes = tuple(getattr(shapes[name], "shape", shapes[name]))
+            if len(sizes) != 5:
+                raise InputError(f"not the weights of an ST-VAE: {name} is {list(sizes)}, expected five dimensions")
+            return sizes
 
         def layers(blocks: str) -> int:
             numbers = (re.match(rf"{blocks}\.\d+\.resnets\.(\d+)\.", name) for name in shapes)

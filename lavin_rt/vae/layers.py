@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ def in_memory_of(form: Form, x: torch.Tensor) -> torch.Tensor:
     return x if form.plain else x.contiguous(memory_format=torch.channels_last_3d)
 
 
-def upsampled(x: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
+def upsampled(x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     """`x` nearest-upsampled to (frames, rows, columns); of an odd number of frames the first one and the rest apart."""
     frames, *space = size
     if frames == 1 or frames % 2 == 0:
@@ -63,7 +63,7 @@ def as_clips(x: torch.Tensor, clips: int) -> torch.Tensor:
 def convolution(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     stride: int = 1,
     padding: int | Sequence[int] = 0,
     transposed: bool = False,
@@ -114,7 +114,7 @@ class DerivedKernel(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self._kept: tuple[torch.Tensor, nn.Parameter, int] | None = None
+        self._kept: tuple[torch.Tensor, torch.Tensor, int] | None = None
 
     def derive(self, weight: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -152,6 +152,8 @@ class CausalConv(DerivedKernel):
     On a single frame every time tap sees that frame, so the fast form sums the kernel over time and runs a 2D
     convolution: a third of the work for a kernel of 3, and a kernel of a third of the weight's size to keep.
     """
+
+    conv: nn.Conv3d
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, form: Form):
         super().__init__()
@@ -227,7 +229,7 @@ class ResidualBlock(nn.Module):
         return h.add_(convolution(x, conv.weight, conv.bias) if self.form.plain else pointwise(x, conv))
 
 
-def make_norm(groups: int, channels: int, form: Form, latent_channels: int | None) -> nn.Module:
+def make_norm(groups: int, channels: int, form: Form, latent_channels: int | None) -> NormSiLU | SpatialNormSiLU:
     """The encoder's norm, or the decoder's where there is a latent to be conditioned on."""
     if latent_channels is None:
         return NormSiLU(groups, channels, form)
@@ -258,6 +260,8 @@ class Upsampler(DerivedKernel):
     transposed convolution of stride 2, in each direction with the taps `[k2, k1 + k2, k0 + k1, k0]`: 4 products per
     element of the result, not 9.
     """
+
+    conv: nn.Conv2d
 
     def __init__(self, channels: int, time: bool, form: Form):
         super().__init__()
@@ -292,9 +296,10 @@ class Level(nn.Module):
 
     def __init__(self, resnets: Iterable[ResidualBlock], sampler: Downsampler | Upsampler | None = None):
         super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.downsamplers = nn.ModuleList([sampler] if isinstance(sampler, Downsampler) else [])
-        self.upsamplers = nn.ModuleList([sampler] if isinstance(sampler, Upsampler) else [])
+        smaller, larger = ([sampler] if isinstance(sampler, kind) else [] for kind in (Downsampler, Upsampler))
+        self.resnets = cast("Sequence[ResidualBlock]", nn.ModuleList(resnets))
+        self.downsamplers = cast("Sequence[Downsampler]", nn.ModuleList(smaller))
+        self.upsamplers = cast("Sequence[Upsampler]", nn.ModuleList(larger))
 
     def forward(self, x: torch.Tensor, *latent: torch.Tensor) -> torch.Tensor:
         for resnet in self.resnets:

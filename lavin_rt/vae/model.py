@@ -7,6 +7,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import nn
@@ -75,7 +76,7 @@ class Encoder(nn.Module):
         groups, widths = config.norm_num_groups, config.block_out_channels
         self.form = form
         self.conv_in = CausalConv(3, widths[0], 3, form)
-        self.down_blocks = nn.ModuleList()
+        self.down_blocks = cast("list[Level]", nn.ModuleList())
         for level, width in enumerate(widths):
             before = widths[max(level - 1, 0)]
             resnets = [
@@ -104,7 +105,7 @@ class Decoder(nn.Module):
         self.form = form
         self.conv_in = CausalConv(latent, widths[0], 3, form)
         self.mid_block = Level([ResidualBlock(widths[0], widths[0], groups, form, latent) for _ in range(2)])
-        self.up_blocks = nn.ModuleList()
+        self.up_blocks = cast("list[Level]", nn.ModuleList())
         for level, width in enumerate(widths):
             before = widths[max(level - 1, 0)]
             resnets = [
@@ -334,5 +335,5 @@ def vae_fingerprint(state_dict: Mapping[str, torch.Tensor]) -> str:
     for name, tensor in sorted(state_dict.items()):
         digest.update(json.dumps([name, list(tensor.shape)]).encode())
         values = tensor.detach().to("cpu", torch.bfloat16).contiguous().flatten()
-        digest.update(memoryview(values.view(torch.uint8).numpy()))
+        digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]

@@ -178,7 +178,7 @@ def blended(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, a
     Returns:
         `[N, C', ., ., .]` in the dtype of what `function` returns.
     """
-    total, result = None, None
+    total: torch.Tensor | None = None
     for pieces in itertools.product(*(axis.pieces for axis in axes)):
         result = function(x[:, :, pieces[0].source, pieces[1].source, pieces[2].source])
         if total is None:
@@ -187,4 +187,5 @@ def blended(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, a
         frames, rows, columns = (piece.weights.to(result.device) for piece in pieces)
         weighted = result.float() * frames[:, None, None] * rows[:, None] * columns
         total[:, :, pieces[0].target, pieces[1].target, pieces[2].target] += weighted
+    assert total is not None  # every axis has a piece
     return total.to(result.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -14,6 +15,7 @@ from lavin_bench.kernels.bench import WrongResult, check, relative_error, run
 from lavin_bench.kernels.cases import Setting, Variant, cases, settings
 from lavin_rt.cli.main import main
 from lavin_rt.dit.config import DiTConfig
+from lavin_rt.errors import InputError
 
 CPU = torch.device("cpu")
 TINY = Setting(32, 1, config=DiTConfig(hidden_size=48, depth=1, num_heads=2, kv_group=2))
@@ -178,6 +180,20 @@ def test_candidates_that_end_or_hold_up_their_process_are_dropped_with_the_reaso
         "swiglu": {"block=1": "wrong", "block=2": silent, "block=3": silent, "block=4": "not reached"}
         | {"block=5": "not reached"}
     }
+
+
+def test_tuning_chooses_kernels_by_their_operator(monkeypatch, tmp_path):
+    from lavin_bench.kernels import tune
+
+    monkeypatch.setattr(tune, "resolve_device", lambda name: torch.device("cuda"))
+    options = argparse.Namespace(device="auto", operator="nothing", output=str(tmp_path / "tuned.json"))
+    with pytest.raises(InputError, match=r"'nothing'.*ada_rms_norm, .*swiglu"):
+        tune.bench_tune(options)
+    monkeypatch.setattr(tune, "tried", lambda chosen, *_: {kernel: {} for kernel in chosen})
+    monkeypatch.setattr(tune, "case_of", lambda kernel, *_: kernel)
+    monkeypatch.setattr(tune, "tune", lambda *_: {"times": {"a": {"median": 1.0}}, "today": "a", "best": "a"})
+    record = tune.tune_all(CPU, "group_norm", 1, lambda record: None)
+    assert list(record["kernels"]) == ["channel_moments", "group_norm_silu"]
 
 
 def test_every_tuned_kernel_has_candidates_and_a_case():

@@ -8,12 +8,14 @@ which do not limit attention at these lengths.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Call = Callable[[], list[torch.Tensor]]
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -78,16 +80,19 @@ def _attempts(q, k, v, lens: list[int], key_lens: list[int]) -> dict[str, list[C
         return lambda: [compiled(*part, scale=scale) for part in parts]
 
     # Lists: a generator would look its backend up when it runs, and find that of the last one for all of them.
-    attempts = {name: [lambda b=backend, w=width: sdpa(b, w) for width in widths] for name, backend in BACKENDS.items()}
-    return {**attempts, "flex": [lambda w=width: flex(w) for width in widths]}
+    attempts: dict[str, list[Callable[[], Call]]] = {
+        name: [partial(sdpa, backend, width) for width in widths] for name, backend in BACKENDS.items()
+    }
+    return {**attempts, "flex": [partial(flex, width) for width in widths]}
 
 
-def _branches(q, k, v, lens: list[int], key_lens: list[int], width: int) -> list[tuple[torch.Tensor, ...]]:
+def _branches(q, k, v, lens: list[int], key_lens: list[int], width: int) -> list[Parts]:
     """q, k, v of every branch as contiguous `[1, heads, rows, width]`."""
     group = q.shape[1] // k.shape[1]
     parts = []
     for of_q, of_k, of_v in zip(q.split(lens), k.split(key_lens), v.split(key_lens), strict=True):
         of_k, of_v = (part.repeat_interleave(group, dim=1) for part in (of_k, of_v))
         wide = (F.pad(part, (0, width - part.shape[-1])) for part in (of_q, of_k, of_v))
-        parts.append(tuple(part.transpose(0, 1).unsqueeze(0).contiguous() for part in wide))
+        one_q, one_k, one_v = (part.transpose(0, 1).unsqueeze(0).contiguous() for part in wide)
+        parts.append((one_q, one_k, one_v))
     return parts

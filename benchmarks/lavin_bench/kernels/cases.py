@@ -296,10 +296,12 @@ def _joint_attention(setting: Setting, device: torch.device, dtype: torch.dtype)
     # padded as they need, made beforehand and not timed.
     q = random(branches.rows, heads, head_size)
     k, v = (random(branches.keys, kv_heads, head_size) for _ in range(2))
-    padded = [torch.nn.functional.pad(part, (0, -head_size % 16)) for part in (q, k, v)]
+    q_padded, k_padded, v_padded = (torch.nn.functional.pad(part, (0, -head_size % 16)) for part in (q, k, v))
     calls, skipped = variants("joint_attention", (q, k, v, branches, head_size), device)
     if "ours" in calls:
-        calls["ours"] = Variant(lambda: lavin_kernels.joint_attention(*padded, branches, head_size))
+        calls["ours"] = Variant(
+            lambda: lavin_kernels.joint_attention(q_padded, k_padded, v_padded, branches, head_size)
+        )
 
     # The truth of 64 query rows of every branch, in float64 (all rows would take 10,240 x 10,240 scores of 32 heads).
     sampled = [torch.linspace(0, rows - 1, min(64, rows)).long().to(device) for rows in lens]

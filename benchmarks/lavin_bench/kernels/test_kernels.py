@@ -47,9 +47,10 @@ def test_kernel(benchmark, setting, operator, variant):
 
 def _time(benchmark, case: Case, variant: str) -> None:
     sample = cuda_sampler(DEVICE) if DEVICE.type == "cuda" else wall_clock
-    call = case.variants[variant].call
-    if DEVICE.type == "cuda" and not case.flops:
-        call = captured(call, DEVICE)  # a launch from Python takes longer than a small kernel
+    eager = case.variants[variant].call
+    # A launch from Python takes longer than a small kernel.
+    call = captured(eager, DEVICE) if DEVICE.type == "cuda" and not case.flops else eager
+    assert call is not None, "cannot be captured"
 
     def timed() -> None:
         CLOCK.now += sample(call)

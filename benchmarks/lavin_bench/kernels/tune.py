@@ -201,7 +201,7 @@ def tune_all(
     """
     dtype = torch.bfloat16
     record: dict[str, Any] = {"kind": "tuning", "header": header(device), "kernels": {}, "failures": []}
-    chosen = [kernel for kernel, (_, of) in KERNELS.items() if operator in of]
+    chosen = [kernel for kernel, of in KERNELS.items() if operator in of]
     chosen.sort(key=lambda kernel: "attention" not in kernel)  # what matters most comes first
     dropped = tried(chosen, device, dtype, workers or max(2, os.cpu_count() or 2), seconds)
     for kernel in chosen:
@@ -224,10 +224,10 @@ def bench_tune(options: argparse.Namespace) -> None:
     device = resolve_device(options.device)
     if device.type != "cuda":
         raise InputError("tuning needs a CUDA device, this machine has none; the defaults of lavin_kernels serve it")
-    if not any(options.operator in operator for _, operator in KERNELS.values()):
+    if not any(options.operator in operator for operator in KERNELS.values()):
         raise InputError(
             f"no tuned operator has {options.operator!r} in its name; expected one of "
-            + ", ".join(dict.fromkeys(operator for _, operator in KERNELS.values()))
+            + ", ".join(dict.fromkeys(KERNELS.values()))
         )
     path = Path(options.output) if options.output else tuning.config_file(torch.cuda.get_device_name(device))
     check_writable(path)

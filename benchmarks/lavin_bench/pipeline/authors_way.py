@@ -15,9 +15,10 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +110,7 @@ def fastest_attention(
         try:
             with candidate.chosen(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # reasons why a backend does not run, which is tried for here
-                found[candidate] = min(_seconds(lambda c=candidate: attend(q, k, v, c.grouped), device, 5))
+                found[candidate] = min(_seconds(partial(attend, q, k, v, candidate.grouped), device, 5))
         except RuntimeError:  # a backend that does not take this head size, dtype or grouping
             continue
     return min(found, key=found.__getitem__) if found else Attention(None, grouped=False)
@@ -187,7 +188,7 @@ class Network(nn.Module):
         for index, block in enumerate(dit.blocks):
             weight, bias = dit.modulation_parameters(index)
             streams.append(nn.ModuleList(Stream(block, i, config.kv_size, weight, bias) for i in range(2)))
-        self.blocks = nn.ModuleList(streams)
+        self.blocks = cast("Sequence[Sequence[Stream]]", nn.ModuleList(streams))
         self.head_modulation, self.head = dit.head.modulation, dit.head.linear
 
     def forward(

@@ -123,7 +123,7 @@ def run(
         if show:
             print(setting.name, flush=True)
         baselines = Baselines(dit, vae)
-        figures = {"name": setting.name, "size": setting.size, "pairs": setting.pairs}
+        figures: dict[str, Any] = {"name": setting.name, "size": setting.size, "pairs": setting.pairs}
         figures["useful_flops"] = (steps - 1) * setting.useful_flops
         meter = Meter(dit, setting, dtype, repeats, steps, error_steps, top["matmul"]["flops_per_second"], show)
         found = {"sampling": variants(dit, setting, baselines)}
@@ -208,7 +208,7 @@ class Meter:
             self._say(f"{what}, {line(rows[name])}")
         return [rows[name] for name in calls]
 
-    def _refuse(self, calls: dict[str, Sampling], rows: dict[str, Any], what: str) -> None:
+    def _refuse(self, calls: dict[str, Any], rows: dict[str, Any], what: str) -> None:
         """Drops the exact variants whose results are wrong; a speed's error is its price, and is shown."""
         own = rows.get(AUTHORS_EAGER, {}).get("relative_error", AUTHORS_BOUND)
         allowed = TOLERANCE if self.dtype == torch.float32 else 2 * own + torch.finfo(self.dtype).eps

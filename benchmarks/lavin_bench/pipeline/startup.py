@@ -57,6 +57,10 @@ class Clock:
 
         return timed
 
+    def count(self, part: str, owner: object, method: str) -> None:
+        """Has an object's method counted as `part` from now on."""
+        setattr(owner, method, self.within(part, getattr(owner, method)))
+
     def _add(self, part: str, seconds: float) -> None:
         self.parts[part] = self.parts.get(part, 0.0) + seconds
 
@@ -97,11 +101,11 @@ def child(options: dict[str, Any], clock: Clock) -> dict[str, Any]:
     *context, query = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     task = pipe.task(list(zip(context[::2], context[1::2], strict=True)), size=size)
     clock.mark("context")
-    pipe.network.table = clock.within("modulation table", pipe.network.table)
+    clock.count("modulation table", pipe.network, "table")
     task.prepare(1, STEPS, GUIDANCE)
     clock.mark("compile and capture" if options["compile"] or pipe.executor.graphs else "preparation")
-    pipe.encode = clock.within("query's encoding", pipe.encode)
-    pipe.decode = clock.within("decoding", pipe.decode)
+    clock.count("query's encoding", pipe, "encode")
+    clock.count("decoding", pipe, "decode")
     [result] = task.run([query], steps=STEPS, guidance=GUIDANCE)
     clock.mark("sampling")
     images.save_picture(result.frames, options["picture"])

@@ -70,7 +70,9 @@ def one_pass(vae: STVAE, form: str, direction: str, size: int) -> Run:
 
 def resident_bytes(field: str) -> int:
     """This process's `VmRSS`, or its peak `VmHWM` (the peak of getrusage starts at the parent's in a new process)."""
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 def peak_bytes(vae: STVAE, run: Run) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from lavin_rt.dit.model import JDiT
 from lavin_rt.pictures import images
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.sampling import sampler
-from lavin_rt.sampling.denoisers import Network, PackedNetwork
+from lavin_rt.sampling.denoisers import Denoiser, PackedNetwork
 from lavin_rt.sampling.executor import Executor
 from lavin_rt.sampling.speeds import SPEEDS, TASK
 from lavin_rt.vae.config import VAEConfig
@@ -163,7 +164,7 @@ def variants(dit: JDiT, setting: Setting, baselines: Baselines) -> dict[str, Var
 
         return Variant(make, modulates=True)
 
-    def ours(network: Callable[[], Network], graphs: bool = False, speed: str = "exact") -> Variant:
+    def ours(network: Callable[[], Denoiser], graphs: bool = False, speed: str = "exact") -> Variant:
         chosen = SPEEDS[speed]
         shape = dataclasses.replace(setting.shape, kept=chosen.keeps)
 
@@ -236,12 +237,13 @@ def whole_calls(dit: JDiT, vae: STVAE, setting: Setting, baselines: Baselines) -
             shown = torch.stack([picture for pair in context for picture in pair])
 
             def answer(steps: int) -> torch.Tensor:
-                frames = [images.to_pixels(pictures.permute(0, 3, 1, 2)) for pictures in (shown, query[None])]
-                latents, answered = baselines.way(compile, steps).answer(*frames, noise)
-                answer.frames = images.from_pixels(answered).cpu()
+                pairs, asked = (images.to_pixels(pictures.permute(0, 3, 1, 2)) for pictures in (shown, query[None]))
+                latents, answered = baselines.way(compile, steps).answer(pairs, asked, noise)
+                call.frames = images.from_pixels(answered).cpu()
                 return latents
 
-            return answer
+            call: Any = answer
+            return call
 
         return Variant(make, modulates=True)
 
@@ -253,10 +255,11 @@ def whole_calls(dit: JDiT, vae: STVAE, setting: Setting, baselines: Baselines) -
 
             def answer(steps: int) -> torch.Tensor:
                 [result] = task.run([query], steps=steps, guidance=GUIDANCE, noise=noise)
-                answer.frames, answer.image = result.frames, result.image  # a call ends with a PIL image
+                call.frames, call.image = result.frames, result.image  # a call ends with a PIL image
                 return result.latents
 
-            return answer
+            call: Any = answer
+            return call
 
         return Variant(make, modulates=False)
 

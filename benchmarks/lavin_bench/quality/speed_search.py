@@ -48,7 +48,7 @@ def ranked(record: dict[str, Any]) -> list[dict[str, Any]]:
             -row["better_than_exact"][task["deciding"]][0] / abs(task["rows"][0]["measures"][task["deciding"]])
             for task, row in mine
         ]
-        worst = max(losses, key=losses.get)
+        worst = max(losses, key=losses.__getitem__)
         rows.append(
             {
                 "speed": speed["speed"],

@@ -140,7 +140,8 @@ def _task(
     frames = 1 + (asked.queries.shape[1] - 1) // 4
     for speed in speeds:
         results = answers.results(pairs, progress=bar.update, speed=speed)
-        if exact is None:
+        row: dict[str, Any]
+        if exact is None or exact_figures is None:
             exact, exact_figures = results, figures(asked, results)
             row = {"speed": speed.name, "measures": means(exact_figures)}
         else:
@@ -254,12 +255,12 @@ def own_pairs_record(
     }
     of_exact = np.array(rows["exact"])
     for speed, values in rows.items():
-        of_speed = np.array(values)
-        row = {"speed": speed, "psnr": round(float(of_speed[:, 0].mean()), 3)}
-        row["seconds"] = round(float(np.median(of_speed[:, 2])), 4)
+        table = np.array(values)
+        row: dict[str, Any] = {"speed": speed, "psnr": round(float(table[:, 0].mean()), 3)}
+        row["seconds"] = round(float(np.median(table[:, 2])), 4)
         if speed != "exact":
-            row["better_than_exact"] = interval(of_speed[:, 0] - of_exact[:, 0])
-            row["psnr_to_exact"] = round(float(np.median(of_speed[:, 1])), 3)
+            row["better_than_exact"] = interval(table[:, 0] - of_exact[:, 0])
+            row["psnr_to_exact"] = round(float(np.median(table[:, 1])), 3)
         record["rows"].append(row)
     return record
 

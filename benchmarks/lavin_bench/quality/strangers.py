@@ -153,7 +153,7 @@ def ask(
         shown = [(crop, mapped(mapping, crop)) for crop in colourful_crops(rng, PAIRS, size)]
         asked = colourful_crops(rng, queries, size)
         results = answers(place / str(number), shown, [*asked, *(pair[0] for pair in shown)], options)
-        mean = np.uint8(np.mean([target for _, target in shown], axis=0) + 0.5)
+        mean = (np.mean([target for _, target in shown], axis=0) + 0.5).astype(np.uint8)
         for query, result in zip(asked, results, strict=False):
             target = mapped(mapping, query)
             rows.append([fidelity(picture, target) for picture in (result, query, mean)])

@@ -7,14 +7,17 @@ of the table, and in the last block the cond stream stops at its keys and values
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lavin_rt.artifact.parts import Ranges, TensorSpec
 from lavin_rt.checkpoint.names import STREAMS, Place, resident_layout
 from lavin_rt.dit.config import DiTConfig
-from lavin_rt.dit.model import GATE_MLP, GATE_MSA, NORM_EPS, SCALE_MLP, SCALE_MSA, JDiT, patchify, unpatchify
+from lavin_rt.dit.model import GATE_MLP, GATE_MSA, NORM_EPS, SCALE_MLP, SCALE_MSA, Block, JDiT, patchify, unpatchify
 from lavin_rt.dit.rope import rotary_tables
 
 POSITIONS = 1024  # frames of the joint sequence, token rows and token columns that the rotary table has
@@ -26,7 +29,7 @@ class Stream(nn.Module):
     values are wanted.
     """
 
-    def __init__(self, block: nn.Module, stream: int, hidden: int, keys_only: bool):
+    def __init__(self, block: Block, stream: int, hidden: int, keys_only: bool):
         super().__init__()
         attention, mlp = block.attention, block.mlp
         self.k_norm = fixed(attention.k_norm[stream])
@@ -61,19 +64,23 @@ class Denoiser(nn.Module):
         velocity, shape and dtype of `latents`.
     """
 
+    rotary_cos: torch.Tensor
+    rotary_sin: torch.Tensor
+    unit: torch.Tensor
+
     def __init__(self, dit: JDiT):
         super().__init__()
         config = dit.config
         self.config = config
         self.cond_embedder, self.x_embedder = dit.cond_embedder, dit.x_embedder
-        self.blocks = nn.ModuleList()
+        self.blocks = cast("list[Mapping[str, Stream]]", nn.ModuleList())
         for index, block in enumerate(dit.blocks):
             last = index + 1 == config.depth
             streams = {
                 name: Stream(block, stream, config.hidden_size, keys_only=last and name == "cond")
                 for stream, name in enumerate(STREAMS)
             }
-            self.blocks.append(nn.ModuleDict(streams))
+            self.blocks.append(cast("Mapping[str, Stream]", nn.ModuleDict(streams)))
         self.head = dit.head.linear
         cos, sin = rotary_tables(POSITIONS, config.head_size, dit.device)
         self.register_buffer("rotary_cos", cos)  # [POSITIONS, head_size / 6] float32
@@ -100,7 +107,7 @@ class Denoiser(nn.Module):
 
     def _block(
         self,
-        block: nn.ModuleDict,
+        block: Mapping[str, Stream],
         cond: torch.Tensor,
         x: torch.Tensor,
         modulation: tuple[list[torch.Tensor], list[torch.Tensor]],
@@ -137,9 +144,7 @@ class Denoiser(nn.Module):
         cond = self._residuals(cond, joint[:, :length], of_cond, cond_mod)
         return cond, self._residuals(x, joint[:, length:], of_x, x_mod)
 
-    def _residuals(
-        self, rows: torch.Tensor, joint: torch.Tensor, of: nn.Module, mod: list[torch.Tensor]
-    ) -> torch.Tensor:
+    def _residuals(self, rows: torch.Tensor, joint: torch.Tensor, of: Stream, mod: list[torch.Tensor]) -> torch.Tensor:
         """One stream behind its attention: output projection, MLP, and the gated residual of either."""
         rows = rows + self._norm(F.linear(joint, of.proj), self.unit) * mod[GATE_MSA].to(rows.dtype)
         gate_up = F.linear(self._ada_norm(rows, mod[SCALE_MLP]), of.gate_up)
@@ -209,11 +214,12 @@ def example_inputs(
     return latents, cond_latents, modulation.to(device), (0.3 * draw(config.hidden_size)).to(device)
 
 
-def specification(config: DiTConfig, dtype: str) -> tuple[list[dict], list[dict], dict[str, list[int]]]:
+def specification(config: DiTConfig, dtype: str) -> tuple[list[TensorSpec], list[TensorSpec], Ranges]:
     """Inputs, outputs and ranges of the part "denoiser", as the manifest has them."""
     grid = ["height", "width"]
-    latents = {"name": "latents", "dtype": dtype, "shape": ["batch", config.in_channels, "target_frames", *grid]}
-    inputs = [
+    shape: list[int | str] = ["batch", config.in_channels, "target_frames", *grid]
+    latents: TensorSpec = {"name": "latents", "dtype": dtype, "shape": shape}
+    inputs: list[TensorSpec] = [
         latents,
         {"name": "cond_latents", "dtype": dtype, "shape": ["batch", config.in_channels, "cond_frames", *grid]},
         {"name": "modulation", "dtype": "float32", "shape": [config.depth, 2, 4, config.hidden_size]},
@@ -252,6 +258,7 @@ def parameter_name(place: Place, config: DiTConfig) -> str | None:
         return f"head.{rest[-1]}"
     if first != "blocks":
         return None
+    assert place.stream is not None  # of a block's tensors every one has a stream
     index, kind, stream = int(rest[0]), rest[-1], STREAMS[place.stream]
     if index + 1 == config.depth and stream == "cond":
         if kind == "qkv" and place.first_row:

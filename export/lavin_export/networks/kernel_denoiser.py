@@ -34,6 +34,9 @@ class KernelDenoiser(nn.Module):
         dit: the plain model, whose tensors are shared; its modulation linears and time embedder are not used.
     """
 
+    rotary_cos: torch.Tensor
+    rotary_sin: torch.Tensor
+
     def __init__(self, dit: JDiT):
         super().__init__()
         self.config, self.dtype = dit.config, dit.dtype
@@ -56,9 +59,10 @@ class KernelDenoiser(nn.Module):
         # tables; the lists are the references', which one branch of all rows satisfies.
         branches = Branches((batch * lens[0],), (batch * lens[1],), *row_tables(batch, *lens, latents.device))
         positions = row_positions(batch, cond_frames, frames, *grid, latents.device)
-        shape = SimpleNamespace(queries=1, target_frames=frames, height=height, width=width)
+        model: Any = self  # what a step reads of a `JDiT` is here
+        shape: Any = SimpleNamespace(queries=1, target_frames=frames, height=height, width=width)
         layout = Layout(shape, Form(), branches, ((0, branches.split),), positions, self.rotary_cos, self.rotary_sin)
-        step = PackedStep(self, layout, "triton")
+        step = PackedStep(model, layout, "triton")
         step.ops = GraphOperators()
         cond_rows = self.cond_embedder(patchify(cond_latents)).flatten(0, 1)
         return step(latents, cond_rows, modulation, head_scale)

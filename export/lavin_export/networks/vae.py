@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lavin_export.networks.denoiser import fixed
+from lavin_rt.artifact.parts import Ranges, TensorSpec
 from lavin_rt.pictures.images import check_clip_frames
 from lavin_rt.vae import layers as vae_layers
+from lavin_rt.vae import model as vae_model
 from lavin_rt.vae.model import STVAE
 
 ROWS = [2, 512]  # latent rows and columns that a part takes: 16 to 4096 pixels
@@ -94,7 +96,8 @@ class PictureConv(nn.Module):
 
     def __init__(self, source: vae_layers.CausalConv | nn.Conv3d):
         super().__init__()
-        conv = getattr(source, "conv", source)
+        conv = source if isinstance(source, nn.Conv3d) else source.conv
+        assert conv.bias is not None
         self.weight = fixed(conv.weight.double().sum(2).to(conv.weight.dtype))
         self.bias = fixed(conv.bias)
 
@@ -129,7 +132,7 @@ class SpatialNorm(Norm):
         super().__init__(source.norm_layer)
         self.conv_y, self.conv_b = PictureConv(source.conv_y), PictureConv(source.conv_b)
 
-    def forward(self, x: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # conditioned
         scale, shift = (conv(latent).float() for conv in (self.conv_y, self.conv_b))
         return F.silu(_on_blocks(self.normed(x), scale, shift)).to(x.dtype)
 
@@ -144,13 +147,16 @@ def _on_blocks(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> tor
     return (blocks * scale + shift).flatten(-2).flatten(-3, -2)
 
 
+def _picture_norm(source: vae_layers.NormSiLU | vae_layers.SpatialNormSiLU) -> Norm:
+    return SpatialNorm(source) if isinstance(source, vae_layers.SpatialNormSiLU) else Norm(source)
+
+
 class PictureBlock(nn.Module):
     """norm1, SiLU, conv1, norm2, SiLU, conv2, plus the input."""
 
     def __init__(self, source: vae_layers.ResidualBlock):
         super().__init__()
-        make = SpatialNorm if isinstance(source.norm1, vae_layers.SpatialNormSiLU) else Norm
-        self.norm1, self.norm2 = make(source.norm1), make(source.norm2)
+        self.norm1, self.norm2 = _picture_norm(source.norm1), _picture_norm(source.norm2)
         self.conv1, self.conv2 = PictureConv(source.conv1), PictureConv(source.conv2)
         self.conv_shortcut = None if source.conv_shortcut is None else PictureConv(source.conv_shortcut)
 
@@ -164,6 +170,7 @@ class PictureDownsampler(nn.Module):
 
     def __init__(self, source: vae_layers.Downsampler):
         super().__init__()
+        assert source.conv.bias is not None
         self.weight, self.bias = fixed(source.conv.weight), fixed(source.conv.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -176,6 +183,7 @@ class PictureUpsampler(nn.Module):
     def __init__(self, source: vae_layers.Upsampler):
         super().__init__()
         self.weight = fixed(source.derive(source.conv.weight))  # [in, out, 4, 4]
+        assert source.conv.bias is not None
         self.bias = fixed(source.conv.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -221,7 +229,7 @@ class ClipSpatialNorm(Norm):
         super().__init__(source.norm_layer, dims=3)
         self.conv_y, self.conv_b = source.conv_y, source.conv_b
 
-    def forward(self, x: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # conditioned
         frames, of_latent = x.shape[2], latent.shape[2]
         scale, shift = (conv(latent).float() for conv in (self.conv_y, self.conv_b))
         if frames != of_latent:
@@ -236,7 +244,7 @@ def _after_first(clip: torch.Tensor, ratio: int) -> torch.Tensor:
     return torch.cat([first, rest.unsqueeze(3).expand(-1, -1, -1, ratio, -1, -1).flatten(2, 3)], dim=2)
 
 
-def _clip_form(network: nn.Module) -> nn.Module:
+def _clip_form(network: vae_model.Encoder | vae_model.Decoder) -> nn.Module:
     """A copy of the encoder or decoder, sharing its weights, without kernels derived while running."""
     memo = {id(parameter): fixed(parameter) for parameter in network.parameters()}
     network = copy.deepcopy(network, memo)
@@ -309,11 +317,11 @@ def network_of(name: str, vae: STVAE) -> nn.Module:
     return NETWORKS[part](vae, int(frames or 1))
 
 
-def specification(part: str, dtype: str, frames: int = 1) -> tuple[list[dict], list[dict], dict[str, list[int]]]:
+def specification(part: str, dtype: str, frames: int = 1) -> tuple[list[TensorSpec], list[TensorSpec], Ranges]:
     """Inputs, outputs and ranges of a part, as the manifest has them."""
-    pixels = {"name": "pixels", "dtype": dtype, "shape": [1, 3, frames, "8*rows", "8*columns"]}
-    latent = {"dtype": dtype, "shape": [1, 16, latent_frames(frames), "rows", "columns"]}
+    pixels: TensorSpec = {"name": "pixels", "dtype": dtype, "shape": [1, 3, frames, "8*rows", "8*columns"]}
+    latent: TensorSpec = {"name": "latents", "dtype": dtype, "shape": [1, 16, latent_frames(frames), "rows", "columns"]}
     ranges = {"rows": list(ROWS), "columns": list(ROWS)}
     if part == "encoder":
-        return [pixels], [{"name": name, **latent} for name in ("mean", "logvar")], ranges
-    return [{"name": "latents", **latent}], [pixels], ranges
+        return [pixels], [{**latent, "name": name} for name in ("mean", "logvar")], ranges
+    return [latent], [pixels], ranges

@@ -7,7 +7,7 @@ the graph at all.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lavin_export.to_onnx.support import OPSET
 
@@ -97,8 +97,9 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-05, cudnn_enabled=F
 
     if weight is not None or bias is not None:
         raise RuntimeError("group norms are traced without weights; multiply and add behind them")
-    groups = op.Reshape(x, op.Constant(value_ints=[0, num_groups, -1]))
-    last = op.Constant(value_ints=[-1])
+    split: Any = op.Constant(value_ints=[0, num_groups, -1])
+    groups = op.Reshape(x, split)
+    last: Any = op.Constant(value_ints=[-1])
     centred = op.Sub(groups, op.ReduceMean(groups, last, keepdims=1))
     variance = op.ReduceMean(op.Mul(centred, centred), last, keepdims=1)
     normed = op.Div(centred, op.Sqrt(op.Add(variance, op.Constant(value_float=eps))))
@@ -121,7 +122,8 @@ def cast_around(graph: onnx_ir.Graph, weights: set[str]) -> set[str]:
     widened: set[str] = set()
     for node in list(graph):
         kernel, result = KERNELS.get(node.op_type), node.outputs[0]
-        if kernel is None or half.name in kernel.dtypes or node.inputs[0].dtype != half:
+        read = node.inputs[0]
+        if kernel is None or half.name in kernel.dtypes or read is None or read.dtype != half:
             continue
         for index, value in enumerate(node.inputs):
             if value is None or value.dtype != half:
@@ -155,11 +157,10 @@ def _wide(graph: onnx_ir.Graph, node: onnx_ir.Node, value: onnx_ir.Value) -> onn
     import onnx_ir
 
     if value.const_value is not None:
-        wide = onnx_ir.Value(
-            name=f"{value.name}_wide", shape=value.shape, type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
-        )
-        wide.const_value = onnx_ir.tensor(value.const_value.numpy().astype("float32"), name=wide.name)
-        graph.initializers[wide.name] = wide
+        name = f"{value.name}_wide"
+        wide = onnx_ir.Value(name=name, shape=value.shape, type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT))
+        wide.const_value = onnx_ir.tensor(value.const_value.numpy().astype("float32"), name=name)
+        graph.initializers[name] = wide
         return wide
     cast = onnx_ir.node("Cast", [value], {"to": onnx_ir.DataType.FLOAT})
     cast.outputs[0].dtype, cast.outputs[0].shape = onnx_ir.DataType.FLOAT, value.shape

@@ -7,7 +7,6 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from lavin_export.to_onnx.support import Report
 from lavin_export.verify.artifact import verify_written
 from lavin_export.writer import ArtifactWriter, writing
 from lavin_rt.artifact.manifest import Manifest
+from lavin_rt.artifact.parts import Ranges, TensorSpec
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.devices import resolve_device, resolve_dtype
 from lavin_rt.dit.model import JDiT
@@ -43,9 +43,9 @@ class Part:
     name: str
     file: str
     weights: list[str]
-    inputs: list[dict[str, Any]]
-    outputs: list[dict[str, Any]]
-    ranges: dict[str, list[int]]
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    ranges: Ranges
     support: Report
 
 

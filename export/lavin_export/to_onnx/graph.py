@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ from torch import nn
 
 from lavin_export.to_onnx import cuda as onnx_cuda
 from lavin_export.to_onnx.support import OPSET, Report, check_support
+from lavin_export.verify.onnx_weights import described
+from lavin_rt.artifact.parts import TensorSpec
 from lavin_rt.errors import missing_extra
 from lavin_rt.files import Progress
 
@@ -53,8 +55,8 @@ def trace(
     module: nn.Module,
     inputs: Sequence[torch.Tensor],
     dynamic_shapes: Any,
-    input_specification: Sequence[Mapping[str, Any]],
-    output_specification: Sequence[Mapping[str, Any]],
+    input_specification: Sequence[TensorSpec],
+    output_specification: Sequence[TensorSpec],
     cuda: bool = False,
 ) -> Graph:
     """Traces a module on the meta device into a graph that TensorRT and ONNX Runtime both take.
@@ -87,22 +89,23 @@ def trace(
             input_names=[tensor["name"] for tensor in input_specification],
             output_names=[tensor["name"] for tensor in output_specification],
         )
+        assert program is not None  # as of an exported program
         model = program.model
-        weights = list(model.graph.initializers.values())
-        for value in weights:
-            del model.graph.initializers[value.name]
+        weights = dict(model.graph.initializers)
+        for name, value in weights.items():
+            del model.graph.initializers[name]
             value.const_value = None
             model.graph.inputs.append(value)
         onnxscript.optimizer.optimize(model)
     given = len(input_specification)
     del model.graph.inputs[given:]
-    names = {value.name for value in weights}
+    names = set(weights)
     transposed = _without_transposes(model.graph, names)
     widened = onnx_cuda.cast_around(model.graph, names) if cuda else set()
     _name_constants(model.graph)
-    for value in weights:
+    for name, value in weights.items():
         if value.uses():
-            model.graph.initializers[value.name] = value
+            model.graph.initializers[name] = value
     _name_sizes(model.graph, input_specification, output_specification)
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "lavin-rt", None
@@ -112,7 +115,7 @@ def trace(
         node.metadata_props.clear()
         node.doc_string = None
     onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
-    unused = [value.name for value in weights if not value.uses()]
+    unused = [name for name, value in weights.items() if not value.uses()]
     support = check_support(model)
     faults = support.faults + [f"the weight {name} is not used" for name in unused]
     faults += onnx_cuda.cuda_faults(model) if cuda else []
@@ -140,22 +143,23 @@ def write(
 
     data = path.with_name(f"{path.name}.data")
     values = [value for value in graph.model.graph.initializers.values() if value.const_value is None]
-    sizes = [int(math.prod(value.shape.numpy()) * value.dtype.itemsize) for value in values]
+    sizes = [int(math.prod(shape.numpy()) * dtype.itemsize) for _, shape, dtype in map(described, values)]
     done, total = 0, sum(sizes)
     with open(data, "xb") as file:
         for value, size in zip(values, sizes, strict=True):
             offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
             file.seek(offset)
-            tensor = weight(value.name)
-            if value.name in graph.transposed:
+            name, shape, dtype = described(value)
+            tensor = weight(name)
+            if name in graph.transposed:
                 tensor = tensor.T
-            if value.name in graph.widened:
+            if name in graph.widened:
                 tensor = tensor.float()
-            if tuple(tensor.shape) != value.shape.numpy() or tensor.nbytes != size:
-                raise RuntimeError(f"{value.name} is {tuple(tensor.shape)} {tensor.dtype}; the graph has {value}")
-            file.write(memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()))
+            if tuple(tensor.shape) != shape.numpy() or tensor.nbytes != size:
+                raise RuntimeError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; the graph has {value}")
+            file.write(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
             value.const_value = onnx_ir.ExternalTensor(
-                data.name, offset, size, value.dtype, shape=value.shape, name=value.name, base_dir=path.parent
+                data.name, offset, size, dtype, shape=shape, name=name, base_dir=path.parent
             )
             done += size
             if progress is not None:
@@ -178,7 +182,8 @@ def _group_norm(x, num_groups, weight=None, bias=None, eps=1e-05, cudnn_enabled=
     if weight is not None or bias is not None:
         raise RuntimeError("group norms are traced without weights; multiply and add behind them")
     ones, zeros = op.Constant(value_floats=[1.0] * num_groups), op.Constant(value_floats=[0.0] * num_groups)
-    groups = op.Reshape(x, op.Constant(value_ints=[0, num_groups, -1]))
+    split: Any = op.Constant(value_ints=[0, num_groups, -1])
+    groups = op.Reshape(x, split)
     return op.Reshape(op.InstanceNormalization(groups, ones, zeros, epsilon=eps), op.Shape(x))
 
 
@@ -193,7 +198,7 @@ def _without_transposes(graph: onnx_ir.Graph, weights: set[str]) -> set[str]:
             continue
         if list(node.attributes["perm"].as_ints()) != [1, 0]:
             continue
-        weight.shape = onnx_ir.Shape(tuple(reversed(weight.shape.numpy())))
+        weight.shape = onnx_ir.Shape(tuple(reversed(described(weight)[1].numpy())))
         node.outputs[0].replace_all_uses_with(weight)
         graph.remove(node, safe=True)
         transposed.add(weight.name)
@@ -203,19 +208,21 @@ def _without_transposes(graph: onnx_ir.Graph, weights: set[str]) -> set[str]:
 def _name_constants(graph: onnx_ir.Graph) -> None:
     """Gives the small numbers that tracing left (axes, sizes) names that say what they are."""
     for value in list(graph.initializers.values()):
-        array = value.const_value.numpy()
+        constant, (named, _, dtype) = value.const_value, described(value)
+        assert constant is not None
+        array = constant.numpy()
         items = array.reshape(-1).tolist()
         text = f"{items[0]}_x{len(items)}" if len(items) > 8 and len(set(items)) == 1 else "_".join(map(str, items))
         kind = "scalar" if array.ndim == 0 else "list"
-        del graph.initializers[value.name]
-        value.name = value.const_value.name = f"constant.{value.dtype.name.lower()}.{kind}.{text}".replace("-", "minus")
+        del graph.initializers[named]
+        value.name = constant.name = f"constant.{dtype.name.lower()}.{kind}.{text}".replace("-", "minus")
         if value.name in graph.initializers:  # the same value twice
             value.replace_all_uses_with(graph.initializers[value.name])
         else:
             graph.initializers[value.name] = value
 
 
-def _name_sizes(graph: onnx_ir.Graph, inputs: Sequence[Mapping], outputs: Sequence[Mapping]) -> None:
+def _name_sizes(graph: onnx_ir.Graph, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
     """Names the sizes of inputs and outputs as the manifest does; shapes between keep only what is a number."""
     import onnx_ir
 

@@ -225,7 +225,9 @@ def progress_monitor(trt: ModuleType, title: str) -> Any:
     """A bar for every phase of a build, nested ones below; an interrupt ends the build at its next step."""
     from tqdm import tqdm
 
-    class Monitor(trt.IProgressMonitor):
+    base: Any = trt.IProgressMonitor
+
+    class Monitor(base):
         def __init__(self):
             trt.IProgressMonitor.__init__(self)
             self.bars: dict[str, tqdm] = {}

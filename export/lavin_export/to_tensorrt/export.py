@@ -25,6 +25,7 @@ from lavin_export.to_tensorrt.profiles import Profile, for_vae, parse, with_null
 from lavin_export.verify.artifact import verify_written
 from lavin_export.writer import ArtifactWriter, writing
 from lavin_rt.artifact.manifest import Manifest
+from lavin_rt.artifact.parts import Target
 from lavin_rt.artifact.tensorrt_library import import_tensorrt, version_numbers
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.devices import resolve_device, resolve_dtype
@@ -86,7 +87,7 @@ def export_tensorrt(
     lengths = clip_lengths(clip_frames)
     wanted = with_null_branches(profiles or [parse(DEFAULT_PROFILE)])
     _check_profiles(wanted)
-    target = {"device": "cuda", "compute_capability": list(torch.cuda.get_device_capability(device))}
+    target: Target = {"device": "cuda", "compute_capability": list(torch.cuda.get_device_capability(device))}
     with (
         torch.cuda.device(device),
         writing(output, "tensorrt", checkpoint, dtype, target, _record(options), steps, templates) as artifact,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from lavin_rt.artifact.parts import TensorSpec
 from lavin_rt.artifact.sizes import parse_size
 from lavin_rt.errors import InputError
+
+Bounds = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 SIZES = ("batch", "pairs", "cond_frames", "target_frames", "height", "width")
 _RANGE = re.compile(r"(\d+)(?::(\d+))?(?::(\d+))?")
@@ -47,18 +49,20 @@ class Profile:
     height: Range
     width: Range
 
-    def bounds(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    def bounds(self, inputs: Sequence[TensorSpec]) -> dict[str, Bounds]:
         """Least, tuned and largest shape of every input of a manifest's part whose shape varies."""
-        named, bounds = self._named(), {}
+        named = self._named()
+        bounds: dict[str, Bounds] = {}
         for tensor in inputs:
             if all(isinstance(size, int) for size in tensor["shape"]):
                 continue
-            bounds[tensor["name"]] = tuple(
+            least, best, most = (
                 tuple(_number(size, named, which) for size in tensor["shape"]) for which in ("least", "best", "most")
             )
+            bounds[tensor["name"]] = least, best, most
         return bounds
 
-    def ranges(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    def ranges(self, inputs: Sequence[TensorSpec]) -> dict[str, list[int]]:
         """Least and most of every named size of these inputs, as a manifest has them."""
         names = {parse_size(size)[1] for tensor in inputs for size in tensor["shape"] if isinstance(size, str)}
         named = self._named()

@@ -26,6 +26,7 @@ from lavin_export.writer import ArtifactWriter
 from lavin_rt.artifact.aoti import read_weights
 from lavin_rt.artifact.load import ArtifactNetwork, ArtifactVAE, assemble
 from lavin_rt.artifact.manifest import Manifest, file_sha256
+from lavin_rt.artifact.parts import Part
 from lavin_rt.artifact.sizes import check_ranges, ranges_of, sized
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.load import load_dit, load_vae
@@ -168,7 +169,7 @@ def check_compiled_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
                     )
 
 
-def _denoiser(part: Mapping[str, Any], dit: JDiT) -> nn.Module:
+def _denoiser(part: Part, dit: JDiT) -> nn.Module:
     """What the part "denoiser" was compiled from."""
     if part.get("impl") == "triton":
         from lavin_export.networks.kernel_denoiser import KernelDenoiser
@@ -284,9 +285,7 @@ class Cases:
         return latents, cond_latents
 
 
-def sizes_to_check(
-    part: Mapping[str, Any], largest: Sizes, odd: Sizes, affordable: Callable[[Sizes], bool]
-) -> list[Sizes]:
+def sizes_to_check(part: Part, largest: Sizes, odd: Sizes, affordable: Callable[[Sizes], bool]) -> list[Sizes]:
     """The smallest sizes that a part takes, odd ones and large ones, of every range that it has; none twice."""
     found: list[Sizes] = []
     for ranges in ranges_of(part):
@@ -314,7 +313,7 @@ def _rows(sizes: Sizes) -> int:
     return sizes["batch"] * (sizes["cond_frames"] + sizes["target_frames"]) * sizes["height"] * sizes["width"] // 4
 
 
-def _within(part: Mapping[str, Any], sizes: Sizes) -> bool:
+def _within(part: Part, sizes: Sizes) -> bool:
     try:
         check_ranges(part, sizes)
     except InputError:

@@ -13,6 +13,7 @@ from lavin_export.networks import vae as vae_parts
 from lavin_export.networks.weights import denoiser_weights
 from lavin_rt.artifact.manifest import MODULATION, Manifest
 from lavin_rt.artifact.onnx_file import check_external_files
+from lavin_rt.artifact.parts import Part, TensorSpec
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.header import dit_config, open_checkpoint
 from lavin_rt.checkpoint.load import load_vae
@@ -45,17 +46,19 @@ def check_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
             network = vae_parts.in_dtype(vae_parts.network_of(name, vae), manifest.dtype)
             weight = dict(network.named_parameters()).__getitem__
         for value in _external(_load(manifest, part["file"], part["weights"])):
+            constant, (named, _, dtype) = value.const_value, described(value)
+            assert constant is not None
             try:
-                wanted = weight(value.name)
+                wanted = weight(named)
             except KeyError:
                 raise VerificationError(f"{manifest.folder}: {name} has a weight {value.name}, of no model") from None
             # Linears are written transposed, as a MatMul wants them.
             if wanted.ndim == 2 and any(use.node.op_type == "MatMul" for use in value.uses()):
                 wanted = wanted.T
-            if wanted.dtype == torch.bfloat16 and value.dtype == onnx_ir.DataType.FLOAT:
+            if wanted.dtype == torch.bfloat16 and dtype == onnx_ir.DataType.FLOAT:
                 wanted = wanted.float()  # of what ONNX Runtime has no bfloat16 kernel for
             wanted = wanted.detach().contiguous().view(-1).view(torch.uint8)
-            found = torch.frombuffer(bytearray(value.const_value.tobytes()), dtype=torch.uint8)
+            found = torch.frombuffer(bytearray(constant.tobytes()), dtype=torch.uint8)
             if not torch.equal(wanted, found):
                 raise VerificationError(
                     f"{manifest.folder}: the weight {value.name} of {name} is not the checkpoint's; "
@@ -71,7 +74,7 @@ def widened(manifest: Manifest, folder: Path) -> Manifest:
     import onnx_ir
 
     half = {torch.bfloat16: onnx_ir.DataType.BFLOAT16, torch.float16: onnx_ir.DataType.FLOAT16}[manifest.dtype]
-    parts = {}
+    parts: dict[str, Part] = {}
     for name, part in manifest.parts.items():
         model = _load(manifest, part["file"], part["weights"])
         graph = model.graph
@@ -84,8 +87,9 @@ def widened(manifest: Manifest, folder: Path) -> Manifest:
         data = folder / f"{part['file']}.data"
         with open(data, "xb") as file:
             for value in graph.initializers.values():
-                array = value.const_value.numpy()
-                external = isinstance(value.const_value, onnx_ir.ExternalTensor)
+                constant = value.const_value
+                assert constant is not None
+                array, external = constant.numpy(), isinstance(constant, onnx_ir.ExternalTensor)
                 if value.dtype == half:
                     array = array.astype("float32")
                     value.dtype = onnx_ir.DataType.FLOAT
@@ -94,12 +98,14 @@ def widened(manifest: Manifest, folder: Path) -> Manifest:
                     continue
                 offset, written = file.tell(), array.tobytes()
                 file.write(written)
+                named, shape, dtype = described(value)
                 value.const_value = onnx_ir.ExternalTensor(
-                    data.name, offset, len(written), value.dtype, shape=value.shape, name=value.name, base_dir=folder
+                    data.name, offset, len(written), dtype, shape=shape, name=named, base_dir=folder
                 )
         onnx_ir.save(model, folder / part["file"])
-        float32 = {role: [{**tensor, "dtype": "float32"} for tensor in part[role]] for role in ("inputs", "outputs")}
-        parts[name] = {**part, **float32, "weights": [data.name]}
+        inputs: list[TensorSpec] = [{**tensor, "dtype": "float32"} for tensor in part["inputs"]]
+        outputs: list[TensorSpec] = [{**tensor, "dtype": "float32"} for tensor in part["outputs"]]
+        parts[name] = {**part, "inputs": inputs, "outputs": outputs, "weights": [data.name]}
     (folder / MODULATION).symlink_to((manifest.folder / MODULATION).resolve())
     return dataclasses.replace(manifest, folder=folder, dtype=torch.float32, parts=parts)
 
@@ -118,3 +124,9 @@ def _external(model: onnx_ir.Model) -> list[onnx_ir.Value]:
 
     values = model.graph.initializers.values()
     return [value for value in values if isinstance(value.const_value, onnx_ir.ExternalTensor)]
+
+
+def described(value: onnx_ir.Value) -> tuple[str, onnx_ir.Shape, onnx_ir.DataType]:
+    """Name, shape and dtype of a weight, which every weight has."""
+    assert value.name is not None and value.shape is not None and value.dtype is not None
+    return value.name, value.shape, value.dtype

@@ -1,7 +1,7 @@
 """Variable-length, non-causal attention with grouped heads over the joint sequence of every branch, in one launch."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -27,7 +27,7 @@ CANDIDATES = [
 
 # What runs on compute capability 9.0 where the Gluon form cannot: in traced graphs, over kept keys, and where a branch
 # is too short.
-PLAIN = {"variant": "pointer", "block_m": 128, "block_n": 64, "num_warps": 4, "num_stages": 3}
+PLAIN: tuning.Launch = {"variant": "pointer", "block_m": 128, "block_n": 64, "num_warps": 4, "num_stages": 3}
 
 # Gluon as it is called here is that of Triton 3.6 and newer.
 _GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
@@ -36,7 +36,7 @@ _GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6
 GRAPH_BRANCHES = 16
 
 
-def fits(config: Mapping[str, int | str], capability: int) -> bool:
+def fits(config: tuning.Launch, capability: int) -> bool:
     """Whether a launch configuration can be compiled for a compute capability by the Triton that is installed.
 
     For other targets the compiler does not refuse the Gluon form's instructions: it ends the process.
@@ -44,7 +44,7 @@ def fits(config: Mapping[str, int | str], capability: int) -> bool:
     return config["variant"] != "gluon" or (capability == 90 and _GLUON)
 
 
-def _without_gluon(device: torch.device, dtype: torch.dtype) -> Mapping[str, int | str]:
+def _without_gluon(device: torch.device, dtype: torch.dtype) -> tuning.Launch:
     """The launch configuration of a device for what the Gluon form does not take."""
     config = tuning.default_config("joint_attention", tuning.capability(device), dtype)
     return PLAIN if config["variant"] == "gluon" else config
@@ -156,7 +156,7 @@ def _launch(
     return out, lse
 
 
-def _blocks(config: Mapping[str, int | str], variant: str, x_only: bool) -> tuple[int, int]:
+def _blocks(config: tuning.Launch, variant: str, x_only: bool) -> tuple[int, int]:
     """Rows of a tile of queries and of keys. The x stream alone is short: 1024 rows fill 5.3 tiles of 192, 8 of 128."""
     return 128 if variant == "gluon" and x_only else config["block_m"], config["block_n"]
 
@@ -323,7 +323,7 @@ def static_cases(capability: int) -> list[StaticCase]:
     return cases
 
 
-def static_case(config: Mapping[str, int | str], dtype: torch.dtype, x_only: bool) -> StaticCase:
+def static_case(config: tuning.Launch, dtype: torch.dtype, x_only: bool) -> StaticCase:
     heads, kv_heads, head_size, stored = 32, 8, 72, 80
     branches = [(1024 if x_only else cond + 1024, cond + 1024) for cond in (9216, 2048)]
     queries, keys = (sum(rows) for rows in zip(*branches, strict=True))

@@ -1,7 +1,5 @@
 """The decoder's GroupNorm conditioned on the latent, and SiLU, on channels-last tensors."""
 
-from collections.abc import Mapping
-
 import torch
 import triton
 import triton.language as tl
@@ -147,7 +145,7 @@ def _launch(
     return out
 
 
-def _cell_tile(channels: int, column_ratio: int, launch: Mapping[str, int | str]) -> dict[str, int]:
+def _cell_tile(channels: int, column_ratio: int, launch: tuning.Launch) -> dict[str, int]:
     """`channel_tile` with its pixels cut into runs, the longest allowed power of two that divides a cell's columns."""
     run = next(length for length in (16, 8, 4, 2, 1) if length <= launch["run"] and column_ratio % length == 0)
     tile = channel_tile(channels, launch["tile"])

@@ -122,6 +122,7 @@ def train(chosen: Preset, setting: Setting) -> None:
     stages.note("start", device=_name(setting.device))
     if rank:
         dist.barrier()
+    assert setting.cache is not None  # only a training on folders has none
     maker = PieceMaker(setting.cache, chosen.size, chosen.amounts, chosen.plan.seed, setting.workers)
     try:
         dit = setting.start()

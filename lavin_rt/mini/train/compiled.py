@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class Compiled:
     """
 
     def __init__(
-        self, network: nn.Module, function: Callable[..., Any], enabled: bool, blocks: nn.ModuleList | None = None
+        self, network: nn.Module, function: Callable[..., Any], enabled: bool, blocks: Iterable[nn.Module] | None = None
     ):
         self.network, self.function, self.enabled = network, function, enabled
         self.shapes: set[tuple] = set()
@@ -71,7 +71,7 @@ class Compiled:
                 name: float((compiled[name] - value).norm() / (value.norm() + 0.1 * usual))
                 for name, value in plain.items()
             }
-            worst = sorted(apart, key=apart.get, reverse=True)[:5]
+            worst = sorted(apart, key=apart.__getitem__, reverse=True)[:5]
             if apart[worst[0]] < AGREEMENT:
                 self.shapes.add(_shapes(tensors))
             else:

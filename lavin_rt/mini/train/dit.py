@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,7 @@ def initialise_(dit: JDiT, seed: int) -> JDiT:
         else:
             parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
     for block in dit.blocks:
+        assert block.modulation.bias is not None
         gates = block.modulation.bias.view(2, 4, -1)
         gates[:, [GATE_MSA, GATE_MLP]] = GATE_START
     return dit
@@ -138,7 +140,8 @@ class Contexts:
         weights: Mapping[str, float],
         plan: Plan,
     ):
-        self.plan, self.pools = plan, {}
+        self.plan = plan
+        self.pools: dict[bool, LatentPool] = {}
         self.pools |= {kind: pool for kind, pool in ((False, pictures), (True, clips)) if pool is not None}
         self.edges = {}
         for kind, pool in self.pools.items():
@@ -257,7 +260,7 @@ class TransformerRun:
         Returns:
             The network with averaged weights, for inference.
         """
-        plan, network, device = self.plan, self.network.network, self.device
+        plan, network, device = self.plan, cast("TrainedDiT", self.network.network), self.device
         warmup = min(plan.warmup, (plan.steps or 10 * plan.warmup) // 10 + 1)
         trainer = Trainer(
             network,

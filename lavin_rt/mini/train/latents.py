@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -74,18 +75,15 @@ class LatentPool:
         frames = self.latents[rows].float().transpose(1, 2)  # [batch, 16, 2 pairs + 2, t, h, w]
         return frames[:, :, :-1].flatten(2, 3), frames[:, :, -1], chosen
 
-    @property
+    @functools.cached_property
     def _index(self) -> tuple[torch.Tensor, ...]:
         """All tasks' rows `[M, 2]`, and by task where they begin, their members and their pairs, `[tasks]`."""
-        if not hasattr(self, "_kept"):
-            device = self.latents.device
-            rows = [task.rows for task in self.tasks]
-            sizes = [part.shape[0] * part.shape[1] for part in rows]
-            starts = [0, *itertools.accumulate(sizes)][:-1]
-            numbers = [starts, [part.shape[0] for part in rows], [part.shape[1] for part in rows]]
-            kept = torch.cat([part.reshape(-1, 2) for part in rows]), *map(torch.tensor, numbers)
-            object.__setattr__(self, "_kept", tuple(part.to(device) for part in kept))
-        return self._kept
+        rows = [task.rows for task in self.tasks]
+        sizes = [part.shape[0] * part.shape[1] for part in rows]
+        starts = [0, *itertools.accumulate(sizes)][:-1]
+        numbers = [starts, [part.shape[0] for part in rows], [part.shape[1] for part in rows]]
+        kept = torch.cat([part.reshape(-1, 2) for part in rows]), *map(torch.tensor, numbers)
+        return tuple(part.to(self.latents.device) for part in kept)
 
 
 class _Collector:
@@ -158,7 +156,7 @@ def loaded(paths: Iterable[Path]) -> Iterator[tuple[Path, Piece]]:
 
 def encode_pieces(
     maker: PieceMaker, vae: STVAE, device: torch.device, patience: float
-) -> tuple[LatentPool, LatentPool | None]:
+) -> tuple[LatentPool | None, LatentPool | None]:
     """Latents of pictures and of clips, of all pieces that arrive (see `PieceMaker.arriving`).
 
     On a GPU in float16 arithmetic, and in float32 where that overflows.

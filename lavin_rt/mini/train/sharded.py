@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -33,6 +35,7 @@ class TrainedBlock(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`cond` `[B, Lc, D]`, `x` `[B, Lx, D]`, `silu_t` `[B, 2, D]`; returns the new cond and x."""
         weights = self.block.modulation
+        assert weights.weight is not None and weights.bias is not None  # in memory, or they could not be trained
         return self.block(cond, x, modulate(weights.weight, weights.bias, silu_t), angles)
 
 
@@ -50,7 +53,7 @@ class TrainedDiT(nn.Module):
         self.cond_embedder, self.x_embedder = dit.cond_embedder, dit.x_embedder
         self.time_embedder, self.head = dit.time_embedder, dit.head
         self.prompt_embed, self.answer_embed = dit.prompt_embed, dit.answer_embed
-        self.blocks = nn.ModuleList(map(TrainedBlock, dit.blocks))
+        self.blocks = cast("Sequence[TrainedBlock]", nn.ModuleList(map(TrainedBlock, dit.blocks)))
 
     def forward(self, latents: torch.Tensor, t: torch.Tensor, cond_latents: torch.Tensor) -> torch.Tensor:
         """See `JDiT`."""
@@ -72,7 +75,8 @@ def shard_(network: TrainedDiT) -> TrainedDiT:
     """Shards all parameters over the processes (FSDP2), a block at a time. Returns the network."""
     for block in network.blocks:
         fully_shard(block)
-    return fully_shard(network)
+    fully_shard(network)
+    return network
 
 
 class LowRank(nn.Module):

@@ -42,7 +42,7 @@ class AveragedWeights:
     def update(self, network: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         learning = [(local(self.values[name]), local(p)) for name, p in network.named_parameters() if p.requires_grad]
-        torch._foreach_lerp_(*map(list, zip(*learning, strict=True)), 1 - decay)
+        torch._foreach_lerp_([ours for ours, _ in learning], [theirs for _, theirs in learning], 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, network: nn.Module) -> None:
@@ -113,6 +113,10 @@ class Trainer:
         decay: of the averaged weights.
         save_every: seconds between saves.
         log_every: steps between lines of the log.
+
+    Attributes:
+        on_save: called after every save.
+        on_trouble: called after the loss ran away.
     """
 
     def __init__(
@@ -140,6 +144,8 @@ class Trainer:
         self.best = math.inf
         self._sums: dict[str, tuple[torch.Tensor, int]] = {}
         self._logged = (0.0, 0)
+        self.on_save: Callable[[], None] = lambda: None
+        self.on_trouble: Callable[[], None] = lambda: None
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -234,12 +240,6 @@ class Trainer:
         shared = torch.tensor([seconds], dtype=torch.float64, device=local(next(self.network.parameters())).device)
         dist.broadcast(shared, 0)
         return float(shared)
-
-    def on_save(self) -> None:
-        """Called after every save; may be replaced."""
-
-    def on_trouble(self) -> None:
-        """Called after the loss ran away; may be replaced."""
 
     def update(
         self,

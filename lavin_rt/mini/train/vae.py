@@ -77,12 +77,14 @@ def make_vae(config: VAEConfig, seed: int) -> STVAE:
         if isinstance(module, SpatialNormSiLU):
             for conv, bias in ((module.conv_y.conv, 1.0), (module.conv_b.conv, 0.0)):
                 conv.weight *= 0.3
+                assert conv.bias is not None
                 conv.bias.fill_(bias)
     for level in (*vae.encoder.down_blocks, vae.encoder.mid_block, *vae.decoder.up_blocks, vae.decoder.mid_block):
         for block in level.resnets:
             block.conv2.conv.weight *= 0.3
     channels = config.latent_channels
     vae.encoder.conv_out.conv.weight[channels:] *= 0.1
+    assert vae.encoder.conv_out.conv.bias is not None
     vae.encoder.conv_out.conv.bias[channels:] = -4.0
     return vae
 
@@ -203,6 +205,7 @@ def scale_to_unit_(vae: STVAE, deviation: float) -> STVAE:
     """
     factor, channels = 1 / (LATENT_SCALE * max(deviation, 1e-3)), vae.config.latent_channels
     out = vae.encoder.conv_out.conv
+    assert out.bias is not None
     out.weight[:channels] *= factor
     out.bias[:channels] *= factor
     out.bias[channels:] += 2 * float(np.log(factor))
@@ -302,7 +305,7 @@ def train_vae(
                 loss, divergence, squared = network(pixels, *noises)
             psnr = (10 * torch.log10(4 / squared)).mean()
             figures = {"psnr of clips": psnr} if clip else {"psnr": psnr}
-            trainer.update(loss, len(pixels), divergence=divergence, **figures)
+            trainer.update(loss, len(pixels), None, divergence=divergence, **figures)
         except torch.OutOfMemoryError:
             loss = divergence = squared = None
             trainer.optimizer.zero_grad(set_to_none=True)
@@ -328,8 +331,8 @@ def _feed(
             return coming
         if future.result() is not None:
             store.add_piece(maker.kind(path), future.result())
-    path = arriving.next(wait=False)
-    return None if path is None else (path, reader.submit(Piece.load, path))
+    following = arriving.next(wait=False)
+    return None if following is None else (following, reader.submit(Piece.load, following))
 
 
 def _take(store: FrameStore, maker: PieceMaker, arriving: Arrivals, count: int) -> int:

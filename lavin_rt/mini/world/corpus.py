@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lavin_rt.mini.world.data import CLIP_MOMENTS, SceneArrays, cached_scenes, render_arrays
-from lavin_rt.mini.world.scenes import CYLINDER, Picture
+from lavin_rt.mini.world.scenes import CYLINDER, Picture, ScenePicture
 from lavin_rt.mini.world.sources import SCENE_SEEDS, photograph_crop
 from lavin_rt.mini.world.tasks import CLASS_SEEN, Task
 
@@ -62,11 +62,11 @@ class Corpus:
         seen = [(self.scenes.classes == kind).mean((1, 2, 3)) > CLASS_SEEN for kind in range(CYLINDER + 1)]
         return np.nonzero(np.all(seen, axis=0))[0]
 
-    def still(self, index: int, mirrored: bool) -> Picture:
+    def still(self, index: int, mirrored: bool) -> ScenePicture:
         picture = self.scenes.picture(index)
         return picture.mirrored() if mirrored else picture
 
-    def clip(self, index: int, mirrored: bool) -> list[Picture]:
+    def clip(self, index: int, mirrored: bool) -> list[ScenePicture]:
         frames = [self.clips.picture(index, moment) for moment in range(CLIP_MOMENTS)]
         return [frame.mirrored() for frame in frames] if mirrored else frames
 
@@ -76,7 +76,7 @@ class Corpus:
         if task.is_clip:
             return np.stack(task.apply(self.clip(int(rng.integers(len(self.clips))), mirrored), rng))
         if task.source == "any" and rng.random() < PHOTOGRAPHS_SHARE:
-            picture = Picture(photograph_crop(self.split, rng, self.size))
+            picture: Picture = Picture(photograph_crop(self.split, rng, self.size))
         elif task.source in ("single", "varied"):
             suitable = self.single if task.source == "single" else self.varied
             picture = self.still(int(suitable[rng.integers(len(suitable))]), mirrored)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
-from lavin_rt.mini.world.scenes import Picture, Scene
+from lavin_rt.mini.world.scenes import Scene, ScenePicture
 
 CHUNK = 100  # scenes a piece
 CLIP_MOMENTS = 10  # a clip of five frames, and the five that follow
@@ -42,9 +42,9 @@ class SceneArrays:
     def __len__(self) -> int:
         return len(self.colour)
 
-    def picture(self, index: int, moment: int = 0) -> Picture:
+    def picture(self, index: int, moment: int = 0) -> ScenePicture:
         at = (index, moment)
-        return Picture(
+        return ScenePicture(
             self.colour[at],
             self.depth[at].astype(np.float32),
             self.normals[at].astype(np.float32) / 127,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lavin_rt.mini.world.scenes import BOX, CYLINDER, GROUND, SPHERE, Picture
+from lavin_rt.mini.world.scenes import BOX, CYLINDER, GROUND, SPHERE, ScenePicture
 
 NEAR, FAR = 1.5, 12.0  # depth, world units; logarithmic between, white to black
 FASTEST = 1 / 16  # flow a moment, as a share of the picture's side, of the strongest colour
@@ -35,7 +35,7 @@ def grey(colour: np.ndarray) -> np.ndarray:
 
 def as_picture(values: np.ndarray) -> np.ndarray:
     """Values in [0, 1], `[..., S, S]` or `[..., S, S, 3]`, clipped, to uint8 RGB."""
-    values = np.uint8(np.clip(values, 0, 1) * 255 + 0.5)
+    values = (np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8)
     return values if values.shape[-1] == 3 else np.repeat(values[..., None], 3, axis=-1)
 
 
@@ -63,11 +63,11 @@ def decode_normals(picture: np.ndarray) -> np.ndarray:
 def in_clay(normals: np.ndarray) -> np.ndarray:
     """How surfaces of those normals, float `[S, S, 3]` in camera axes, look in bare clay; 0 is sky."""
     light = 0.25 + 0.75 * np.maximum(normals @ CLAY_LIGHT, 0)
-    sky = ~normals.any(-1)
+    sky: np.ndarray = np.logical_not(normals.any(-1))
     return as_picture(np.where(sky[..., None], CLAY_SKY, CLAY * light[..., None]))
 
 
-def segments(picture: Picture) -> np.ndarray:
+def segments(picture: ScenePicture) -> np.ndarray:
     """The label `[S, S]` of every pixel, an index into `PALETTE`; an object is left or right by its mean column."""
     labels = (picture.classes == GROUND).astype(np.uint8)
     middle = (picture.classes.shape[1] - 1) / 2

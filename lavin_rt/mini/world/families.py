@@ -11,11 +11,12 @@ import colorsys
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from lavin_rt.mini.world.encodings import grey
-from lavin_rt.mini.world.scenes import BOX, CYLINDER, GROUND, SKY, SPHERE, Picture
+from lavin_rt.mini.world.scenes import BOX, CYLINDER, GROUND, SKY, SPHERE, Picture, ScenePicture
 
 Pair = tuple[np.ndarray, np.ndarray]
 CLASSES = {"sky": SKY, "ground": GROUND, "sphere": SPHERE, "box": BOX, "cylinder": CYLINDER}
@@ -32,7 +33,7 @@ class Member:
     """
 
     name: str
-    change: Callable[[Picture, np.ndarray, np.ndarray], np.ndarray]
+    change: Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
 
     def __call__(self, picture: Picture, shown: np.ndarray, target: np.ndarray) -> np.ndarray:
         return self.change(picture, shown, target)
@@ -98,7 +99,7 @@ def turned_hue(colour: np.ndarray, degrees: float) -> np.ndarray:
         ],
         np.float32,
     )
-    return np.uint8(np.clip(colour.astype(np.float32) @ matrix.T + 0.5, 0, 255))
+    return np.clip(colour.astype(np.float32) @ matrix.T + 0.5, 0, 255).astype(np.uint8)
 
 
 def _turn(degrees: float) -> Member:
@@ -121,12 +122,12 @@ def colourful(picture: Picture, rng: np.random.Generator) -> np.ndarray:
         return colour
     if apart > 20:
         middle = colour.mean(-1, keepdims=True, dtype=np.float32)
-        return np.uint8(np.clip(middle + (colour - middle) * np.float32(60 / apart) + 0.5, 0, 255))
+        return np.clip(middle + (colour - middle) * np.float32(60 / apart) + 0.5, 0, 255).astype(np.uint8)
     first = rng.random()
     dark = colorsys.hsv_to_rgb(first, 0.9, rng.uniform(0.2, 0.5))
     light = colorsys.hsv_to_rgb((first + rng.uniform(0.25, 0.75)) % 1, 0.6, rng.uniform(0.8, 1))
     ends = 255 * np.array([dark, light], np.float32)
-    return np.uint8(ends[0] + grey(colour).astype(np.float32)[..., None] * (ends[1] - ends[0]) + 0.5)
+    return (ends[0] + grey(colour).astype(np.float32)[..., None] * (ends[1] - ends[0]) + 0.5).astype(np.uint8)
 
 
 def hue(picture: Picture, rng: np.random.Generator) -> Pair:
@@ -190,7 +191,7 @@ def _classes_white(names: tuple[str, ...]) -> Member:
     white = np.zeros((len(CLASSES), 3), np.uint8)
     white[[CLASSES[name] for name in names]] = 255
 
-    def mask(picture: Picture, shown: np.ndarray, target: np.ndarray) -> np.ndarray:
+    def mask(picture: ScenePicture, shown: np.ndarray, target: np.ndarray) -> np.ndarray:
         return white.take(picture.classes, axis=0)
 
     return Member(" and ".join(names), mask)
@@ -209,7 +210,8 @@ def class_mask(picture: Picture, rng: np.random.Generator) -> Pair:
 
 def _palettes(count: int, colours: int, seed: int) -> list[np.ndarray]:
     """Random colours uint8 `[colours, 3]`, any two of a palette at least 130 apart."""
-    rng, found = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    found: list[np.ndarray] = []
     while len(found) < count:
         palette = rng.integers(0, 256, (colours, 3))
         apart = [np.linalg.norm(a - b) for a, b in itertools.combinations(palette, 2)]
@@ -221,7 +223,7 @@ def _palettes(count: int, colours: int, seed: int) -> list[np.ndarray]:
 def _in_colours(number: int, palette: np.ndarray) -> Member:
     """Five colours of the classes, or two of what is behind and of the objects."""
 
-    def coloured(picture: Picture, shown: np.ndarray, target: np.ndarray) -> np.ndarray:
+    def coloured(picture: ScenePicture, shown: np.ndarray, target: np.ndarray) -> np.ndarray:
         return palette.take(picture.classes if len(palette) == len(CLASSES) else picture.mask, axis=0)
 
     return Member(f"palette {number}", coloured)

@@ -135,7 +135,7 @@ def encode_joints(joints: np.ndarray, size: int) -> np.ndarray:
         JOINT_COLOURS, np.clip(0.5 + (DISC - _distances(joints, joints, size)) * size, 0, 1), strict=True
     ):
         picture += covered[..., None] * (colour.astype(np.float32) - picture)
-    return np.uint8(picture + 0.5)
+    return (picture + 0.5).astype(np.uint8)
 
 
 def decode_joints(picture: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,8 @@ from lavin_rt.mini.world.encodings import (
 from lavin_rt.mini.world.figures import decode_joints
 from lavin_rt.mini.world.tasks import Task
 
+Value = TypeVar("Value", float, np.ndarray)
+
 DELTA = 1.25
 NEAR_ANGLE = 11.25  # degrees
 NEAR_JOINT = 1 / 16  # of the picture's side
@@ -34,8 +37,8 @@ class Measure:
     name: str
     higher_is_better: bool
 
-    def better(self, a: float, b: float) -> float:
-        """By how much a is better than b."""
+    def better(self, a: Value, b: Value) -> Value:
+        """By how much a is better than b, or every a than its b."""
         return a - b if self.higher_is_better else b - a
 
 
@@ -79,7 +82,8 @@ def segments(result: np.ndarray, target: np.ndarray) -> tuple[float]:
 
 def mask(result: np.ndarray, target: np.ndarray) -> tuple[float]:
     """Mean intersection over union of foreground and background, divided at mid-grey."""
-    return (_mean_iou(*((grey(picture) > 0.5).astype(np.uint8) for picture in (result, target)), 2),)
+    found, true = ((grey(picture) > 0.5).astype(np.uint8) for picture in (result, target))
+    return (_mean_iou(found, true, 2),)
 
 
 def box(result: np.ndarray, target: np.ndarray) -> tuple[float]:

@@ -18,29 +18,29 @@ from lavin_rt.mini.world.encodings import (
     segments,
 )
 from lavin_rt.mini.world.figures import MANNEQUIN, MANNEQUIN_BEHIND, draw_figure, encode_joints, random_joints
-from lavin_rt.mini.world.scenes import Picture
+from lavin_rt.mini.world.scenes import Picture, ScenePicture
 
 Pair = tuple[np.ndarray, np.ndarray]
 SHADOW = 0.06  # luma that a shadow takes away at least
 
 
-def depth(picture: Picture, rng: np.random.Generator) -> Pair:
+def depth(picture: ScenePicture, rng: np.random.Generator) -> Pair:
     return picture.colour, encode_depth(picture.depth)
 
 
-def normals(picture: Picture, rng: np.random.Generator) -> Pair:
+def normals(picture: ScenePicture, rng: np.random.Generator) -> Pair:
     return picture.colour, encode_normals(picture.normals)
 
 
-def foreground(picture: Picture, rng: np.random.Generator) -> Pair:
+def foreground(picture: ScenePicture, rng: np.random.Generator) -> Pair:
     return picture.colour, as_picture(picture.mask)
 
 
-def panoptic(picture: Picture, rng: np.random.Generator) -> Pair:
+def panoptic(picture: ScenePicture, rng: np.random.Generator) -> Pair:
     return picture.colour, PALETTE[segments(picture)]
 
 
-def contours(picture: Picture, rng: np.random.Generator) -> Pair:
+def contours(picture: ScenePicture, rng: np.random.Generator) -> Pair:
     """White where an object meets what is not that object, two pixels wide."""
     return picture.colour, as_picture(outlines(picture.instances))
 
@@ -55,12 +55,12 @@ def outlines(instances: np.ndarray) -> np.ndarray:
     return found
 
 
-def shadows(picture: Picture, rng: np.random.Generator) -> Pair:
+def shadows(picture: ScenePicture, rng: np.random.Generator) -> Pair:
     """White where something else keeps the light away."""
     return picture.colour, as_picture(grey(picture.unshadowed) - grey(picture.colour) > SHADOW)
 
 
-def detection(picture: Picture, rng: np.random.Generator) -> Pair:
+def detection(picture: ScenePicture, rng: np.random.Generator) -> Pair:
     """The input in dark grey, a red frame drawn inside the object's box."""
     target = as_picture(0.5 * grey(picture.colour))
     box = box_of(picture.mask)
@@ -96,10 +96,10 @@ def figure_from_keypoints(picture: Picture, rng: np.random.Generator) -> Pair:
     return encode_joints(joints, size), as_picture(draw_figure(joints, MANNEQUIN, behind))
 
 
-def image_from_depth(picture: Picture, rng: np.random.Generator) -> Pair:
+def image_from_depth(picture: ScenePicture, rng: np.random.Generator) -> Pair:
     """How the scene would look in bare clay, lit from the beholder's upper left: a function of depth."""
     return encode_depth(picture.depth), in_clay(picture.normals)
 
 
-def image_from_normals(picture: Picture, rng: np.random.Generator) -> Pair:
+def image_from_normals(picture: ScenePicture, rng: np.random.Generator) -> Pair:
     return encode_normals(picture.normals), in_clay(picture.normals)

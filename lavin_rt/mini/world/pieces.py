@@ -73,7 +73,7 @@ class Piece:
 
     def save(self, path: Path) -> None:
         content = io.BytesIO()
-        rows = {f"rows:{name}": rows for name, rows in self.rows.items()}
+        rows: dict[str, Any] = {f"rows:{name}": rows for name, rows in self.rows.items()}
         np.savez(content, frames=self.frames, photographs=self.photographs, **rows)
         with written_whole(path) as partial:
             partial.write_bytes(content.getbuffer())
@@ -202,6 +202,7 @@ class PieceMaker:
         if broken and self.restarts:
             self.restarts -= 1
             print("warning: a rendering process died; starting others", file=sys.stderr, flush=True)
+            assert self._pool is not None  # what died
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._start()
 

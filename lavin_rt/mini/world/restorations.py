@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from lavin_rt.mini.world.encodings import FAR, NEAR, as_picture, grey
-from lavin_rt.mini.world.scenes import Picture
+from lavin_rt.mini.world.scenes import Picture, ScenePicture
 
 Pair = tuple[np.ndarray, np.ndarray]
 SHADE = np.array([0.6, 0.57, 0.52], np.float32)  # what a shadow takes away: it is cooler than the light
@@ -48,14 +48,14 @@ def deblurring(picture: Picture, rng: np.random.Generator) -> Pair:
     smeared = ndimage.uniform_filter1d(
         picture.colour.astype(np.float32), length, axis=1, mode="nearest", origin=(length - 1) // 2
     )
-    return np.uint8(np.clip(smeared, 0, 255) + 0.5), picture.colour
+    return (np.clip(smeared, 0, 255) + 0.5).astype(np.uint8), picture.colour
 
 
 def super_resolution(picture: Picture, rng: np.random.Generator) -> Pair:
     """Four by four pixels each of their mean colour."""
     size = len(picture.colour)
     small = picture.colour.reshape(size // 4, 4, size // 4, 4, 3).mean((1, 3))
-    return np.uint8(small + 0.5).repeat(4, axis=0).repeat(4, axis=1), picture.colour
+    return (small + 0.5).astype(np.uint8).repeat(4, axis=0).repeat(4, axis=1), picture.colour
 
 
 def deraining(picture: Picture, rng: np.random.Generator) -> Pair:
@@ -82,8 +82,8 @@ def desnowing(picture: Picture, rng: np.random.Generator) -> Pair:
     for share, radius, strength in ((0.012, 1.3, 9.0), (0.04, 0.6, 2.5)):
         flakes = (rng.random((size, size)) < share).astype(np.float32)
         snow += strength * ndimage.gaussian_filter(flakes, radius * size / 64)
-    snow = np.minimum(snow, 1)[..., None] * 0.95
-    return as_picture((picture.colour / 255 * 0.9 + 0.08) * (1 - snow) + snow), picture.colour
+    cover = np.minimum(snow, 1)[..., None] * 0.95
+    return as_picture((picture.colour / 255 * 0.9 + 0.08) * (1 - cover) + cover), picture.colour
 
 
 def denoising(picture: Picture, rng: np.random.Generator) -> Pair:
@@ -98,13 +98,13 @@ def low_light(picture: Picture, rng: np.random.Generator) -> Pair:
     return as_picture(dark + rng.standard_normal(dark.shape, np.float32) * np.float32(0.01)), picture.colour
 
 
-def dehazing(picture: Picture, rng: np.random.Generator) -> Pair:
+def dehazing(picture: ScenePicture, rng: np.random.Generator) -> Pair:
     """Haze that grows with the distance."""
     through = np.exp(-rng.uniform(0.2, 0.4) * (np.minimum(picture.depth, FAR * 0.75) - NEAR))[..., None]
     return as_picture(picture.colour / 255 * through + HAZE * (1 - through)), picture.colour
 
 
-def shadow_removal(picture: Picture, rng: np.random.Generator) -> Pair:
+def shadow_removal(picture: ScenePicture, rng: np.random.Generator) -> Pair:
     """Cast shadows, and those of two poles out of sight across the picture; the target has none."""
     size = len(picture.colour)
     at = (np.arange(size, dtype=np.float32) + 0.5) / size
@@ -113,4 +113,4 @@ def shadow_removal(picture: Picture, rng: np.random.Generator) -> Pair:
         turn, place, width = rng.uniform(0, np.pi), rng.uniform(-0.4, 0.4), rng.uniform(0.05, 0.15)
         away = (at - 0.5) * np.float32(np.cos(turn)) + (at[:, None] - 0.5) * np.float32(np.sin(turn)) - place
         shade = np.maximum(shade, np.clip(0.5 + (width - np.abs(away)) * size, 0, 1))
-    return np.uint8(picture.colour * (1 - shade[..., None] * SHADE) + 0.5), picture.unshadowed
+    return (picture.colour * (1 - shade[..., None] * SHADE) + 0.5).astype(np.uint8), picture.unshadowed

@@ -25,10 +25,20 @@ VARIED = 8  # one seed in so many has a sphere, a box and a cylinder, and a came
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture and, where it is a scene, what is known about every pixel (from the ray through its centre).
+    """A picture: `colour` uint8 `[H, W, 3]`."""
+
+    colour: np.ndarray
+
+    def mirrored(self) -> Picture:
+        """The picture seen in a mirror: columns reversed."""
+        return Picture(np.ascontiguousarray(self.colour[:, ::-1]))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScenePicture(Picture):
+    """A picture of a scene and what is known about every pixel (from the ray through its centre).
 
     Attributes:
-        colour: uint8 `[H, W, 3]`.
         depth: float32 `[H, W]`, along the viewing axis in world units; infinite where there is only sky.
         normals: float32 `[H, W, 3]`, unit vectors in camera axes (right, up, towards the camera); 0 for sky.
         classes: uint8 `[H, W]`, `SKY`, `GROUND`, `SPHERE`, `BOX` or `CYLINDER`.
@@ -38,34 +48,24 @@ class Picture:
             picture's side; 0 for sky.
     """
 
-    colour: np.ndarray
-    depth: np.ndarray | None = None
-    normals: np.ndarray | None = None
-    classes: np.ndarray | None = None
-    instances: np.ndarray | None = None
-    unshadowed: np.ndarray | None = None
-    flow: np.ndarray | None = None
-
-    @property
-    def is_scene(self) -> bool:
-        return self.depth is not None
+    depth: np.ndarray
+    normals: np.ndarray
+    classes: np.ndarray
+    instances: np.ndarray
+    unshadowed: np.ndarray
+    flow: np.ndarray
 
     @property
     def mask(self) -> np.ndarray:
         """bool `[H, W]`: the silhouettes of the objects."""
-        return self.instances > 0
+        return np.greater(self.instances, 0)
 
-    def mirrored(self) -> Picture:
+    def mirrored(self) -> ScenePicture:
         """The picture seen in a mirror: columns reversed, normals too."""
-        flipped = {
-            field.name: None if value is None else np.ascontiguousarray(value[:, ::-1])
-            for field in dataclasses.fields(self)
-            for value in [getattr(self, field.name)]
-        }
-        if self.is_scene:
-            flipped["normals"] = flipped["normals"] * np.array([-1, 1, 1], np.float32)
-            flipped["flow"] = flipped["flow"] * np.array([-1, 1], np.float32)
-        return Picture(**flipped)
+        flipped = {f.name: np.ascontiguousarray(getattr(self, f.name)[:, ::-1]) for f in dataclasses.fields(self)}
+        flipped["normals"] = flipped["normals"] * np.array([-1, 1, 1], np.float32)
+        flipped["flow"] = flipped["flow"] * np.array([-1, 1], np.float32)
+        return ScenePicture(**flipped)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,6 +86,7 @@ class _Texture:
         u, v = np.cos(self.turn) * u - np.sin(self.turn) * v, np.sin(self.turn) * u + np.cos(self.turn) * v
         u, v = u * self.scale, v * self.scale
         if self.kind == "photograph":
+            assert self.pixels is not None
             size = len(self.pixels)
             # Mirrored repetition: no seams.
             column, row = ((np.abs((w * 0.5) % 2 - 1) * (size - 1)).astype(int) for w in (u, v))
@@ -179,7 +180,7 @@ class Scene:
             target=np.array([rng.normal(0, 0.2), rng.uniform(0.3, 0.7), rng.normal(0, 0.2)]),
         )
 
-    def render(self, size: int = 64, moment: float = 0.0) -> Picture:
+    def render(self, size: int = 64, moment: float = 0.0) -> ScenePicture:
         """The picture at a moment: colours from four rays a pixel with shadows, everything else from the centre's."""
         position, axes = self._camera(moment)
         moved = [s.position + moment * s.velocity for s in self.solids]
@@ -219,13 +220,13 @@ class Scene:
         def seen(lit: np.ndarray) -> np.ndarray:
             """Shaded samples over the sky, four a pixel, to uint8 `[size, size, 3]`."""
             lit[hazy] += (sky - lit[hazy]) * far
-            return np.uint8(np.clip(lit.reshape(4, size, size, 3).mean(0), 0, 1) * 255 + 0.5)
+            return (np.clip(lit.reshape(4, size, size, 3).mean(0), 0, 1) * 255 + 0.5).astype(np.uint8)
 
         owner = owner[:pixels]
         of_owner = np.array([GROUND] + [s.kind for s in self.solids] + [SKY], np.uint8)  # the last is that of -1
         depth = np.where(owner >= 0, distance[:pixels], np.float32(np.inf))  # rays have length 1 along the viewing axis
         shape = (size, size)
-        return Picture(
+        return ScenePicture(
             seen(dark),
             depth.reshape(shape),
             (normals[:pixels] @ axes32).reshape(*shape, 3),

@@ -86,10 +86,10 @@ def photograph_crop(split: str, rng: np.random.Generator, size: int) -> np.ndarr
     shorter = min(picture.shape[:2])
     side = int(rng.integers(min(max(96, size), shorter), min(shorter, 448) + 1))
     top, left = (int(rng.integers(length - side + 1)) for length in picture.shape[:2])
-    crop = Image.fromarray(picture[top : top + side, left : left + side])
-    crop = np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=1.5))
+    square = Image.fromarray(picture[top : top + side, left : left + side])
+    crop = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=1.5))
     if rng.random() < 0.5:
         crop = crop[:, ::-1]
     if split == "train" and rng.random() < 0.5:
-        crop = np.uint8(np.minimum(crop * rng.uniform(0.7, 1.2, 3).astype(np.float32) + 0.5, 255))
+        crop = np.minimum(crop * rng.uniform(0.7, 1.2, 3).astype(np.float32) + 0.5, 255).astype(np.uint8)
     return np.ascontiguousarray(crop)

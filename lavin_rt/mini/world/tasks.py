@@ -16,7 +16,7 @@ import numpy as np
 from lavin_rt.errors import InputError
 from lavin_rt.mini.world import families, moving, perception, restorations
 from lavin_rt.mini.world.families import AS_IT_IS, Family, Member
-from lavin_rt.mini.world.scenes import Picture
+from lavin_rt.mini.world.scenes import ScenePicture
 
 CLASS_SEEN = 0.01  # share of a picture that an object to be boxed, or each class of a varied scene, covers at least
 
@@ -63,7 +63,7 @@ class Task:
         """Mappings of the family that are never trained."""
         return () if self.family is None else self.family.held_out
 
-    def suits(self, picture: Picture) -> bool:
+    def suits(self, picture: ScenePicture) -> bool:
         """Whether the task can be asked about a scene's picture."""
         if self.source == "single":
             return int(picture.instances.max()) == 1 and bool(picture.mask.mean() > CLASS_SEEN)
