@@ -16,6 +16,7 @@ from lavin_rt.checkpoint.header import RELEASED_SIZE, open_checkpoint, picture_s
 from lavin_rt.checkpoint.load import load_dit, load_vae
 from lavin_rt.devices import DTYPES, out_of_memory, resolve_device, resolve_dtype
 from lavin_rt.dit.model import JDiT
+from lavin_rt.dit.packed import check_impl
 from lavin_rt.errors import InputError, TooLittleMemory
 from lavin_rt.files import Progress
 from lavin_rt.find.model import Artifact, Checkpoint, find_model, settled, template_roots
@@ -130,6 +131,7 @@ class Pipeline:
             return pipe
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
+        check_impl(impl)
         dit = load_dit(files.dit, device=device, dtype=dtype, strict=strict, progress=progress)
         vae = load_vae(files.vae, device=device, dtype=dtype, strict=strict)
         size = picture_size(open_checkpoint(files.dit))
