@@ -34,8 +34,9 @@ test: lint ## the quick tests
 check-slow: $(READY) ## the tests that take their time
 	$(BIN)/python -m pytest -m slow
 
-readme: $(READY) ## the tables of benchmarks/README.md, from the records
+readme: $(READY) ## the tables of the documents, from the records
 	$(BIN)/python -m lavin_bench.report --write benchmarks/README.md
+	$(BIN)/python -m lavin_bench.report --write docs/guide.md
 
 # With the torch at hand (PYTHON=...) and nothing installed: a machine with a GPU may have no package index.
 # DIR is the folder for the JSON files; FULL=1 adds the whole matrix of sizes and pairs.

@@ -17,6 +17,7 @@ from lavin_rt.checkpoint.header import RELEASED_SIZE, open_checkpoint, picture_s
 from lavin_rt.checkpoint.load import load_dit, load_vae
 from lavin_rt.devices import DTYPES, resolve_device, resolve_dtype
 from lavin_rt.dit.model import JDiT
+from lavin_rt.dit.packed import check_impl
 from lavin_rt.engine import VAE, Engine
 from lavin_rt.errors import InputError
 from lavin_rt.files import Progress
@@ -122,6 +123,7 @@ class Pipeline(Engine):
             return pipe
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
+        check_impl(impl)
         file = open_checkpoint(os.path.abspath(files.dit))  # read again later, perhaps from another working folder
         dit = load_dit(file, device=device, dtype=dtype, strict=strict, progress=progress)
         vae = load_vae(files.vae, device=device, dtype=dtype, strict=strict)

@@ -84,6 +84,7 @@ def add_bench(commands) -> None:
     startup.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
     startup.set_defaults(run=_startup)
     _add_bench_quality(kinds)
+    _add_bench_serve(kinds)
 
 
 def _add_bench_quality(kinds) -> None:
@@ -134,6 +135,22 @@ def _add_bench_quality(kinds) -> None:
     quality.set_defaults(run=_quality)
 
 
+def _add_bench_serve(kinds) -> None:
+    load = kinds.add_parser(
+        "serve",
+        help="a service under many clients: what batches gain, right answers, memory",
+        description="Starts a service of the small model on this machine's CPU and asks by one client and by many.",
+    )
+    load.add_argument("--clients", type=int, default=32, help="at once (default: 32)")
+    load.add_argument("--requests", type=int, default=200, help="in all; 0 for --memory alone (default: 200)")
+    load.add_argument("--alone", type=int, default=40, help="of them, also asked by one client (default: 40)")
+    load.add_argument("--steps", type=int, default=20, help="knots of the schedule (default: 20)")
+    load.add_argument("--check", type=int, default=200, help="answers held against the pipeline's (default: 200)")
+    load.add_argument("--memory", type=int, default=1000, help="more requests, for memory; 0 none (default: 1000)")
+    load.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
+    load.set_defaults(run=_serve)
+
+
 def _kernels(options: argparse.Namespace) -> None:
     from lavin_bench.kernels.bench import bench_kernels
 
@@ -162,3 +179,9 @@ def _quality(options: argparse.Namespace) -> None:
     from lavin_bench.quality.command import bench_quality
 
     bench_quality(options)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from lavin_bench.serve_load import bench_serve
+
+    bench_serve(options)

@@ -18,11 +18,9 @@ from lavin_rt.cli.services import add_map, add_serve, add_task
 from lavin_rt.errors import InputError
 from lavin_rt.process import (
     Terminated,
-    finish_output,
     settle_threads,
     sound_streams,
     terminating,
-    to_nowhere,
 )
 
 OWN = ("run", "info", "serve", "map", "task")
@@ -159,6 +157,22 @@ def _info(options: argparse.Namespace) -> None:
     info(options)
 
 
+def _add_bench_serve(kinds) -> None:
+    load = kinds.add_parser(
+        "serve",
+        help="a service under many clients: what batches gain, right answers, memory",
+        description="Starts a service of the small model on this machine's CPU and asks by one client and by many.",
+    )
+    load.add_argument("--clients", type=int, default=32, help="at once (default: 32)")
+    load.add_argument("--requests", type=int, default=200, help="in all; 0 for --memory alone (default: 200)")
+    load.add_argument("--alone", type=int, default=40, help="of them, also asked by one client (default: 40)")
+    load.add_argument("--steps", type=int, default=20, help="knots of the schedule (default: 20)")
+    load.add_argument("--check", type=int, default=200, help="answers held against the pipeline's (default: 200)")
+    load.add_argument("--memory", type=int, default=1000, help="more requests, for memory; 0 none (default: 1000)")
+    load.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
+    load.set_defaults(main="bench serve")
+
+
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
     print(f"lavin-rt: warning: {message}", file=sys.stderr)
 
@@ -176,10 +190,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 # Looking for other packages' commands takes a while: only where one may be meant.
                 options = parser(others=not arguments or arguments[0] not in OWN).parse_args(arguments)
             finally:
-                finish_output()  # of --help
+                sys.stdout.flush()  # of --help
             settle_threads()
             options.run(options)
-            finish_output()
+            sys.stdout.flush()
         except InputError as error:
             return _fail(str(error), 2)
         except Terminated as stop:
@@ -187,7 +201,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return _fail("interrupted", 130)
         except BrokenPipeError:
-            to_nowhere(sys.stdout)
             return 1
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""

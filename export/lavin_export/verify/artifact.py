@@ -34,6 +34,7 @@ from lavin_rt.checkpoint.names import official_layout
 from lavin_rt.devices import current_device, resolve_device
 from lavin_rt.dit.model import JDiT
 from lavin_rt.errors import InputError
+from lavin_rt.files import scratch
 from lavin_rt.find.model import find_checkpoint
 from lavin_rt.sampling.schedule import schedule
 from lavin_rt.vae.model import STVAE
@@ -106,12 +107,12 @@ def verify_artifact(
     elif manifest.kind == "aoti":
         check_compiled_weights(manifest, checkpoint)
     cases = Cases(manifest, checkpoint, evaluations)
-    with torch.no_grad(), current_device(device), tempfile.TemporaryDirectory(prefix="lavin-rt-verify-") as scratch:
+    with torch.no_grad(), current_device(device), scratch(Path(tempfile.gettempdir())) as room:
         truth = cases.of_plain(torch.float32, device)
         own = truth if manifest.dtype == torch.float32 else cases.of_plain(manifest.dtype, device)
         runnable, method = manifest, "as it runs"
         if manifest.kind == "onnx" and manifest.dtype == torch.bfloat16 and device.type == "cpu":
-            runnable, method = widened(manifest, Path(scratch)), "its bfloat16 weights in float32 arithmetic"
+            runnable, method = widened(manifest, room), "its bfloat16 weights in float32 arithmetic"
         found = cases.of_artifact(*assemble(runnable, device))
     checks = []
     for (part, sizes), result, right, plain in zip(cases.keys, found, truth, own, strict=True):
