@@ -329,22 +329,8 @@ def qk_norm_rope(
     """
     padded = head_size if padded_head_size is None else padded_head_size
     check(cond, x, branches, positions, cos, sin, q_weight, k_weight, head_size, padded)
-    return _qk_norm_rope(
-        cond,
-        x,
-        list(branches.cond_lens),
-        list(branches.x_lens),
-        branches.table,
-        branches.branch_rows,
-        positions,
-        cos,
-        sin,
-        q_weight,
-        k_weight,
-        head_size,
-        eps,
-        padded,
-    )
+    ranges = list(branches.cond_lens), list(branches.x_lens), branches.table, branches.branch_rows
+    return _qk_norm_rope(cond, x, *ranges, positions, cos, sin, q_weight, k_weight, head_size, eps, padded)
 
 
 def check(
