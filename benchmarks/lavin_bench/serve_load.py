@@ -138,7 +138,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Starts a service, loads it, ends it; the figures."""
     command = [sys.executable, "-m", "lavin_rt.cli.main", "serve", "--port", "0", "--no-page", "--dtype", "float32"]
     figures: dict[str, Any] = {"kind": "serve", "header": header(), "setting": f"bundled model, {', '.join(TASKS)}"}
-    answers, asked = [], requests(options.requests, options.steps)
+    answers: list[Any] = []
+    asked = requests(options.requests, options.steps)
     with subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.PIPE, text=True) as service:
         try:
             assert service.stdout is not None

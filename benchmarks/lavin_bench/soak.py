@@ -103,7 +103,8 @@ def soak(calls: int, settled: int, kinds: int = KINDS) -> dict[str, Any]:
     """
     import lavin_rt
 
-    pipe, seen, repeats = lavin_rt.Pipeline.from_pretrained(), {}, 0
+    pipe, repeats = lavin_rt.Pipeline.from_pretrained(), 0
+    seen: dict[str, Any] = {}
     planned = plan(calls)
     for done, call in enumerate(planned, 1):
         found = (in_thread if call["thread"] else answer)(pipe, call)

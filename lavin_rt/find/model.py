@@ -299,10 +299,12 @@ def _cached_place(archive: Path, cache: str | os.PathLike | None) -> Path:
     """Where a local archive is unpacked: a folder named after the archive's path, size and time of change."""
     if cache is None:
         try:
-            from huggingface_hub.constants import HF_ASSETS_CACHE as assets
+            from huggingface_hub.constants import HF_ASSETS_CACHE
+
+            assets = Path(HF_ASSETS_CACHE)
         except ImportError:
             assets = Path.home() / ".cache/huggingface/assets"  # the same place
-        cache = Path(assets) / "lavin-rt/archives/unpacked"
+        cache = assets / "lavin-rt/archives/unpacked"
     status = archive.stat()
     identity = f"{archive.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape")
     return Path(cache) / f"{archive.name}-{hashlib.sha256(identity).hexdigest()[:16]}"
