@@ -16,9 +16,14 @@ SAMPLES = 4096  # of every parameter: two trainings differ everywhere, and 3.4 b
 
 
 def keys_to_keep(network: Denoiser, keys: Tensors) -> KeptKeys:
-    """Those that `Executor.context_keys` made for one context, without what pads their heads."""
+    """Those that `Executor.context_keys` made for one context, without what pads their heads, in the plain model's order
+    of columns.
+    """
     size = network.config.head_size
-    return KeptKeys(torch.stack([part[0, ..., :size].cpu() for part in keys]), fingerprint(network))
+    parts = torch.stack([part[0, ..., :size].cpu() for part in keys])
+    if network.impl != "plain":
+        parts[0::2] = _swapped(parts[0::2], size // 6, 2)
+    return KeptKeys(parts, fingerprint(network))
 
 
 def check_kept_keys(kept: KeptKeys, network: Denoiser, rows: int, source: str) -> None:
@@ -44,8 +49,18 @@ def check_kept_keys(kept: KeptKeys, network: Denoiser, rows: int, source: str) -
 
 def kept_tensors(kept: KeptKeys, network: Denoiser) -> Tensors:
     """As `Executor.sample` takes them: on the network's device, in its dtype and with its heads' width."""
-    more = padded_head_size(network.config.head_size, network.impl) - network.config.head_size
-    return tuple(F.pad(kept.parts.to(network.device, network.dtype), (0, more))[:, None])
+    size = network.config.head_size
+    parts = kept.parts.to(network.device, network.dtype, copy=True)
+    if network.impl != "plain":
+        parts[0::2] = _swapped(parts[0::2], 2, size // 6)
+    return tuple(F.pad(parts, (0, padded_head_size(size, network.impl) - size))[:, None])
+
+
+def _swapped(keys: torch.Tensor, inner: int, outer: int) -> torch.Tensor:
+    """Every third of a head, `[inner..., outer...]` of it in turn: from rotated pairs in halves to pairs side by side with
+    (2, head size / 6), and back with the two exchanged (see `lavin_kernels.qk_norm_rope`).
+    """
+    return keys.unflatten(-1, (3, inner, outer)).transpose(-1, -2).flatten(-3)
 
 
 def fingerprint(network: Denoiser) -> str:

@@ -21,7 +21,7 @@ ALLOWED = 1.15  # resident memory above the interpreter with its imports, in siz
 MEASURE = """
 import json, sys, time
 import torch
-from lavin_rt.checkpoint import load_dit, save_dit
+from lavin_rt.checkpoint.load import load_dit, save_dit
 
 def resident(field):
     with open("/proc/self/status") as status:

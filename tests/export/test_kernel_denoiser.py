@@ -30,7 +30,7 @@ def test_graph_with_kernels_is_captured(golden_dit):
         ]
         inputs = example_inputs(dit.config, sizes=(1, 1, 5, 8, 4))
         error = relative_error(program.module()(*inputs), Denoiser(dit)(*inputs))
-    names = {"lavin.qk_norm_rope": 2, "lavin.joint_attention": 2, "lavin.swiglu": 2, "lavin.ada_rms_norm": 1}
+    names = {"lavin.qk_norm_rope_pairs": 2, "lavin.joint_attention": 2, "lavin.swiglu": 2, "lavin.ada_rms_norm": 1}
     names["lavin.gated_residual_ada_rms_norm"] = 4
     assert {name: called.count(name) for name in set(called)} == names
     assert error < 1e-5

@@ -232,7 +232,7 @@ def offline(cache: Path, *revisions: str) -> list[str]:
     """What `find_checkpoint("owner/model", revision)` finds, or refuses, in a process that may not use the network."""
     code = """
 import sys
-from lavin_rt.download import find_checkpoint
+from lavin_rt.find.model import find_checkpoint
 from lavin_rt.errors import InputError
 for revision in sys.argv[1:]:
     try:

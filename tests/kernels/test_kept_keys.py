@@ -141,7 +141,7 @@ def test_registration(lens):
     rows = branches.key_rows if branches.kept_lens else branches.branch_rows
     tables = (branches.table, branches.branch_rows, rows)
     torch.library.opcheck(
-        torch.ops.lavin.qk_norm_rope_into.default, (*arguments[:4], *lens, *tables, *arguments[5:], 1e-6)
+        torch.ops.lavin.qk_norm_rope_pairs_into.default, (*arguments[:4], *lens, *tables, *arguments[5:], 1e-6)
     )
     inputs = list(arguments[:4])
     expected_inputs = [part.clone() for part in inputs]

@@ -79,7 +79,7 @@ class GraphOperators:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         _ = lavin_kernels.qk_norm_rope  # the first use of a kernel registers its operator
         lens = list(branches.cond_lens), list(branches.x_lens)
-        return torch.ops.lavin.qk_norm_rope(cond, x, *lens, branches.table, branches.branch_rows, *rotation)
+        return torch.ops.lavin.qk_norm_rope_pairs(cond, x, *lens, branches.table, branches.branch_rows, *rotation)
 
     def joint_attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, branches: Branches, head_size: int

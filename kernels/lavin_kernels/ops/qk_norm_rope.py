@@ -221,7 +221,8 @@ def _tiles(heads: int, kv_heads: int, head_size: int, padded: int, group: int) -
     }
 
 
-@triton_op("lavin::qk_norm_rope", mutates_args=())
+# A new order of columns is a new name: compile caches know an operator by it, and would go on with what they have.
+@triton_op("lavin::qk_norm_rope_pairs", mutates_args=())
 def _qk_norm_rope(
     cond: torch.Tensor,
     x: torch.Tensor,

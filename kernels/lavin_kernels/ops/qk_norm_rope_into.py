@@ -10,7 +10,7 @@ from lavin_kernels.ops.qk_norm_rope import check, launch_rows
 from lavin_kernels.reference import dit as reference
 
 
-@triton_op("lavin::qk_norm_rope_into", mutates_args={"k", "v"})
+@triton_op("lavin::qk_norm_rope_pairs_into", mutates_args={"k", "v"})
 def _qk_norm_rope_into(
     cond: torch.Tensor,
     x: torch.Tensor,
