@@ -88,6 +88,23 @@ def arguments(case: Case, dtype: torch.dtype, magnitude: float = 1.0, weight_dty
     return [cond, x, branches, positions, *tables, *weights, case.head_size, 1e-6, case.padded]
 
 
+@compiled_test
+def test_pairs_are_turned_as_complex_numbers():
+    """Real and imaginary part side by side in q and k, every third of a head by the angle of its axis."""
+    case = Case((2, 1), (1, 2), 4, 2, 48)
+    cond, x, branches, positions, cos, sin, q_weight, k_weight, *rest = in_float64(arguments(case, torch.float32))
+    q, k, _ = reference.qk_norm_rope(cond, x, branches, positions, cos, sin, q_weight, k_weight, *rest)
+    turns = torch.complex(cos, sin)[positions.long()][:, None]  # [rows, 1, 3, pairs]
+    streams = torch.arange(6) // 3
+    for result, weight, first in ((q, q_weight, 0), (k, k_weight, 4 * 48)):
+        rows = torch.cat([cond, x])[:, first : first + weight.shape[1]]
+        rows = rows / (rows.square().mean(1, keepdim=True) + 1e-6).sqrt() * weight[streams]
+        real, imaginary = rows.unflatten(1, (-1, 3, 2, 8)).unbind(3)
+        expected = torch.empty_like(result)
+        expected[branches.branch_rows.long()] = torch.view_as_real(torch.complex(real, imaginary) * turns).flatten(2)
+        torch.testing.assert_close(result, expected)
+
+
 def in_float64(values: list) -> list:
     return [v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values]
 
@@ -170,13 +187,14 @@ def test_every_candidate_is_right():
 @pytest.mark.parametrize(
     ("original", "changed"),
     [
-        ("tl.where(first, -sin, sin)", "tl.where(first, sin, -sin)"),
-        ("columns + PAIRS, columns - PAIRS", "columns + 2 * PAIRS, columns - 2 * PAIRS"),
+        ("first * cos - second * sin", "first * cos + second * sin"),
+        ("tl.load(pointers + PAIRS, ", "tl.load(pointers + 2 * PAIRS, "),
+        ("second * cos + first * sin)", "second * cos + second * sin)"),
         ("stream = (row >= split)", "stream = (row < split)"),
-        ("mask = (heads < count)[:, None]", "mask = (heads <= count)[:, None]"),
-        ("mask = (heads < HEADS)[:, None]", "mask = (heads < HEADS - 1)[:, None]"),
+        ("wanted & (heads < HEADS)[:, None]", "wanted & (heads <= HEADS)[:, None]"),
+        ("values, mask=mask)", "values, mask=mask & (heads < HEADS - 1)[:, None])"),
         ("zeros = tl.zeros(", "zeros = 1 + tl.zeros("),
-        ("main // (SIZE // 3)", "main // (SIZE // 2)"),
+        ("main // (SIZE // 6)", "main // (SIZE // 4)"),
         ("tl.where(query_start == 0, target, row - split)", "(row - query_start)"),
         ("q_weight_ptr + stream * q_weight_stride", "q_weight_ptr"),
         ("k_ptr + key_target * KV_HEADS", "k_ptr + row * KV_HEADS"),
@@ -184,6 +202,7 @@ def test_every_candidate_is_right():
     ids=[
         "rotation sign",
         "rotation partner",
+        "rotation of the second",
         "swapped streams",
         "load mask",
         "store mask",

@@ -10,8 +10,8 @@ from lavin_kernels.branches import Branches
 from lavin_kernels.launch import pieces, row_case, row_warps, runs_kernel, wrap_triton
 from lavin_kernels.static_cases import StaticCase
 
-# One program per row, `group` heads at a time in registers. With one warp a row's sums are shuffles and ten rows are in
-# flight on a multiprocessor; two warps shorten a row, but spend 40 % more instructions on it.
+# One program per row, `group` heads at a time in registers. With one warp a row's sums are shuffles and 14 rows are in
+# flight on a multiprocessor; two warps shorten a row, but spend half as many instructions more on it.
 CANDIDATES = [
     {"num_warps": num_warps, "group": group} for num_warps, group in [(1, 4), (1, 8), (2, 8), (2, 16), (4, 16), (4, 32)]
 ]
@@ -19,107 +19,123 @@ LANE_ELEMENTS = 128
 
 
 @triton.jit
-def _load_heads(source_ptr, heads, columns, count, SIZE: tl.constexpr):
-    mask = (heads < count)[:, None] & (columns < SIZE)[None, :]
-    return tl.load(source_ptr + heads[:, None] * SIZE + columns[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_heads(target_ptr, values, heads, columns, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    mask = (heads < HEADS)[:, None] & (columns < SIZE)[None, :]
-    tl.store(target_ptr + heads[:, None] * PADDED + columns[None, :], values, mask=mask)
+def _load_pairs(source_ptr, heads, pairs, wanted, HEADS: tl.constexpr, SIZE: tl.constexpr):
+    """Both elements of pairs of heads, each `[heads, pairs]`."""
+    PAIRS: tl.constexpr = SIZE // 6
+    # Halves of a third start at multiples of 4 columns: elements are read four at a time.
+    first = tl.max_contiguous(tl.multiple_of(pairs + pairs // PAIRS * PAIRS, 4), 4)
+    pointers = source_ptr + heads[:, None] * SIZE + first[None, :]
+    mask = wanted & (heads < HEADS)[:, None] & (pairs < SIZE // 2)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0), tl.load(pointers + PAIRS, mask=mask, other=0.0)
 
 
 @triton.jit
 def _load_row(
     source_ptr,
-    count,
+    wanted,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     SIZE: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """The first `count` of HEADS heads: MAIN columns as a tuple of groups of heads, the rest as one tile."""
-    main = ()
+    """All heads, first and second elements in turn: MAIN pairs of them in groups, then the rest of all as one tile.
+
+    Zeros where they are not wanted.
+    """
+    tiles = ()
     for start in tl.static_range(0, HEADS, GROUP):
-        main += (_load_heads(source_ptr, start + tl.arange(0, GROUP), tl.arange(0, MAIN), count, SIZE),)
+        tiles += _load_pairs(source_ptr, start + tl.arange(0, GROUP), tl.arange(0, MAIN), wanted, HEADS, SIZE)
     heads = tl.arange(0, triton.next_power_of_2(HEADS))
-    return main, _load_heads(source_ptr, heads, MAIN + tl.arange(0, TAIL), count, SIZE)
+    return tiles + _load_pairs(source_ptr, heads, MAIN + tl.arange(0, TAIL), wanted, HEADS, SIZE)
 
 
 @triton.jit
-def _rotation(columns, position, cos_ptr, sin_ptr, table_rows, SIZE: tl.constexpr):
-    """Of every column of a head: the column that it is rotated with, the cosine, and the sine with its sign."""
+def _rotation(pairs, position, cos_ptr, sin_ptr, table_rows, SIZE: tl.constexpr):
+    """Cosine and sine of every pair of a head."""
     PAIRS: tl.constexpr = SIZE // 6
-    inside = columns < SIZE
-    first = columns % (2 * PAIRS) < PAIRS
-    # Thirds and halves of a head start at multiples of 4 columns: partners are read four at a time.
-    partner = tl.max_contiguous(tl.multiple_of(tl.where(first, columns + PAIRS, columns - PAIRS), 4), 4)
-    angle = position.to(tl.int64) * PAIRS + columns % PAIRS
+    angle = position.to(tl.int64) * PAIRS + pairs % PAIRS
     # A position that the tables do not hold becomes NaN in the result instead of a read beyond them.
-    known = inside & (position >= 0) & (position < table_rows)
+    known = (pairs < SIZE // 2) & (position >= 0) & (position < table_rows)
     cos = tl.load(cos_ptr + angle, mask=known, other=float("nan")).to(tl.float32)
     sin = tl.load(sin_ptr + angle, mask=known, other=float("nan")).to(tl.float32)
-    return partner, cos[None, :], tl.where(first, -sin, sin)[None, :]
+    return cos[None, :], sin[None, :]
 
 
 @triton.jit
-def _inverse_rms(main, tail, size: tl.constexpr, eps):
-    squares = tl.zeros(main[0].shape, tl.float32)
-    for group in tl.static_range(len(main)):
-        squares += main[group].to(tl.float32) * main[group].to(tl.float32)
-    tail_squares = tail.to(tl.float32) * tail.to(tl.float32)
-    return tl.rsqrt((tl.sum(squares) + tl.sum(tail_squares)) / size + eps)
+def _inverse_rms(tiles, size: tl.constexpr, eps):
+    LAST: tl.constexpr = len(tiles) - 2
+    squares = tl.zeros(tiles[0].shape, tl.float32)
+    for index in tl.static_range(LAST):
+        squares += tiles[index].to(tl.float32) * tiles[index].to(tl.float32)
+    first, second = tiles[LAST].to(tl.float32), tiles[LAST + 1].to(tl.float32)
+    mean = (tl.sum(squares) + tl.sum(first * first + second * second)) / size + eps
+    inverse = tl.rsqrt(mean)
+    if tiles[0].dtype == tl.float32:
+        # One step of Newton: the instruction's own error, two units in the last place, would be seen.
+        inverse += inverse * (0.5 - 0.5 * mean * inverse * inverse)
+    return inverse
 
 
 @triton.jit
-def _rotate(values, source_ptr, weight_ptr, heads, columns, rotation, inverse, HEADS: tl.constexpr, SIZE: tl.constexpr):
-    # Partners lie in other lanes: they are read again, from the L1, where the row has just arrived.
-    partner, cos, sin = rotation
-    partners = _load_heads(source_ptr, heads, partner, HEADS, SIZE).to(tl.float32)
-    weight = _load_heads(weight_ptr, heads, columns, HEADS, SIZE).to(tl.float32)
-    partner_weight = _load_heads(weight_ptr, heads, partner, HEADS, SIZE).to(tl.float32)
-    return values.to(tl.float32) * weight * (cos * inverse) + partners * partner_weight * (sin * inverse)
+def _rotate(first, second, weight_ptr, heads, pairs, rotation, inverse, HEADS: tl.constexpr, SIZE: tl.constexpr):
+    """A tile of pairs normed and rotated, `[heads, 2 pairs]`, both elements of a pair side by side."""
+    weights = _load_pairs(weight_ptr, heads, pairs, True, HEADS, SIZE)
+    cos, sin = rotation[0] * inverse, rotation[1] * inverse
+    first = first.to(tl.float32) * weights[0].to(tl.float32)
+    second = second.to(tl.float32) * weights[1].to(tl.float32)
+    return tl.interleave(first * cos - second * sin, second * cos + first * sin)
 
 
 @triton.jit
 def _write_row(
-    main,
-    tail,
-    source_ptr,
+    tiles,
     weight_ptr,
     target_ptr,
     rotation,
     tail_rotation,
     eps,
-    ROTATED: tl.constexpr,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Stores the heads of a loaded row, normed and rotated or as they are, and the zeros that pad them."""
-    GROUP: tl.constexpr = main[0].shape[0]
-    MAIN: tl.constexpr = main[0].shape[1]
-    if ROTATED:
-        inverse = _inverse_rms(main, tail, HEADS * SIZE, eps)
-    # One group at a time, so that weights and partners of a few heads only take registers.
-    for group in tl.static_range(len(main)):
-        heads = group * GROUP + tl.arange(0, GROUP)
-        columns = tl.arange(0, MAIN)
-        values = main[group]
-        if ROTATED:
-            values = _rotate(values, source_ptr, weight_ptr, heads, columns, rotation, inverse, HEADS, SIZE)
-        _store_heads(target_ptr, values, heads, columns, HEADS, SIZE, PADDED)
-    heads = tl.arange(0, tail.shape[0])
-    columns = MAIN + tl.arange(0, tail.shape[1])
-    if ROTATED:
-        tail = _rotate(tail, source_ptr, weight_ptr, heads, columns, tail_rotation, inverse, HEADS, SIZE)
-    _store_heads(target_ptr, tail, heads, columns, HEADS, SIZE, PADDED)
+    """Stores the heads of a loaded row, normed and rotated, and the zeros that pad them."""
+    LAST: tl.constexpr = len(tiles) - 2
+    GROUP: tl.constexpr = tiles[0].shape[0]
+    MAIN: tl.constexpr = tiles[0].shape[1]
+    TAIL: tl.constexpr = tiles[LAST].shape[1]
+    inverse = _inverse_rms(tiles, HEADS * SIZE, eps)
+    # One group at a time, so that weights of a few heads only take registers.
+    for index in tl.static_range(0, LAST, 2):
+        heads = tl.arange(0, GROUP) + index // 2 * GROUP
+        pairs = tl.arange(0, MAIN)
+        values = _rotate(tiles[index], tiles[index + 1], weight_ptr, heads, pairs, rotation, inverse, HEADS, SIZE)
+        _store(target_ptr, values, heads, tl.arange(0, 2 * MAIN), HEADS, SIZE, PADDED)
+    heads = tl.arange(0, tiles[LAST].shape[0])
+    pairs = tl.arange(0, TAIL) + MAIN
+    values = _rotate(tiles[LAST], tiles[LAST + 1], weight_ptr, heads, pairs, tail_rotation, inverse, HEADS, SIZE)
+    _store(target_ptr, values, heads, tl.arange(0, 2 * TAIL) + 2 * MAIN, HEADS, SIZE, PADDED)
+    _store_zeros(target_ptr, heads, HEADS, SIZE, PADDED)
+
+
+@triton.jit
+def _store(target_ptr, values, heads, columns, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    mask = (heads < HEADS)[:, None] & (columns < SIZE)[None, :]
+    tl.store(target_ptr + heads[:, None] * PADDED + columns[None, :], values, mask=mask)
+
+
+@triton.jit
+def _store_zeros(target_ptr, heads, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
     if PADDED > SIZE:
         columns = SIZE + tl.arange(0, triton.next_power_of_2(PADDED - SIZE))
-        zeros = tl.zeros([tail.shape[0], columns.shape[0]], target_ptr.dtype.element_ty)
-        _store_heads(target_ptr, zeros, heads, columns, HEADS, PADDED, PADDED)
+        zeros = tl.zeros([heads.shape[0], columns.shape[0]], target_ptr.dtype.element_ty)
+        _store(target_ptr, zeros, heads, columns, HEADS, PADDED, PADDED)
+
+
+@triton.jit
+def _load_values(source_ptr, heads, columns, HEADS: tl.constexpr, SIZE: tl.constexpr):
+    mask = (heads < HEADS)[:, None] & (columns < SIZE)[None, :]
+    return tl.load(source_ptr + heads[:, None] * SIZE + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["split", "query_start", "table_rows"])
@@ -158,17 +174,19 @@ def _qk_norm_rope_kernel(
     target = tl.load(branch_rows_ptr + row).to(tl.int64)
     key_target = tl.load(key_rows_ptr + row).to(tl.int64)
     query_ptr = tl.where(row < split, cond_ptr + row * cond_stride, x_ptr + (row - split) * x_stride)
-    queries = tl.where(row < query_start, 0, HEADS)
-    key_ptr = query_ptr + queries * SIZE
+    key_ptr = query_ptr + tl.where(row < query_start, 0, HEADS * SIZE)
     value_ptr = key_ptr + KV_HEADS * SIZE
-    position_ptr = positions_ptr + row * 3
     main, tail = tl.arange(0, MAIN), MAIN + tl.arange(0, TAIL)
-    position = tl.load(position_ptr + main // (SIZE // 3))
-    tail_position = tl.load(position_ptr + tail // (SIZE // 3), mask=tail < SIZE, other=0)
-    value, value_tail = _load_row(value_ptr, KV_HEADS, KV_HEADS, KV_GROUP, SIZE, MAIN, TAIL)
-    key, key_tail = _load_row(key_ptr, KV_HEADS, KV_HEADS, KV_GROUP, SIZE, MAIN, TAIL)
+    position_ptr = positions_ptr + row * 3
+    position = tl.load(position_ptr + main // (SIZE // 6))
+    tail_position = tl.load(position_ptr + tail // (SIZE // 6), mask=tail < SIZE // 2, other=0)
+    heads = tl.arange(0, triton.next_power_of_2(KV_HEADS))
+    columns, tail_columns = tl.arange(0, 2 * MAIN), 2 * MAIN + tl.arange(0, 2 * TAIL)
+    value = _load_values(value_ptr, heads, columns, KV_HEADS, SIZE)
+    value_tail = _load_values(value_ptr, heads, tail_columns, KV_HEADS, SIZE)
+    key = _load_row(key_ptr, True, KV_HEADS, KV_GROUP, SIZE, MAIN, TAIL)
     tl.debug_barrier()
-    query, query_tail = _load_row(query_ptr, queries, HEADS, GROUP, SIZE, MAIN, TAIL)
+    query = _load_row(query_ptr, row >= query_start, HEADS, GROUP, SIZE, MAIN, TAIL)
     # The barriers keep all loads of a row ahead of the work on them, so that they are in flight together.
     tl.debug_barrier()
     rotation = _rotation(main, position, cos_ptr, sin_ptr, table_rows, SIZE)
@@ -177,25 +195,19 @@ def _qk_norm_rope_kernel(
         weight_ptr = q_weight_ptr + stream * q_weight_stride
         # Without cond's queries, those of x stay in their order.
         target_ptr = q_ptr + tl.where(query_start == 0, target, row - split) * HEADS * PADDED
-        _write_row(
-            query, query_tail, query_ptr, weight_ptr, target_ptr, rotation, tail_rotation, eps,
-            True, HEADS, SIZE, PADDED,
-        )  # fmt: skip
+        _write_row(query, weight_ptr, target_ptr, rotation, tail_rotation, eps, HEADS, SIZE, PADDED)
     weight_ptr = k_weight_ptr + stream * k_weight_stride
     target_ptr = k_ptr + key_target * KV_HEADS * PADDED
-    _write_row(
-        key, key_tail, key_ptr, weight_ptr, target_ptr, rotation, tail_rotation, eps, True, KV_HEADS, SIZE, PADDED
-    )
+    _write_row(key, weight_ptr, target_ptr, rotation, tail_rotation, eps, KV_HEADS, SIZE, PADDED)
     target_ptr = v_ptr + key_target * KV_HEADS * PADDED
-    _write_row(
-        value, value_tail, value_ptr, weight_ptr, target_ptr, rotation, tail_rotation, eps,
-        False, KV_HEADS, SIZE, PADDED,
-    )  # fmt: skip
+    _store(target_ptr, value, heads, columns, KV_HEADS, SIZE, PADDED)
+    _store(target_ptr, value_tail, heads, tail_columns, KV_HEADS, SIZE, PADDED)
+    _store_zeros(target_ptr, heads, KV_HEADS, SIZE, PADDED)
 
 
 def _tiles(heads: int, kv_heads: int, head_size: int, padded: int, group: int) -> dict[str, int]:
-    """The compile-time sizes of a launch."""
-    main, tail = pieces(head_size)
+    """The compile-time sizes of a launch; MAIN and TAIL count pairs."""
+    main, tail = pieces(head_size // 2)
     return {
         "HEADS": heads,
         "KV_HEADS": kv_heads,
@@ -285,7 +297,9 @@ def qk_norm_rope(
     """RMSNorm over all heads of q and of k, 3D rotary positions, and the change to branch-contiguous order.
 
     LaVin-DiT, arXiv 2411.11505, section 3.3: thirds of a head rotate with the frame, row and column of their token, in
-    half-split pairs. One pass over the joined rows in float32, rounded once. On a CPU the reference runs instead.
+    half-split pairs. q and k come with the two elements of a pair side by side: products of q and k are the same in any
+    order of columns that both have, and so a thread that reads a pair whole also writes it whole. One pass over the
+    joined rows in float32, rounded once. On a CPU the reference runs instead.
 
     Args:
         cond: `[cond rows, Q + 2 KV]`, the joined q, k, v of the cond stream, or `[cond rows, 2 KV]` where nothing needs
@@ -304,7 +318,8 @@ def qk_norm_rope(
 
     Returns:
         q `[rows, heads, padded]` in branch-contiguous order, or the x rows alone, in their order, where `cond` has no
-        queries; k and v `[rows, kv_heads, padded]` in branch-contiguous order; contiguous, in the dtype of `x`.
+        queries; k and v `[rows, kv_heads, padded]` in branch-contiguous order; contiguous, in the dtype of `x`. Columns
+        `2 j` and `2 j + 1` of a third of q or k are its columns `j` and `j + head_size / 6`.
 
     Raises:
         TypeError: an argument of another type or dtype.

@@ -120,7 +120,8 @@ def qk_norm_rope(
 
     Returns:
         q `[rows, heads, padded]` in branch-contiguous order, or the x rows alone where `cond` has no queries;
-        k and v `[rows, kv_heads, padded]` in branch-contiguous order.
+        k and v `[rows, kv_heads, padded]` in branch-contiguous order. The two elements of a pair that rotates are side
+        by side in q and k.
     """
     cond_parts, x_parts = _normed_rotated(cond, x, positions, cos, sin, q_weight, k_weight, head_size, eps)
     q = _query_rows(cond_parts[0], x_parts[0], branches)
@@ -167,7 +168,9 @@ def qk_norm_rope_into(
 
 
 def _normed_rotated(cond, x, positions, cos, sin, q_weight, k_weight, head_size: int, eps: float):
-    """The q, k, v `[rows, heads, head_size]` of each stream; no heads of q where cond has no queries."""
+    """The q, k, v `[rows, heads, head_size]` of each stream, pairs of q and k side by side; no heads of q where cond
+    has no queries.
+    """
     kv_size, split = k_weight.shape[-1], cond.shape[0]
     compute = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(compute)[positions], sin.to(compute)[positions]  # [rows, 3, head_size / 6]
@@ -176,7 +179,8 @@ def _normed_rotated(cond, x, positions, cos, sin, q_weight, k_weight, head_size:
         if not part.shape[1]:
             return part.unflatten(-1, (0, head_size))
         normed = F.rms_norm(part.to(compute), part.shape[-1:], weight.to(compute), eps)
-        return apply_rope(normed.unflatten(-1, (-1, head_size)), cos[rows], sin[rows]).to(x.dtype)
+        heads = apply_rope(normed.unflatten(-1, (-1, head_size)), cos[rows], sin[rows]).to(x.dtype)
+        return heads.unflatten(-1, (3, 2, -1)).transpose(-1, -2).flatten(-3)
 
     for_streams = []
     for stream, (rows, part) in enumerate(((slice(0, split), cond), (slice(split, None), x))):
