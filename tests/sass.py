@@ -1,10 +1,11 @@
-"""Reads NVIDIA machine code: instructions, loops, and hazards of Hopper's asynchronous matrix instructions."""
+"""Hazards of Hopper's asynchronous matrix instructions in machine code."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections import deque
+
+from lavin_kernels.machine_code import Code
 
 _NONE = (frozenset(), frozenset())
 # Instructions whose first operand is no register that they write.
@@ -14,57 +15,18 @@ _NO_RESULT = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Code:
-    """Instructions in order, and the index that each label stands before."""
-
-    instructions: list[str]
-    labels: dict[str, int]
-
-    @classmethod
-    def of(cls, text: str) -> Code:
-        """Of what `nvdisasm -c` prints."""
-        instructions: list[str] = []
-        labels: dict[str, int] = {}
-        for line in text.splitlines():
-            if label := re.match(r"^(\.L_x_\d+):", line):
-                labels[label[1]] = len(instructions)
-            elif instruction := re.match(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;?\s*(/\*.*)?$", line):
-                instructions.append(instruction[1])
-        return cls(instructions, labels)
-
-    def loops(self) -> list[list[str]]:
-        """Instructions from the target of each backward branch to the branch."""
-        found = []
-        for index, instruction in enumerate(self.instructions):
-            branch = re.search(r"BRA.*?`\((\.L_x_\d+)\)", instruction)
-            start = self.labels.get(branch[1], index) if branch else index
-            if start < index:
-                found.append(self.instructions[start : index + 1])
-        return found
-
-    def main_loop(self) -> list[str]:
-        """The shortest loop with matrix instructions and a softmax's exponentials in it."""
-        loops = [loop for loop in self.loops() if count(loop, "MUFU.EX2") >= 16 and count(loop, "MMA")]
-        return min(loops, key=len)
-
-    def successors(self, index: int) -> list[int]:
-        """Indices of instructions that may follow."""
-        instruction, after = self.instructions[index], []
-        branch = re.search(r"BRA(?:\.\w+)*\s.*?`\((\.L_x_\d+)\)", instruction)
-        if branch and branch[1] in self.labels:
-            after.append(self.labels[branch[1]])
-        if instruction.startswith("BRX"):
-            after += [self.labels[label] for label in re.findall(r"\.L_x_\d+", instruction) if label in self.labels]
-        always = branch and not instruction.startswith("@") and "BRA.DIV" not in instruction
-        if not always and not instruction.startswith(("EXIT", "BRX")):
-            after.append(index + 1)
-        return [target for target in after if target < len(self.instructions)]
-
-
-def count(instructions: list[str], name: str) -> int:
-    """Instructions with `name` in them."""
-    return sum(name in instruction for instruction in instructions)
+def successors(code: Code, index: int) -> list[int]:
+    """Indices of instructions that may follow."""
+    instruction, after = code.instructions[index], []
+    branch = code.target(index) != index
+    if branch:
+        after.append(code.target(index))
+    if instruction.startswith("BRX"):
+        after += [code.labels[label] for label in re.findall(r"\.L_x_\d+", instruction) if label in code.labels]
+    always = branch and not instruction.startswith("@") and "BRA.DIV" not in instruction
+    if not always and not instruction.startswith(("EXIT", "BRX")):
+        after.append(index + 1)
+    return [target for target in after if target < len(code.instructions)]
 
 
 def _results(instruction: str) -> set[int]:
@@ -112,7 +74,7 @@ def hazards(code: Code) -> list[str]:
                 state = (_NONE, *state)[:9]
         elif wait := re.search(r"WARPGROUP\.DEPBAR\S*\s+gsb0, 0x([0-9a-f]+)", instruction):
             state = state[: 1 + int(wait[1], 16)]
-        for target in code.successors(index):
+        for target in successors(code, index):
             merged = state if flight[target] is None else _merged(flight[target], state)
             if merged != flight[target]:
                 flight[target] = merged

@@ -9,8 +9,9 @@ import pytest
 import sass
 import torch
 
-from lavin_kernels import static, tuning
+from lavin_kernels import tuning
 from lavin_kernels.launch import interpreted
+from lavin_kernels.machine_code import Code, attention_counts, count, row_instructions
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,42 +25,36 @@ FORMS = {
 }
 
 
-def machine_code(config):
-    """Of the standard run's blocks, and the compiler's report."""
-    case = module._static_case(config, torch.bfloat16, x_only=False)
-    kernel = case.compile(90)
-    usage, text = static._disassembled(kernel.asm["cubin"])
-    return text, usage
-
-
-def clocks(loop, config):
-    """Issue slots and matrix clocks of one tile on a multiprocessor: four schedulers, 2048 products a clock."""
-    warps = config["block_m"] // 16 if config["variant"] == "gluon" else config["num_warps"]
-    width = sum(module.head_pieces(72))
-    return len(loop) * warps / 4, config["block_m"] * config["block_n"] * 2 * width / 2048
-
-
 @pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
 def test_gluon_form(config):
-    text, usage = machine_code(config)
-    code = sass.Code.of(text)
-    assert usage["STACK"] == 0 and not re.search(r"\b(LDL|STL)\b", text)
+    counts, text = attention_counts(config, 90)
+    code = Code.of(text)
+    assert not re.search(r"\b(LDL|STL)\b", text)
     assert sass.hazards(code) == []
-    loop = code.main_loop()
-    issue, matrix = clocks(loop, config)
-    print(f"{len(loop)} instructions a tile, issue {issue:.0f}, products {matrix:.0f} clocks")
-    assert issue / matrix <= 1.3  # of 64 keys; 0.9 of 128
+    print(counts)
+    # Of 64 keys 1.3; of 128, 0.70 to two digits: the rest of the loop is products' and exponentials' own.
+    assert counts.issue / counts.products < (0.705 if config["block_n"] == 128 else 1.3)
     # Two waits a tile, for scores and for values: where the assembler gives up, every product has one of its own.
-    assert sass.count(loop, "WARPGROUP.DEPBAR") == 2
+    assert count(code.main_loop(), "WARPGROUP.DEPBAR") == 2
 
 
 def test_default_of_sm_90_is_not_bound_by_issue():
-    config = tuning.default_config("joint_attention", 90, torch.bfloat16)
-    issue, matrix = clocks(sass.Code.of(machine_code(config)[0]).main_loop(), config)
-    assert issue / matrix <= 1.02
+    counts, _ = attention_counts(tuning.default_config("joint_attention", 90, torch.bfloat16), 90)
+    assert counts.issue / counts.products <= 1.02
+
+
+@pytest.mark.parametrize("capability", [80, 100])
+def test_defaults_keep_two_programs_on_a_multiprocessor(capability):
+    counts, _ = attention_counts(tuning.default_config("joint_attention", capability, torch.bfloat16), capability)
+    assert counts.programs >= 2
+
+
+def test_queries_and_keys_take_few_instructions_a_row():
+    [case, _] = importlib.import_module("lavin_kernels.qk_norm_rope").static_cases(90)
+    assert row_instructions(case, 90) <= 1150
 
 
 def test_hazards_are_found_where_waits_are_missing():
-    text, _ = machine_code(tuning.default_config("joint_attention", 90, torch.bfloat16))
+    _, text = attention_counts(tuning.default_config("joint_attention", 90, torch.bfloat16), 90)
     broken = "\n".join(line for line in text.splitlines() if "WARPGROUP.DEPBAR" not in line)
-    assert len(sass.hazards(sass.Code.of(broken))) > 100
+    assert len(sass.hazards(Code.of(broken))) > 100

@@ -88,7 +88,7 @@ def arguments(case: Case, dtype: torch.dtype, magnitude: float = 1.0, weight_dty
     return [cond, x, branches, positions, *tables, *weights, case.head_size, 1e-6, case.padded]
 
 
-@compiled_test
+@kernel_test
 def test_pairs_are_turned_as_complex_numbers():
     """Real and imaginary part side by side in q and k, every third of a head by the angle of its axis."""
     case = Case((2, 1), (1, 2), 4, 2, 48)

@@ -318,11 +318,11 @@ def static_cases(capability: int) -> list[StaticCase]:
         configs = {config["variant"]: config}
         if config["variant"] == "gluon":
             configs["pointer"] = PLAIN
-        cases += [_static_case(config, dtype, x_only) for config in configs.values() for x_only in (False, True)]
+        cases += [static_case(config, dtype, x_only) for config in configs.values() for x_only in (False, True)]
     return cases
 
 
-def _static_case(config: Mapping[str, int | str], dtype: torch.dtype, x_only: bool) -> StaticCase:
+def static_case(config: Mapping[str, int | str], dtype: torch.dtype, x_only: bool) -> StaticCase:
     heads, kv_heads, head_size, stored = 32, 8, 72, 80
     branches = [(1024 if x_only else cond + 1024, cond + 1024) for cond in (9216, 2048)]
     queries, keys = (sum(rows) for rows in zip(*branches, strict=True))

@@ -126,7 +126,7 @@ def inspect(case: StaticCase, capability: int) -> Report:
     except Exception as error:  # whatever Triton, LLVM or ptxas object to is a finding about the kernel
         return dataclasses.replace(report, failure=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
     ptx = kernel.asm["ptx"]
-    usage, code = _disassembled(kernel.asm["cubin"])
+    usage, code = disassembled(kernel.asm["cubin"])
     matrix = re.findall(r"^\s*(?:@\S+\s+)?((?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*)", ptx, re.MULTILINE)
     return dataclasses.replace(
         report,
@@ -145,7 +145,7 @@ def inspect(case: StaticCase, capability: int) -> Report:
     )
 
 
-def _disassembled(cubin: bytes) -> tuple[dict[str, int], str]:
+def disassembled(cubin: bytes) -> tuple[dict[str, int], str]:
     """Resource usage of the one kernel in `cubin`, and its machine code as text."""
     import triton
 
