@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from lavin_rt.compiling import compiling
 from lavin_rt.config import DiTConfig
 from lavin_rt.errors import InputError
 from lavin_rt.layout import REUSED, Form, Layout, Shape
@@ -235,7 +236,8 @@ class PlainNetwork:
         t: torch.Tensor,
         kept: Sequence[KeptBlock] | None = None,
     ) -> torch.Tensor:
-        return self.run(latents, t.expand(len(latents)), cond_latents, kept)
+        with compiling("the model") if self.compiles else nullcontext():
+            return self.run(latents, t.expand(len(latents)), cond_latents, kept)
 
     def workspace(self, shape: Shape) -> int:
         """Bytes of one pass's activations and of the keys and values that the shape keeps; the modulation linears,
