@@ -172,8 +172,8 @@ def report_unexpected(path: str | os.PathLike, names: Iterable[str], strict: boo
 def quantized_message(path: Path, names: list[str]) -> str:
     return (
         f"{path} has {len(names)} tensors that are not floating point of 16 to 64 bits: {listed(names)}; "
-        "quantized checkpoints cannot be used, get the original; tensors that were merely cast to float8 can be cast back "
-        "and saved, as exact as they are"
+        "quantized checkpoints cannot be used, get the original; what was merely cast to float8 can be cast back and "
+        "saved, as exact as it is"
     )
 
 

@@ -26,9 +26,9 @@ def compiling(what: str) -> Iterator[None]:
     Raises:
         InputError: there is no compiler, or no folder in which it can work.
     """
-    from torch._inductor.runtime.cache_dir_utils import cache_dir, temporary_cache_dir
-
     try:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir, temporary_cache_dir
+
         folder = cache_dir()
     except OSError as error:
         raise _unusable(what, Path(str(error.filename)), error.strerror or str(error)) from error

@@ -244,4 +244,5 @@ def _status(path: str | os.PathLike) -> os.stat_result | None:
 
 def _cannot_write(path: str | os.PathLike, error: OSError) -> InputError:
     name = " ".join(os.fspath(path).split())
+    name = name if len(name) <= 300 else f"{name[:150]}...{name[-100:]}"
     return InputError(f"{name}: cannot be written ({error.strerror or error}); choose a place you can write to")

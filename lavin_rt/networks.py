@@ -207,7 +207,10 @@ class PlainNetwork:
     def __init__(self, dit: JDiT, compile: bool = False):
         self.dit, self.compiles = dit, compile
         self.config, self.device, self.dtype = dit.config, dit.device, dit.dtype
-        self.run: Callable[..., torch.Tensor] = torch.compile(dit, dynamic=False) if compile else dit
+        self.run: Callable[..., torch.Tensor] = dit
+        if compile:
+            with compiling("the model"):
+                self.run = torch.compile(dit, dynamic=False)
 
     def table(self, knots: torch.Tensor) -> Tensors:
         """The times `[n - 1]` float32."""

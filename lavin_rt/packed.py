@@ -95,7 +95,8 @@ class PackedStep:
 
     def compiled(self) -> Callable[..., torch.Tensor]:
         """The step through `torch.compile`, once for every shape; torch's cache on disk outlives the process."""
-        network = torch.compile(self.__call__, dynamic=False, fullgraph=True)
+        with compiling("the step"):
+            network = torch.compile(self.__call__, dynamic=False, fullgraph=True)
 
         def call(*arguments: torch.Tensor) -> torch.Tensor:
             # Every shape is a compilation of the same code, of which torch allows eight unless told otherwise.
