@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lavin_rt.container import folder_fault, temporary_folder
 from lavin_rt.devices import DTYPES
 from lavin_rt.errors import InputError
+from lavin_rt.host_state import full_float32
 from lavin_rt.manifest import Manifest
 from lavin_rt.part_sizes import bind_sizes
 
@@ -85,37 +86,9 @@ class AotiSession:
                     f"{self.path.stem}: {described['name']} is {tensor.dtype} on {tensor.device}; "
                     f"the artifact takes {dtype} on {self.device}"
                 )
-        exact = inputs[0].dtype == torch.float32 and self.device.type == "cuda"
-        with _NO_TF32 if exact else contextlib.nullcontext():
+        # Compiled code asks the process's settings.
+        with full_float32 if inputs[0].dtype == torch.float32 else contextlib.nullcontext():
             return tuple(self._loader.boxed_run([tensor.contiguous() for tensor in inputs]))
-
-
-class _NoTF32:
-    """While any thread is in it, cuDNN convolves float32 without TF32: compiled code asks the process's setting.
-
-    Set by its older name, which keeps all of cuDNN's settings alike: where they differ, PyTorch refuses to read it, in
-    any thread.
-    """
-
-    def __init__(self):
-        self._lock, self._inside, self._before = threading.Lock(), 0, False
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._before = torch.backends.cudnn.conv.fp32_precision == "tf32"
-                if self._before:
-                    torch.backends.cudnn.allow_tf32 = False
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside and self._before:
-                torch.backends.cudnn.allow_tf32 = True
-
-
-_NO_TF32 = _NoTF32()
 
 
 def check_versions(path: Path, torch_version: str, part: dict[str, Any], device: torch.device) -> None:
@@ -166,4 +139,11 @@ def _loading(path: Path) -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
+        folder = temporary_folder()  # into which a package is unpacked
+        fault = folder_fault(folder)
+        if fault:
+            raise InputError(
+                f"{path} cannot be loaded by way of the temporary folder {folder}: {fault}; name another one in the "
+                "environment's TMPDIR"
+            ) from None
         raise InputError(f"{path} cannot be loaded ({reason}); export it again on this machine") from None

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import os
-import shutil
 import tarfile
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -17,7 +15,6 @@ from lavin_rt.errors import InputError
 from lavin_rt.files import Progress, written_whole
 
 CHUNK = 2**20
-ABANDONED_SECONDS = 24 * 3600
 
 
 def unpack(
@@ -45,28 +42,17 @@ def unpack(
         raw = open(archive, "rb")  # noqa: SIM115, closed by the next `with`
     except OSError as error:
         raise InputError(f"cannot read {archive}: {error.strerror}; expected a .tar.gz archive") from None
-    with raw:
+    with raw, written_whole(folder, folder=True) as partial:
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(folder.parent)
-        except OSError as error:
-            raise InputError(
-                f"cannot unpack into {folder}: {error.strerror}; choose a place you can write to"
-            ) from None
-        with written_whole(folder) as partial:
-            partial.mkdir()
-            try:
-                _Unpacking(archive, partial).run(raw, progress or (lambda done, total: None))
-            except InputError:
-                raise
-            # `OSError` is left to `written_whole`, but for the one that gzip derives from it.
-            except (EOFError, ValueError, OverflowError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise InputError(
-                    f"{archive} is damaged, truncated or no .tar.gz ({reason}); download it again"
-                ) from None
-            if check is not None:
-                check(partial)
+            _Unpacking(archive, partial).run(raw, progress or (lambda done, total: None))
+        except InputError:
+            raise
+        # `OSError` is left to `written_whole`, but for the one that gzip derives from it.
+        except (EOFError, ValueError, OverflowError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"{archive} is damaged, truncated or no .tar.gz ({reason}); download it again") from None
+        if check is not None:
+            check(partial)
 
 
 class _Unpacking:
@@ -171,11 +157,3 @@ class _Unpacking:
 def _leads_out(name: str) -> bool:
     """Whether a member's name is absolute or climbs, in the notation of either kind of system."""
     return any(path.anchor or ".." in path.parts for path in (PurePosixPath(name), PureWindowsPath(name)))
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Removes what killed processes left half unpacked."""
-    for partial in folder.glob(".lavin-rt-*.part"):
-        with contextlib.suppress(OSError):
-            if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
-                shutil.rmtree(partial)

@@ -97,6 +97,7 @@ class ArtifactNetwork:
     def __init__(self, manifest: Manifest, device: torch.device, session: Session):
         self.manifest, self.device, self.session = manifest, device, session
         self.config, self.dtype, self.impl = manifest.config, manifest.dtype, manifest.kind
+        self.forkable = manifest.kind == "aoti"  # others have threads of their own
         self.capturable = bool(getattr(session, "capturable", manifest.kind in KINDS_OF_CODE))
 
     def table(self, knots: torch.Tensor) -> Tensors:
@@ -123,7 +124,7 @@ class ArtifactNetwork:
                 entry = file.entries.get(f"{name}.{steps}")
                 if entry is None or entry.shape != shape or entry.dtype != "F32":
                     raise InputError(f"{file.path}: {name}.{steps} is {entry}, expected F32 {shape}; export it again")
-                tensors[name] = torch.empty(shape)
+                tensors[name] = torch.empty(shape, dtype=torch.float32)
                 reader.read_into(f"{name}.{steps}", tensors[name])
         if not torch.equal(tensors["knots"], knots.cpu().float()):
             raise InputError(f"{file.path}: its {steps} knots are not this package's; export the artifact again")

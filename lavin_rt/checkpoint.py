@@ -12,7 +12,6 @@ import math
 import os
 import pickle
 import re
-import warnings
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
@@ -25,21 +24,25 @@ from lavin_rt.checkpoint_header import (
     check_tensors,
     common_dtype,
     dit_config,
+    open_checkpoint,
     quantized_message,
+    report_renamed,
     report_unexpected,
 )
 from lavin_rt.config import PRESETS, DiTConfig
 from lavin_rt.download import Checkpoint, find_checkpoint
 from lavin_rt.errors import InputError
 from lavin_rt.files import Progress, written_whole
+from lavin_rt.host_state import own_state
 from lavin_rt.model import JDiT
-from lavin_rt.official_layout import modulation_layout, official_layout, resident_layout
+from lavin_rt.official_layout import modulation_layout, official_layout, official_name, resident_layout
 from lavin_rt.safetensors_io import FLOAT_DTYPES, SafetensorsFile, write_safetensors
 from lavin_rt.vae import STVAE
 
 __all__ = ["Checkpoint", "describe", "find_checkpoint", "load_dit", "load_vae", "save_dit", "save_vae"]
 
 
+@own_state()
 def load_dit(
     path: str | os.PathLike,
     device: torch.device | str = "cpu",
@@ -54,7 +57,7 @@ def load_dit(
     for training load with `resident_modulation=True` and call `dit.requires_grad_()`.
 
     Args:
-        path: `lavin_dit.safetensors`, float32, bfloat16, float16 or float64.
+        path: `lavin_dit.safetensors`, float32, bfloat16, float16 or float64, or the index of one in several files.
         device: where the parameters are to live.
         dtype: of the parameters; None keeps the file's (the narrowest that holds all of them, should they differ).
         strict: stop on unexpected tensors instead of naming them in one warning.
@@ -67,7 +70,8 @@ def load_dit(
             misshapen or quantized tensors (and with `strict` unexpected ones); the message names them.
     """
     check_dtype(dtype)
-    file = SafetensorsFile.open(os.path.abspath(path))  # read again later, perhaps from another working folder
+    file = open_checkpoint(os.path.abspath(path))  # read again later, perhaps from another working folder
+    report_renamed(file.path, file.renamed)
     config = dit_config(file)
     everything = official_layout(config)
     report_unexpected(file.path, check_tensors(file, config, everything), strict)
@@ -81,7 +85,7 @@ def load_dit(
     dit = dit.to(dtype or common_dtype(file, everything)).to_empty(device=device)
     parameters = dict(dit.named_parameters())
     places = everything if resident_modulation else resident_layout(config)
-    places = sorted(places, key=lambda place: file.entries[place.official].start)
+    places = sorted(places, key=lambda place: (file.entries[place.official].file, file.entries[place.official].start))
     done, total = 0, sum(file.entries[place.official].size for place in places)
     with file.reader() as reader:
         for place in places:
@@ -161,6 +165,7 @@ class ModulationInFile:
         return weight, bias
 
 
+@own_state()
 def load_vae(
     path: str | os.PathLike,
     device: torch.device | str = "cpu",
@@ -182,7 +187,9 @@ def load_vae(
     """
     check_dtype(dtype)
     path = Path(path)
-    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    found = _read_safetensors(path) if path.suffix in (".safetensors", ".json") else _read_pickle(path)
+    tensors = {official_name(name): tensor for name, tensor in found.items()}
+    report_renamed(path, tensors.keys() != found.keys())
     dtypes = {name: tensor.dtype for name, tensor in tensors.items() if name.startswith(("encoder.", "decoder."))}
     quantized = [name for name, found in dtypes.items() if found not in FLOAT_DTYPES.values()]
     if quantized:
@@ -210,7 +217,7 @@ def save_vae(vae: STVAE, path: str | os.PathLike) -> None:
         write_safetensors(path, layout, tensors.values(), {"format": "pt"})
     elif path.suffix == ".pt":
         state_dict = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        with written_whole(path) as partial, open(partial, "xb") as file:
+        with written_whole(path) as partial, open(partial, "wb") as file:
             torch.save({"state_dict": state_dict}, file)
     else:
         raise InputError(f"{path} ends in {path.suffix!r}; expected .safetensors or .pt")
@@ -234,9 +241,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise InputError(f"cannot read {path}: no such file; expected stvae.pt or stvae.safetensors")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the pickle's protocol, besides the error that follows
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"refers to {found[1]}" if found else "is no pickle of tensors"
@@ -295,10 +300,10 @@ class Description:
 
 def describe(files: Checkpoint) -> Description:
     """Reads and checks the transformer's header; an `InputError` for whatever `load_dit` would refuse."""
-    file = SafetensorsFile.open(files.dit)
+    file = open_checkpoint(files.dit)
     config = dit_config(file)
     places = official_layout(config)
     unexpected = check_tensors(file, config, places)
     parameters = sum(math.prod(place.shape) for place in places)
-    dtype, size = common_dtype(file, places), file.stamp[0]
+    dtype, size = common_dtype(file, places), file.size
     return Description(files, config, parameters, dtype, size, tuple(unexpected))

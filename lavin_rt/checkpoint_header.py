@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -15,11 +16,38 @@ import torch
 
 from lavin_rt.config import PRESETS, DiTConfig
 from lavin_rt.errors import InputError
-from lavin_rt.official_layout import Place
+from lavin_rt.official_layout import WRAPPERS, Place, official_name
 from lavin_rt.safetensors_io import FLOAT_DTYPES, SafetensorsFile
 
 RELEASED = PRESETS["lavin-dit-3.4b"]
 RELEASED_SIZE = 512
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CheckpointFile(SafetensorsFile):
+    """A checkpoint's file, tensors by their official names; `renamed` where wrappers had changed those."""
+
+    renamed: bool = False
+
+
+def open_checkpoint(path: str | os.PathLike) -> CheckpointFile:
+    """Reads a checkpoint's header, or those of all files that an index names.
+
+    Raises:
+        InputError: as `SafetensorsFile.open`, or two tensors that are one by their official name.
+    """
+    file = SafetensorsFile.open(path)
+    entries = {official_name(name): entry for name, entry in file.entries.items()}
+    if len(entries) < len(file.entries):
+        raise InputError(f"{path} holds tensors with and without the prefixes of wrappers; write it again without them")
+    return CheckpointFile(file.path, entries, file.metadata, file.files, entries.keys() != file.entries.keys())
+
+
+def report_renamed(path: str | os.PathLike, renamed: bool) -> None:
+    """Says in one warning that a checkpoint was saved from a wrapped model."""
+    if renamed:
+        wrappers = " or ".join(f"{name}." for name in WRAPPERS)
+        warnings.warn(f"{path} was saved from a wrapped model: {wrappers} is left out of its names", stacklevel=4)
 
 
 def dit_config(file: SafetensorsFile) -> DiTConfig:
@@ -144,7 +172,8 @@ def report_unexpected(path: str | os.PathLike, names: Iterable[str], strict: boo
 def quantized_message(path: Path, names: list[str]) -> str:
     return (
         f"{path} has {len(names)} tensors that are not floating point of 16 to 64 bits: {listed(names)}; "
-        "quantized checkpoints cannot be used, get the original"
+        "quantized checkpoints cannot be used, get the original; what was merely cast to float8 can be cast back and "
+        "saved, as exact as it is"
     )
 
 

@@ -1,6 +1,7 @@
 """The command line: `lavin-rt run`, `serve`, `map`, `task`, `info`, `export` and `bench`.
 
-Exit codes: 0 done, 1 the run failed, 2 something given cannot be used, 130 interrupted. Errors are one line on stderr.
+Exit codes: 0 done, 1 the run failed, 2 something given cannot be used, 130 interrupted, 143 and 129 ended by TERM and
+HUP. Errors are one line on stderr.
 """
 
 from __future__ import annotations
@@ -12,6 +13,15 @@ import warnings
 from collections.abc import Sequence
 
 from lavin_rt.errors import InputError
+from lavin_rt.process import (
+    Terminated,
+    check_output_wanted,
+    finish_output,
+    settle_threads,
+    sound_streams,
+    terminating,
+    to_nowhere,
+)
 from lavin_rt.serve.options import add_map, add_serve, add_task
 
 
@@ -272,10 +282,15 @@ def _warn(message, category, filename, lineno, file=None, line=None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
-    options = parser().parse_args(arguments)
-    with warnings.catch_warnings():
+    with sound_streams(), terminating(), warnings.catch_warnings():
         warnings.showwarning = _warn
+        # About damage that either does not matter or is an error in a moment.
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         try:
+            try:
+                options = parser().parse_args(arguments)
+            finally:
+                finish_output()  # of --help
             if options.main == "run":
                 from lavin_rt.run import run as command
             elif options.main == "info":
@@ -300,12 +315,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from lavin_bench.quality import bench_quality as command
             else:
                 from lavin_bench.kernels import bench_kernels as command
+            settle_threads()
             command(options)
+            finish_output()
         except InputError as error:
             return _fail(str(error), 2)
+        except Terminated as stop:
+            return _fail(str(stop), 128 + stop.number)
         except KeyboardInterrupt:
             return _fail("interrupted", 130)
         except BrokenPipeError:
+            to_nowhere(sys.stdout)
             return 1
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
@@ -322,6 +342,7 @@ def _fail(message: str, code: int) -> int:
 
 def print_json(record: dict) -> None:
     """A record on stdout."""
+    check_output_wanted()
     print(json.dumps(record, indent=2))
 
 

@@ -16,6 +16,7 @@ import torch
 from lavin_rt import images
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
+from lavin_rt.scalars import whole
 
 _ROLES = ("input", "target")
 _FORMAT, _VERSION = "lavin-rt encoded context", "1"
@@ -104,8 +105,12 @@ def choose_pairs(pairs: Sequence[Pair], count: int, seed: int, repeats: bool = F
     Raises:
         InputError: zero pairs, or more than there are.
     """
-    if not isinstance(count, int) or count < 1:
-        raise InputError(f"{count!r} context pairs asked for; expected a whole number, at least 1")
+    given, count = count, whole(count)
+    if whole(seed) is None:
+        raise InputError(f"seed is {seed!r}; expected a whole number")
+    seed = whole(seed)  # its text decides
+    if count is None or count < 1:
+        raise InputError(f"{given!r} context pairs asked for; expected a whole number, at least 1")
     if not pairs:
         raise InputError("the context has no pairs; expected at least one")
     if repeats:
@@ -208,12 +213,13 @@ class ContextFrames(Sequence):
         return [[*self.frames[0::2], query], [*self.frames[1::2], result]]
 
 
-def check_query_frames(query_frames: int, context_frames: int, source: str = "query") -> None:
-    """Checks that a query has as many frames as every clip of its context."""
+def check_query_frames(query_frames: int, context_frames: int, source: str = "query", hint: str = "") -> None:
+    """Checks that a query has as many frames as every clip of its context; `hint` reads a single picture as a clip."""
     if query_frames != context_frames:
+        meant = f", did you mean {hint}?" if hint and query_frames == 1 else ""
         raise InputError(
-            f"{source}: {query_frames} frames, the context's clips have {context_frames}; "
-            "give queries and pairs of the same length"
+            f"{source}: {query_frames} frame{'s' * (query_frames != 1)}, the context's clips have {context_frames}; "
+            f"give queries and pairs of the same length{meant}"
         )
 
 

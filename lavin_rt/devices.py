@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from lavin_rt.container import memory_left
 from lavin_rt.errors import InputError
 
 # How memory is refused by PyTorch's CPU allocator and the system, the CUDA driver and runtime (and so Triton and
@@ -62,7 +63,7 @@ def current_device(device: torch.device) -> AbstractContextManager[object]:
 def memory_at_hand(device: torch.device) -> int:
     """Bytes that can be taken on a device: on CUDA what the driver has free, as far as this process may take it, and
     what PyTorch's allocator has unused, private pools aside, which serve the replays of their graphs alone; else what
-    the system calls available.
+    the system calls available, as far as the limits of the process and of its control groups go.
     """
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
@@ -78,9 +79,11 @@ def memory_at_hand(device: torch.device) -> int:
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        available = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    allowed = memory_left()
+    return available if allowed is None else min(available, allowed)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

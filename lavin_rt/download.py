@@ -11,18 +11,20 @@ from pathlib import Path
 
 from lavin_rt.archives import unpack
 from lavin_rt.errors import InputError, missing_extra
-from lavin_rt.files import Progress
+from lavin_rt.files import Progress, check_writable
 from lavin_rt.manifest import KINDS_OF_CODE, Manifest, is_artifact
 from lavin_rt.manifest import NAME as MANIFEST
+from lavin_rt.safetensors_io import INDEX_SUFFIX
 
 DIT = "lavin_dit.safetensors"
-VAES = ("stvae.safetensors", "stvae.pt")
+DIT_INDEX = "lavin_dit" + INDEX_SUFFIX
+VAES = ("stvae.safetensors", "stvae.pt", "stvae" + INDEX_SUFFIX)
 WEIGHTS_ARCHIVE, TEMPLATE_ARCHIVE = "weights.tar.gz", "template.tar.gz"
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz")
 BUNDLED = Path(__file__).parent / "mini"
-FILES = (DIT, *VAES, "config.json")
+FILES = (DIT, DIT_INDEX, "lavin_dit-*.safetensors", *VAES, "stvae-*.safetensors", "config.json")
 WANTED = (*FILES, *(f"weights/{name}" for name in FILES), "template/*", WEIGHTS_ARCHIVE, TEMPLATE_ARCHIVE, MANIFEST)
-EXPECTED = f"{DIT} and {' or '.join(VAES)}, or {WEIGHTS_ARCHIVE}"
+EXPECTED = f"{DIT} and {' or '.join(VAES[:2])}, or {WEIGHTS_ARCHIVE}"
 FILE_SUFFIXES = (".safetensors", ".pt", *ARCHIVE_SUFFIXES)
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
@@ -109,6 +111,12 @@ def find_model(
     return Artifact(folder, fetched=True, source=source)
 
 
+def settled(files: Checkpoint | Artifact) -> Checkpoint | Artifact:
+    """The same files by absolute paths, which stay right when the working folder changes."""
+    paths = {name: value for name, value in vars(files).items() if isinstance(value, Path)}
+    return dataclasses.replace(files, **{name: Path(os.path.abspath(path)) for name, path in paths.items()})
+
+
 def template_roots(files: Checkpoint | Artifact) -> list[Path]:
     """Where tasks are looked for by name: a model's own templates, then those that come with the package."""
     return [root for root in (files.templates, BUNDLED / "template") if root is not None]
@@ -177,14 +185,15 @@ class _Finder:
     def find(self, path: Path) -> Checkpoint:
         if path.is_dir():
             for folder in (path, path / "weights"):
-                if (folder / DIT).is_file():
-                    return Checkpoint(folder / DIT, _vae_in(folder), self.templates_near(folder), self.source)
+                dit = _dit_in(folder)
+                if dit is not None:
+                    return Checkpoint(dit, _vae_in(folder), self.templates_near(folder), self.source)
             if (path / WEIGHTS_ARCHIVE).is_file():
                 return self.find_in_archive(path / WEIGHTS_ARCHIVE)
             raise InputError(f"{self.source} holds {_contents(path)}; expected {EXPECTED}")
         if path.name.endswith(ARCHIVE_SUFFIXES):
             return self.find_in_archive(path)
-        if path.suffix == ".safetensors":
+        if path.name.endswith((".safetensors", INDEX_SUFFIX)):
             return Checkpoint(path, _vae_in(path.parent), self.templates_near(path.parent), self.source)
         raise InputError(f"{self.source} is no checkpoint; expected {EXPECTED}, or a folder with them")
 
@@ -192,7 +201,7 @@ class _Finder:
         root = self.unpacked(archive, _weights_in)
         folder = _weights_in(archive, root)
         templates = (self.templates_near(place) for place in (folder, root, archive.parent))
-        return Checkpoint(folder / DIT, _vae_in(folder), next(filter(None, templates), None), self.source)
+        return Checkpoint(_dit_in(folder), _vae_in(folder), next(filter(None, templates), None), self.source)
 
     def templates_near(self, folder: Path) -> Path | None:
         """`template/`, or its archive unpacked, beside the weights or the folder `weights/` that they lie in."""
@@ -208,6 +217,13 @@ class _Finder:
         folder = self.place(archive)
         if not folder.is_dir():
             try:
+                check_writable(folder, folder=True)
+            except InputError as error:
+                raise InputError(
+                    f"{archive} is to be unpacked, but {error}: the environment's HF_HOME, or unpack it yourself and "
+                    "give the folder"
+                ) from None
+            try:
                 unpack(archive, folder, self.progress, lambda partial: check(archive, partial))
             except InputError:
                 if not folder.is_dir():  # else another process was faster
@@ -218,10 +234,10 @@ class _Finder:
 def _weights_in(archive: Path, root: Path) -> Path:
     """The folder with the weights, down to two levels below `root`, where `archive` was unpacked."""
     for folder in _folders(root, levels=2):
-        if (folder / DIT).is_file():
+        if _dit_in(folder) is not None:
             _vae_in(folder)
             return folder
-    raise InputError(f"{archive} holds {_contents(root)}; expected {DIT} and {' or '.join(VAES)}")
+    raise InputError(f"{archive} holds {_contents(root)}; expected {DIT} and {' or '.join(VAES[:2])}")
 
 
 def _tasks_in(archive: Path, root: Path) -> Path:
@@ -233,11 +249,32 @@ def _tasks_in(archive: Path, root: Path) -> Path:
     raise InputError(f"{archive} holds {_contents(root)}; expected folders with *_input and *_target pictures")
 
 
+def _dit_in(folder: Path) -> Path | None:
+    """The transformer's file in a folder, or the index of its files; None where there is neither.
+
+    Raises:
+        InputError: a link to what is not there.
+    """
+    _check_links(folder, DIT, DIT_INDEX)
+    named = (folder / name for name in (DIT, DIT_INDEX))
+    return next((path for path in named if path.is_file()), None)
+
+
+def _check_links(folder: Path, *names: str) -> None:
+    for name in names:
+        if (folder / name).is_symlink() and not (folder / name).exists():
+            raise InputError(
+                f"{folder / name} is a link to {os.readlink(folder / name)}, which is not there; fetch it again, "
+                "or copy the files themselves (cp -rL) where a hub's cache was copied"
+            )
+
+
 def _vae_in(folder: Path) -> Path:
+    _check_links(folder, *VAES)
     for name in VAES:
         if (folder / name).is_file():
             return folder / name
-    raise InputError(f"{folder} holds {_contents(folder)}; expected {' or '.join(VAES)} beside the transformer")
+    raise InputError(f"{folder} holds {_contents(folder)}; expected {' or '.join(VAES[:2])} beside the transformer")
 
 
 def _folders(root: Path, levels: int) -> Iterator[Path]:
@@ -260,11 +297,10 @@ def _cached_place(archive: Path, cache: str | os.PathLike | None) -> Path:
     """Where a local archive is unpacked: a folder named after the archive's path, size and time of change."""
     if cache is None:
         try:
-            from huggingface_hub import cached_assets_path
-
-            cache = cached_assets_path(library_name="lavin-rt", namespace="archives", subfolder="unpacked")
+            from huggingface_hub.constants import HF_ASSETS_CACHE as assets
         except ImportError:
-            cache = Path.home() / ".cache/huggingface/assets/lavin-rt/archives/unpacked"  # the same place
+            assets = os.path.expanduser("~/.cache/huggingface/assets")  # the same place
+        cache = Path(assets) / "lavin-rt/archives/unpacked"
     status = archive.stat()
     identity = f"{archive.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape")
     return Path(cache) / f"{archive.name}-{hashlib.sha256(identity).hexdigest()[:16]}"

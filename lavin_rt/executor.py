@@ -8,24 +8,24 @@ the buffers and never asks for another capture.
 from __future__ import annotations
 
 import dataclasses
-import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TypeVar
 
 import torch
 
 from lavin_rt.capture import CaptureError, Graphs, Replays
-from lavin_rt.devices import current_device, gigabytes, let_go, memory_at_hand, out_of_memory, release_cached
+from lavin_rt.devices import gigabytes, let_go, memory_at_hand, out_of_memory, release_cached
 from lavin_rt.errors import InputError, NonFiniteError
 from lavin_rt.fitting import describe, what_fits
 from lavin_rt.guided_step import Schedule, guided_step
 from lavin_rt.layout import STORED, Form, Shape
 from lavin_rt.networks import Network, Step, Tensors, fill_keys
 from lavin_rt.speeds import CONTEXT_TIME, TASK, Speed
+from lavin_rt.turns import Turns
 
 T = TypeVar("T")
 Callback = Callable[[int, int, torch.Tensor], None]
@@ -89,33 +89,25 @@ class Executor:
         self._captured = Graphs()
         self._replays = Replays(self._captured, network.device, shapes)
         self._warned = False
-        self._last: torch.cuda.Event | None = None
-        self._lock = threading.RLock()
-        self._busy = False
+        self._turns = Turns(network)
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self) -> AbstractContextManager[None]:
         """Waits for this thread's turn on the device and holds it."""
-        with self._lock:
-            if self._busy:
-                raise InputError("a callback may not use its pipeline while it samples; copy the latents for later")
-            # What is made here outlives the caller's inference mode, outside of which it could not be written.
-            with current_device(self.network.device), torch.inference_mode(False), torch.no_grad():
-                # Threads may have streams of their own, which do not wait for one another.
-                if self._last is not None:
-                    torch.cuda.current_stream().wait_event(self._last)
-                try:
-                    yield
-                finally:
-                    if self.network.device.type == "cuda":
-                        self._last = torch.cuda.current_stream().record_event()
+        return self._own_turns().turn()
+
+    def _own_turns(self) -> Turns:
+        if self._turns.inherited:
+            self._turns = self._turns.behind_fork()
+            # Another thread of the parent may have been at the buffers.
+            self.release()
+            self._schedule = None
+        return self._turns
 
     def _run_of(self, shape: Shape, work: Callable[[], T]) -> T:
         """Work in a turn for one shape. What fails in it leaves the device idle; out of memory is said in a user's
         words.
         """
-        with self.turn(), self.network.running():
-            self._busy = True
+        with self._own_turns().run(), self.network.running():
             try:
                 return work()
             except BaseException as error:
@@ -125,8 +117,6 @@ class Executor:
                     raise
                 # The frames of the work hold the very buffers that the message is to count as free.
                 let_go(error)
-            finally:
-                self._busy = False
             self.release()
             raise self._too_large(shape)
 
@@ -229,9 +219,13 @@ class Executor:
         step = network.step(shape, Form(STORED), once=True)
         condition = step.buffers()
         grid = (shape.queries, network.config.in_channels, shape.query_frames, shape.height, shape.width)
-        step.fill(condition, context, network.embed(torch.zeros(grid)))
-        latents = torch.zeros(*grid[:2], shape.target_frames, *grid[3:], device=network.device)
-        step(latents, condition, *(table[0] for table in self._table(torch.tensor([CONTEXT_TIME, 1.0]))))
+        step.fill(condition, context, network.embed(torch.zeros(grid, dtype=torch.float32)))
+        latents = torch.zeros(*grid[:2], shape.target_frames, *grid[3:], dtype=torch.float32, device=network.device)
+        step(
+            latents,
+            condition,
+            *(table[0] for table in self._table(torch.tensor([CONTEXT_TIME, 1.0], dtype=torch.float32))),
+        )
         return tuple(part.clone() for part in step.context(condition))
 
     def _run(self, plan: _Plan, forms: Sequence[Form], callback: Callback | None) -> None:
@@ -293,7 +287,9 @@ class Executor:
         network, plan = self.network, self._plans.get(shape)
         if plan is None:
             grid = (shape.target_frames, shape.height, shape.width)
-            latents = torch.zeros(shape.queries, network.config.in_channels, *grid, device=network.device)
+            latents = torch.zeros(
+                shape.queries, network.config.in_channels, *grid, dtype=torch.float32, device=network.device
+            )
             step = network.step(shape, forms[0])
             plan = _Plan(step, latents, torch.zeros_like(latents), step.buffers(), {}, set())
         for form in forms:

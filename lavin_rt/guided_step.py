@@ -34,8 +34,8 @@ class Schedule:
     def make(cls, tables: Tensors, capacity: int, device: torch.device) -> Schedule:
         return cls(
             tuple(table.new_zeros(capacity, *table.shape[1:]) for table in tables),
-            torch.zeros(capacity, device=device),
-            torch.zeros((), device=device),
+            torch.zeros(capacity, dtype=torch.float32, device=device),
+            torch.zeros((), dtype=torch.float32, device=device),
             torch.zeros(1, dtype=torch.int64, device=device),
             torch.ones(capacity, dtype=torch.bool, device=device),
         )

@@ -6,9 +6,7 @@ import contextlib
 import operator
 import os
 import re
-import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,8 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 from lavin_rt.errors import InputError
-from lavin_rt.files import written_whole
+from lavin_rt.files import check_writable, is_vacant, written_whole
+from lavin_rt.scalars import whole
 
 # What counts as a picture inside a folder; a file given by its own name may have any suffix.
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
@@ -33,6 +32,7 @@ _OUTPUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     ".gif": ("GIF", 65535, {}),
 }
 _FRAME_MS = 100
+MARGIN = 4  # pixels between a grid's cells and around them
 # Encoders of GIF and WebP merge repeated frames into one shown longer; with this mark a file is read frame by frame.
 _CLIP_MARK = f"lavin-rt clip of %d frames, {_FRAME_MS} ms each"
 _DESCRIPTION_TAG, _ORIENTATION_TAG = 0x010E, 0x0112
@@ -128,8 +128,9 @@ def parse_size(size: str | int | Sequence[int]) -> tuple[int, int]:
             match = re.fullmatch(r"\s*([0-9]{1,6})(?:\s*[xX×]\s*([0-9]{1,6}))?\s*", size)
             values = [int(value) for value in match.groups() if value] if match else []
         else:
-            given = list(size) if isinstance(size, Sequence) else [size]
-            values = [operator.index(value) for value in given if not isinstance(value, bool)]
+            # An array, a tensor and torch.Size too; those without a dimension are not iterable, though they say so.
+            given = list(size) if getattr(size, "ndim", 1) and isinstance(size, Iterable) else [size]
+            values = [operator.index(whole(value)) for value in given]
         height, width = values * 2 if len(values) == 1 else values
     except (TypeError, ValueError):
         raise InputError(f"size {size!r}: expected multiples of 16, as 512 or as 384x640 (height x width)") from None
@@ -177,7 +178,7 @@ def is_folder_output(path: str | os.PathLike) -> bool:
 
 
 def check_output(path: str | os.PathLike, frames: int = 1, size: tuple[int, int] | None = None) -> None:
-    """Checks that `save_picture` can write there, before any work is done; makes missing parent folders.
+    """Checks that `save_picture` can write there, before any work is done; makes nothing.
 
     Args:
         path: a name ending in .png, .jpg, .jpeg, .webp or .gif, or a new or empty folder (see `is_folder_output`).
@@ -194,25 +195,15 @@ def check_output(path: str | os.PathLike, frames: int = 1, size: tuple[int, int]
     if is_folder_output(path):
         if os.path.isfile(path):
             raise InputError(f"{name}: is a file, expected a folder for frames; give a name ending in {known}")
-        with _cannot_write(path):
-            if os.path.isdir(path) and os.listdir(path):
-                raise InputError(f"{name}: the folder for frames is not empty; give another name or empty it first")
+        if os.path.isdir(path) and not is_vacant(path):
+            raise InputError(f"{name}: the folder for frames is not empty; give another name or empty it first")
     elif not file_format:
         raise InputError(f"{name}: cannot write {suffix}; expected {known}, or a / at the end for a folder of frames")
     elif frames > 1 and file_format == "JPEG":
         raise InputError(f"{name}: JPEG holds one picture, not {frames} frames; use .webp, .png, .gif or a folder")
     elif size is not None and max(size) > limit:
         raise InputError(f"{name}: {suffix} holds {limit} pixels a side at most, not {size[0]}x{size[1]}; use .png")
-    check_writable(path)
-
-
-def check_writable(path: str | os.PathLike) -> None:
-    """Makes the missing parent folders of `path` and checks that files can be made in the last one."""
-    with _cannot_write(path):
-        folder = Path(os.path.realpath(path)).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+    check_writable(path, folder=is_folder_output(path))
 
 
 def save_picture(frames: torch.Tensor, path: str | os.PathLike) -> None:
@@ -234,8 +225,7 @@ def save_picture(frames: torch.Tensor, path: str | os.PathLike) -> None:
     check_output(path, len(clip), (clip.shape[2], clip.shape[3]))
     images = [to_pil(frame) for frame in clip]
     if is_folder_output(path):
-        with written_whole(path) as folder:
-            folder.mkdir()
+        with written_whole(path, folder=True) as folder:
             for i, image in enumerate(images):
                 image.save(folder / f"{i:04d}.png")
         return
@@ -247,23 +237,17 @@ def save_picture(frames: torch.Tensor, path: str | os.PathLike) -> None:
         # Pillow merges a repeated PNG frame only if it blends like the one before, which opaque frames do not show.
         blend = [i % 2 for i in range(len(images))]
         options |= {"PNG": {"blend": blend}, "GIF": {"comment": mark}, "WEBP": {"exif": exif}}[file_format]
-    with written_whole(path) as partial, open(partial, "xb") as file:
+    with written_whole(path) as partial, open(partial, "wb") as file:
         images[0].save(file, file_format, **options)
 
 
-@contextlib.contextmanager
-def _cannot_write(path: str | os.PathLike) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or _one_line(error)
-        raise InputError(
-            f"{source_name(path)}: cannot be written ({reason}); choose a place you can write to"
-        ) from error
+def grid_size(rows: int, columns: int, size: tuple[int, int], margin: int = MARGIN) -> tuple[int, int]:
+    """(height, width) of the `grid` of so many cells of (height, width)."""
+    return rows * (size[0] + margin) + margin, columns * (size[1] + margin) + margin
 
 
 def grid(
-    rows: Sequence[Sequence[torch.Tensor | None]], size: tuple[int, int] | None = None, margin: int = 4
+    rows: Sequence[Sequence[torch.Tensor | None]], size: tuple[int, int] | None = None, margin: int = MARGIN
 ) -> torch.Tensor:
     """Frames side by side on white: for `--grid`, context inputs and query above, their targets and the result below.
 
@@ -281,8 +265,8 @@ def grid(
         raise InputError("grid: no pictures; expected at least one")
     height, width = size or cells[0].shape[-2:]
     length, columns = max(len(clip) for clip in cells), max(len(row) for row in clips)
-    shape = (length, 3, len(clips) * (height + margin) + margin, columns * (width + margin) + margin)
-    sheet = torch.full(shape, 255, dtype=torch.uint8)
+    shape = grid_size(len(clips), columns, (height, width), margin)
+    sheet = torch.full((length, 3, *shape), 255, dtype=torch.uint8)
     for i, row in enumerate(clips):
         for j, clip in enumerate(row):
             if clip is not None:
@@ -300,11 +284,8 @@ def _reading(source: Any) -> Iterator[Image.Image]:
         raise InputError(f"{name}: expected a path, a PIL image or a uint8 array [H, W, 3]")
     opened = contextlib.nullcontext(source) if isinstance(source, Image.Image) else None
     try:
-        with warnings.catch_warnings():
-            # About damage that either does not matter or raises in a moment.
-            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-            with opened or Image.open(source) as image:
-                yield image
+        with opened or Image.open(source) as image:
+            yield image
     except (InputError, MemoryError):
         raise
     except FileNotFoundError:

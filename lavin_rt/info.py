@@ -109,13 +109,12 @@ def memory(files: Checkpoint) -> dict:
     autoencoder's shape.
     """
     from lavin_rt.checkpoint import describe
-    from lavin_rt.checkpoint_header import picture_size
+    from lavin_rt.checkpoint_header import open_checkpoint, picture_size
     from lavin_rt.memory import PAIRS, predict
-    from lavin_rt.safetensors_io import SafetensorsFile
     from lavin_rt.task import task_shape
     from lavin_rt.vae import VAEConfig
 
-    size = picture_size(SafetensorsFile.open(files.dit))
+    size = picture_size(open_checkpoint(files.dit))
     stages = predict(describe(files).config, VAEConfig(), task_shape(1, PAIRS, 1, (size, size), guided=True))
     last = stages[-1]
     return {

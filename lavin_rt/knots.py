@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lavin_rt.errors import InputError
+from lavin_rt.scalars import whole
 
 MIN_STEPS, MAX_STEPS = 4, 136
 
@@ -25,8 +26,9 @@ def schedule(steps: int = 20) -> torch.Tensor:
     Raises:
         InputError: an odd, too small or too large number of steps.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps % 2 or not MIN_STEPS <= steps <= MAX_STEPS:
-        raise InputError(f"steps is {steps!r}; expected an even number from {MIN_STEPS} to {MAX_STEPS}, such as 20")
+    given, steps = steps, whole(steps)
+    if steps is None or steps % 2 or not MIN_STEPS <= steps <= MAX_STEPS:
+        raise InputError(f"steps is {given!r}; expected an even number from {MIN_STEPS} to {MAX_STEPS}, such as 20")
     half = steps // 2
     linear = torch.linspace(0, 0.05, half, dtype=torch.float64)
     quadratic = 0.05 + 0.95 * torch.linspace(1 / steps, 1, half, dtype=torch.float64) ** 2

@@ -27,6 +27,7 @@ from lavin_rt.part_sizes import parse_size, ranges_of, shown
 
 FORMAT, VERSION = "lavin-rt artifact", 1
 NAME = "manifest.json"
+REAL_FILES = "copy the file itself (cp -rL), or of a hub's cache give the hub's id"
 KINDS = ("onnx", "tensorrt", "aoti")
 KINDS_OF_CODE = ("tensorrt", "aoti")
 MODULATION = "modulation.safetensors"
@@ -136,7 +137,7 @@ class Manifest:
             reason = error.strerror or str(error)
             raise InputError(f"{path}: {reason}; the artifact is not complete, export or fetch it again") from None
         if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{path} is no plain file; an artifact holds neither links nor devices: copy the file")
+            raise InputError(f"{path} is no plain file; an artifact holds neither links nor devices: {REAL_FILES}")
         if status.st_size != size:
             raise InputError(
                 f"{path} has {status.st_size:,} bytes, the manifest says {size:,}; export or fetch the artifact again"
@@ -194,7 +195,7 @@ def is_artifact(path: str | os.PathLike) -> bool:
     if not (path / NAME).is_file():
         return False
     try:
-        return _read_json(path / NAME).get("format") == FORMAT
+        return _read_json(Path(os.path.realpath(path / NAME))).get("format") == FORMAT
     except InputError:
         return False
 
@@ -216,7 +217,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; expected the manifest of an artifact") from None
     if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path} is no plain file; an artifact holds neither links nor devices: copy the file")
+        raise InputError(f"{path} is no plain file; an artifact holds neither links nor devices: {REAL_FILES}")
     if status.st_size > MAX_BYTES:
         raise InputError(f"{path} has {status.st_size:,} bytes; no manifest is larger than {MAX_BYTES:,}")
     try:

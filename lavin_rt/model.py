@@ -310,6 +310,6 @@ def randomize_(dit: JDiT, seed: int = 0) -> JDiT:
             mean, std = 0.0, 0.1
         else:
             mean, std = 0.0, parameter.shape[-1] ** -0.5
-        values = torch.empty(parameter.shape).normal_(mean, std, generator=generator)
+        values = torch.empty(parameter.shape, dtype=torch.float32).normal_(mean, std, generator=generator)
         parameter.copy_(values)
     return dit

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from lavin_rt.compiling import compiling
 from lavin_rt.config import DiTConfig
 from lavin_rt.errors import InputError
 from lavin_rt.layout import REUSED, Form, Layout, Shape
@@ -206,7 +207,10 @@ class PlainNetwork:
     def __init__(self, dit: JDiT, compile: bool = False):
         self.dit, self.compiles = dit, compile
         self.config, self.device, self.dtype = dit.config, dit.device, dit.dtype
-        self.run: Callable[..., torch.Tensor] = torch.compile(dit, dynamic=False) if compile else dit
+        self.run: Callable[..., torch.Tensor] = dit
+        if compile:
+            with compiling("the model"):
+                self.run = torch.compile(dit, dynamic=False)
 
     def table(self, knots: torch.Tensor) -> Tensors:
         """The times `[n - 1]` float32."""
@@ -235,7 +239,8 @@ class PlainNetwork:
         t: torch.Tensor,
         kept: Sequence[KeptBlock] | None = None,
     ) -> torch.Tensor:
-        return self.run(latents, t.expand(len(latents)), cond_latents, kept)
+        with compiling("the model") if self.compiles else nullcontext():
+            return self.run(latents, t.expand(len(latents)), cond_latents, kept)
 
     def workspace(self, shape: Shape) -> int:
         """Bytes of one pass's activations and of the keys and values that the shape keeps; the modulation linears,

@@ -10,6 +10,12 @@ from lavin_rt.config import DiTConfig
 from lavin_rt.model import TIME_FEATURES
 
 STREAMS = ("cond", "x")
+WRAPPERS = ("module", "_orig_mod")
+
+
+def official_name(name: str) -> str:
+    """A tensor's name without what wrappers put into it: `module.` by data parallelism, `_orig_mod.` by compiling."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 
 from lavin_rt.devices import DTYPES
 from lavin_rt.errors import InputError, missing_extra
+from lavin_rt.host_state import own_state
 from lavin_rt.manifest import Manifest
 from lavin_rt.onnx_file import check_external_files
 from lavin_rt.part_sizes import bind_sizes, sized
@@ -103,8 +104,7 @@ class Session:
             InputError: shapes that the artifact was not exported for.
         """
         sizes = bind_sizes(self.part, [tensor.shape for tensor in inputs], self.path.stem)
-        # Buffers outlive the caller's inference mode, outside of which they could not be written.
-        with torch.inference_mode(False), torch.no_grad():
+        with own_state():
             return self._answer(inputs, sizes)
 
     def _answer(self, inputs: tuple[torch.Tensor, ...], sizes: dict[str, int]) -> tuple[torch.Tensor, ...]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import lavin_kernels
 import lavin_kernels.reference
+from lavin_rt.compiling import compiling
 from lavin_rt.config import DiTConfig
 from lavin_rt.errors import InputError
 from lavin_rt.layout import Layout
@@ -94,11 +95,12 @@ class PackedStep:
 
     def compiled(self) -> Callable[..., torch.Tensor]:
         """The step through `torch.compile`, once for every shape; torch's cache on disk outlives the process."""
-        network = torch.compile(self.__call__, dynamic=False, fullgraph=True)
+        with compiling("the step"):
+            network = torch.compile(self.__call__, dynamic=False, fullgraph=True)
 
         def call(*arguments: torch.Tensor) -> torch.Tensor:
             # Every shape is a compilation of the same code, of which torch allows eight unless told otherwise.
-            with torch._dynamo.config.patch(recompile_limit=SHAPES_COMPILED):
+            with compiling("the step"), torch._dynamo.config.patch(recompile_limit=SHAPES_COMPILED):
                 return network(*arguments)
 
         return call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,16 @@ from lavin_rt import images
 from lavin_rt.artifact import ArtifactNetwork, ArtifactVAE, Manifest
 from lavin_rt.artifact import load as load_artifact
 from lavin_rt.checkpoint import load_dit, load_vae
-from lavin_rt.checkpoint_header import RELEASED_SIZE, picture_size
+from lavin_rt.checkpoint_header import RELEASED_SIZE, open_checkpoint, picture_size
 from lavin_rt.context import EncodedContext
 from lavin_rt.devices import DTYPES, out_of_memory, resolve_device, resolve_dtype
-from lavin_rt.download import Artifact, Checkpoint, find_model, template_roots
+from lavin_rt.download import Artifact, Checkpoint, find_model, settled, template_roots
 from lavin_rt.errors import InputError
 from lavin_rt.executor import Executor
 from lavin_rt.files import Progress
+from lavin_rt.host_state import own_state
 from lavin_rt.model import JDiT
 from lavin_rt.networks import Network, make_network
-from lavin_rt.safetensors_io import SafetensorsFile
 from lavin_rt.speeds import Speed, speed_of
 from lavin_rt.task import Result, Task, check_seed, draw_noise, task_shape
 from lavin_rt.vae import STVAE, scale_latents, unscale_latents
@@ -52,6 +53,7 @@ class Pipeline:
         size: of pictures, where a task asks for none.
     """
 
+    @own_state()
     def __init__(
         self,
         dit: JDiT | Network,
@@ -74,8 +76,11 @@ class Pipeline:
         self.source = source
         self.size = size
         self._fingerprint: str | None = None
+        self._origin: tuple[Checkpoint | Artifact, dict[str, Any]] | None = None
+        self._as_loaded: list[tuple[int, int]] = []
 
     @classmethod
+    @own_state()
     def from_pretrained(
         cls,
         checkpoint: str | os.PathLike | Checkpoint | Artifact | None = None,
@@ -109,6 +114,7 @@ class Pipeline:
         files = checkpoint
         if not isinstance(files, Checkpoint | Artifact):
             files = find_model(files, revision, trust, progress=progress)
+        files = settled(files)
         roots = template_roots(files)
         if isinstance(files, Artifact):
             if impl != "auto" or compile:
@@ -116,13 +122,39 @@ class Pipeline:
                     "an artifact has settled what runs it; leave impl and compile out, or give a checkpoint"
                 )
             network, vae = _load_artifact(files, device, dtype, trust, progress)
-            return cls(network, vae, "auto", False, graphs, tile, chunk, roots, files.source, network.manifest.size)
+            pipe = cls(network, vae, "auto", False, graphs, tile, chunk, roots, files.source, network.manifest.size)
+            pipe._origin = files, {"device": str(pipe.device), "trust": trust}
+            return pipe
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
         dit = load_dit(files.dit, device=device, dtype=dtype, strict=strict, progress=progress)
         vae = load_vae(files.vae, device=device, dtype=dtype, strict=strict)
-        size = picture_size(SafetensorsFile.open(files.dit))
-        return cls(dit, vae, impl, compile, graphs, tile, chunk, roots, files.source, size)
+        size = picture_size(open_checkpoint(files.dit))
+        pipe = cls(dit, vae, impl, compile, graphs, tile, chunk, roots, files.source, size)
+        pipe._origin = files, {"device": str(pipe.device), "dtype": dtype, "impl": pipe.impl, "compile": compile}
+        pipe._as_loaded = pipe._weights()
+        return pipe
+
+    def __reduce__(self) -> tuple:
+        """Pickled, it is where it was loaded from: it is loaded again there.
+
+        Raises:
+            InputError: it was made of networks in memory, or its weights have changed since.
+        """
+        if self._origin is None or self._as_loaded != self._weights():
+            raise InputError(
+                "the pipeline's weights are in this process's memory alone, so it cannot be pickled; save them with "
+                "save_dit and save_vae, and load it with Pipeline.from_pretrained where it is to run"
+            )
+        files, options = self._origin
+        options = {**options, "graphs": self.executor.graphs, "tile": self.tile, "chunk": self.chunk}
+        return partial(type(self).from_pretrained, **options), (files,)
+
+    def _weights(self) -> list[tuple[int, int]]:
+        """What tells whether a model's weights are those that were loaded."""
+        if not isinstance(self.dit, JDiT):
+            return []
+        return [(id(tensor), tensor._version) for net in (self.dit, self.vae) for tensor in net.parameters()]
 
     @property
     def impl(self) -> str:
@@ -162,6 +194,7 @@ class Pipeline:
         self.network.check_speed(chosen)
         return chosen
 
+    @own_state()
     def task(
         self,
         context: str | os.PathLike | EncodedContext | Iterable[tuple[Any, Any]],
@@ -187,9 +220,8 @@ class Pipeline:
             InputError: whatever of these cannot be used, or too little memory for one query.
         """
         size = None if size is None else images.parse_size(size)
-        check_seed(seed)
-        if posterior not in POSTERIORS:
-            raise InputError(f"posterior is {posterior!r}; expected one of {', '.join(POSTERIORS)}")
+        seed = check_seed(seed)
+        check_posterior(posterior)
         if not isinstance(context, EncodedContext) and _is_encoded_file(context):
             context = EncodedContext.load(context)
         if isinstance(context, EncodedContext):
@@ -256,7 +288,7 @@ class Pipeline:
         Beside the steps' graphs it would take its memory a second time; after this it is captured into theirs.
         """
         if self.executor.graphs and not self.executor.holds() and isinstance(self.vae, STVAE):
-            self.decode(torch.zeros(latents))
+            self.decode(torch.zeros(latents, dtype=torch.float32))
 
     def _frames_together(self, clip: torch.Tensor) -> int:
         """Clips of one shape that the VAE encodes in one pass: on a GPU small pictures fill it together only."""
@@ -284,6 +316,12 @@ class Pipeline:
             f"too little memory on {self.device} to {what}; encode and decode in pieces (tile=, chunk=; --tile, "
             "--chunk), or give a smaller size"
         )
+
+
+def check_posterior(posterior: str) -> None:
+    """Raises an `InputError` for what cannot be taken of the VAE's posterior."""
+    if posterior not in POSTERIORS:
+        raise InputError(f"posterior is {posterior!r}; expected one of {', '.join(POSTERIORS)}")
 
 
 def _shown(clip: torch.Tensor) -> str:

@@ -8,15 +8,22 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lavin_rt import context as contexts
 from lavin_rt import images
+from lavin_rt.checkpoint_header import open_checkpoint, picture_size
 from lavin_rt.cli import print_json
 from lavin_rt.download import Artifact, Checkpoint, find_model, template_roots
 from lavin_rt.errors import InputError
-from lavin_rt.pipeline import Pipeline
+from lavin_rt.files import check_writable
+from lavin_rt.manifest import Manifest
+from lavin_rt.pipeline import Pipeline, check_posterior
 from lavin_rt.speeds import speed_of
-from lavin_rt.task import Result, Task, check_seed
+from lavin_rt.task import Result, Task, check_batch_size, check_guidance, check_seed
+
+if TYPE_CHECKING:
+    import torch
 
 
 def run(options: argparse.Namespace) -> None:
@@ -27,17 +34,19 @@ def run(options: argparse.Namespace) -> None:
     knots = speed.knots(options.steps)
     size = None if options.size is None else images.parse_size(options.size)
     check_seed(options.seed, len(queries))
+    check_guidance(options.guidance)
+    if options.batch_size is not None:
+        check_batch_size(options.batch_size)
+    frames = []
     for query, output in zip(queries, outputs, strict=True):
         # Read once to be checked and once to be answered: many large pictures need not be in memory together.
-        clip = images.load_clip(query)
-        images.check_clip_frames(len(clip), str(query))
+        clip = read_query(query, options.clip)
+        frames.append(len(clip))
         images.check_output(output, len(clip), tuple(clip.shape[-2:]) if options.keep_size else size)
-        if options.grid:
-            images.check_output(grid_path(output), len(clip))
     if options.save_context:
         if not options.save_context.endswith(".safetensors"):
             raise InputError(f"--save-context {options.save_context}: expected a name ending in .safetensors")
-        images.check_writable(options.save_context)
+        check_writable(options.save_context)
     if options.tile is not None and (options.tile < 64 or options.tile % 16):
         raise InputError(f"--tile is {options.tile}; expected a multiple of 16 from 64 on, in pixels")
     if options.chunk is not None and options.chunk < 3:
@@ -47,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     with progress.bar("loading", "B") as loading:
         checkpoint = find_model(options.checkpoint, options.revision, options.trust, progress=loading)
-        check_task(options, checkpoint)
+        check_task(options, checkpoint, size, queries, frames, outputs)
         pipe = Pipeline.from_pretrained(
             checkpoint,
             device=options.device,
@@ -90,13 +99,43 @@ def run(options: argparse.Namespace) -> None:
     report(options, task, queries, outputs, seeds, seconds, knots.tolist())
 
 
-def check_task(options: argparse.Namespace, checkpoint: Checkpoint | Artifact) -> None:
-    """Finds what is wrong with the task before minutes go into reading weights."""
+def check_task(
+    options: argparse.Namespace,
+    model: Checkpoint | Artifact,
+    size: tuple[int, int] | None,
+    queries: list[Path],
+    frames: list[int],
+    outputs: list[Path | str],
+) -> None:
+    """Finds what is wrong with the task, or with queries of so many frames beside it, before minutes go into reading
+    weights and answering.
+    """
+    check_posterior(options.posterior)
     if options.task.endswith(".safetensors"):
-        contexts.EncodedContext.load(options.task)
-        return
-    folder = contexts.find_task(options.task, template_roots(checkpoint))
-    contexts.choose_pairs(contexts.read_template(folder), options.pairs, options.seed, options.repeats)
+        encoded = contexts.EncodedContext.load(options.task)
+        size, columns, frames_per_clip = encoded.size, 1, encoded.frames_per_clip
+    else:
+        folder = contexts.find_task(options.task, template_roots(model))
+        chosen = contexts.choose_pairs(contexts.read_template(folder), options.pairs, options.seed, options.repeats)
+        # Small, as only the lengths are asked.
+        frames_per_clip = contexts.ContextFrames.prepare(chosen, (16, 16)).frames_per_clip
+        size, columns = size or images.parse_size(trained_size(model)), len(chosen) + 1
+    for query, count, output in zip(queries, frames, outputs, strict=True):
+        contexts.check_query_frames(count, frames_per_clip, str(query), hint="" if options.clip else "--clip")
+        if options.grid:
+            images.check_output(grid_path(output), count, images.grid_size(2, columns, size))
+
+
+def trained_size(model: Checkpoint | Artifact) -> int:
+    """The size of the pictures that a model was trained on, pixels a side; reads no weights."""
+    if isinstance(model, Artifact):
+        return Manifest.read(model.folder).size
+    return picture_size(open_checkpoint(model.dit))
+
+
+def read_query(query: Path, clip: bool) -> torch.Tensor:
+    """A query's frames, uint8 `[T, 3, H, W]`; without `clip` it is one picture, of an animation the first."""
+    return images.load_clip(query) if clip else images.load_picture(query)[None]
 
 
 def answer(
@@ -121,7 +160,7 @@ def answer(
 
         for first in range(0, len(queries), together):
             some = slice(first, first + together)
-            clips = [images.load_clip(query) for query in queries[some]]
+            clips = [read_query(query, options.clip) for query in queries[some]]
             results = task.run(
                 # A clip is [T, 3, H, W]; as an array it is given as [T, H, W, 3].
                 [clip.permute(0, 2, 3, 1).numpy() for clip in clips],

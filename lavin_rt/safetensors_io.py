@@ -7,6 +7,7 @@ the model that is made from them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -31,43 +32,55 @@ BITS = {
     **dict.fromkeys(["U64", "I64", "F64", "C64"], 64),
 }
 MAX_HEADER = 100_000_000  # the limit of the format's reference implementation
+INDEX_SUFFIX = ".safetensors.index.json"
 STAGING_BYTES = 16 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its dtype as the header spells it, its shape, its first byte in the file and its bytes."""
+    """One tensor of a file: its dtype as the header spells it, its shape, its first byte in the file and its bytes, and
+    which of several files it is in.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     start: int
     size: int
+    file: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SafetensorsFile:
-    """The header of a safetensors file.
+    """The header of a safetensors file, or those of all that an index names.
 
     Attributes:
-        path: the file.
+        path: the file, or the index.
         entries: tensors by name.
         metadata: the header's `__metadata__`.
-        stamp: (size, time of last change) by which a later read knows that it is still the same file.
+        files: each with its (size, time of last change), by which a later read knows that it is still the same file.
     """
 
     path: Path
     entries: dict[str, Entry]
     metadata: dict[str, str]
-    stamp: tuple[int, int]
+    files: tuple[tuple[Path, tuple[int, int]], ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(stamp[0] for _, stamp in self.files)
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> SafetensorsFile:
-        """Reads and checks a file's header.
+        """Reads and checks a file's header, or those of the files that an index (`*.safetensors.index.json`) names.
 
         Raises:
-            InputError: no such file, not a safetensors file, or a truncated one; says what was found instead.
+            InputError: no such file, not a safetensors file, or a truncated one; says what was found instead. An index
+                that does not fit its files.
         """
         path = Path(path)
+        if path.name.endswith(INDEX_SUFFIX):
+            return cls._open_index(path)
         try:
             with open(path, "rb") as file:
                 stamp = _stamp(file.fileno())
@@ -86,7 +99,32 @@ class SafetensorsFile:
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}; expected a safetensors file") from None
         entries, metadata = _parse(path, header, stamp[0])
-        return cls(path, entries, metadata, stamp)
+        return cls(path, entries, metadata, ((path, stamp),))
+
+    @classmethod
+    def _open_index(cls, path: Path) -> SafetensorsFile:
+        try:
+            places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(places.values()))
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}; expected an index of safetensors files") from None
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            names = []
+        if not names or not all(isinstance(name, str) and os.path.basename(name) == name for name in names):
+            raise InputError(f"{path} is no index of safetensors files beside it; download or write it again")
+        parts = {name: cls.open(path.with_name(name)) for name in names}
+        strays = [tensor for tensor, name in places.items() if tensor not in parts[name].entries]
+        found = [tensor for part in parts.values() for tensor in part.entries]
+        if strays or len(found) != len(set(found)):
+            reason = f"{reprlib.repr(strays[0])} is not where it says" if strays else "a tensor is in two of them"
+            raise InputError(f"{path} does not fit its files: {reason}; download them again")
+        entries = {
+            tensor: dataclasses.replace(entry, file=index)
+            for index, part in enumerate(parts.values())
+            for tensor, entry in part.entries.items()
+        }
+        metadata = {key: value for part in parts.values() for key, value in part.metadata.items()}
+        return cls(path, entries, metadata, tuple(file for part in parts.values() for file in part.files))
 
     def reader(self) -> Reader:
         """Opens the file again to read tensors (a context manager); an `InputError` if it is gone or has changed."""
@@ -99,25 +137,28 @@ class Reader:
     """
 
     def __init__(self, file: SafetensorsFile):
-        self._path = file.path
         self._entries = file.entries
         self._staging: _Staging | None = None
-        try:
-            self._file = open(file.path, "rb", buffering=0)  # noqa: SIM115, closed in __exit__
-        except OSError as error:
-            raise InputError(
-                f"{file.path} cannot be read any more: {error.strerror}; "
-                "keep a checkpoint in place while its model is in use"
-            ) from None
-        if _stamp(self._file.fileno()) != file.stamp:
-            self._file.close()
-            raise InputError(f"{file.path} has changed since its model was loaded; load the model again")
+        self._open = contextlib.ExitStack()
+        self._files: list[Any] = []
+        with self._open:
+            for path, stamp in file.files:
+                try:
+                    self._files.append(self._open.enter_context(open(path, "rb", buffering=0)))  # noqa: SIM115
+                except OSError as error:
+                    raise InputError(
+                        f"{path} cannot be read any more: {error.strerror}; "
+                        "keep a checkpoint in place while its model is in use"
+                    ) from None
+                if _stamp(self._files[-1].fileno()) != stamp:
+                    raise InputError(f"{path} has changed since its model was loaded; load the model again")
+            self._open = self._open.pop_all()
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._open.close()
         if self._staging is not None:
             self._staging.wait()
 
@@ -138,6 +179,7 @@ class Reader:
         ):
             raise ValueError(f"{name} {entry} cannot be read into {destination.dtype} {tuple(destination.shape)}")
         dtype = FLOAT_DTYPES[entry.dtype]
+        self._file = self._files[entry.file]
         self._file.seek(entry.start)
         if entry.size == 0:
             return
@@ -159,7 +201,7 @@ class Reader:
             count = self._file.readinto(view)
             if not count:
                 raise InputError(
-                    f"{self._path} ended while reading {name}; it was truncated while in use, fetch it again"
+                    f"{self._file.name} ended while reading {name}; it was truncated while in use, fetch it again"
                 )
             view = view[count:]
 
@@ -227,7 +269,7 @@ def write_safetensors(
         header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-(8 + len(encoded)) % 64)  # tensors in a mapped file start at a cache line
-    with written_whole(path) as partial, open(partial, "xb") as file:
+    with written_whole(path) as partial, open(partial, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for (name, dtype, shape), tensor in zip(layout, tensors, strict=True):

@@ -9,12 +9,15 @@ import torch
 
 from lavin_rt.errors import InputError
 from lavin_rt.executor import Callback, Executor
+from lavin_rt.host_state import own_state
 from lavin_rt.layout import Shape
 from lavin_rt.model import JDiT
 from lavin_rt.networks import make_network
+from lavin_rt.scalars import real, whole
 from lavin_rt.speeds import TASK, Speed, speed_of
 
 
+@own_state()
 def sample(
     dit: JDiT,
     cond_latents: torch.Tensor,
@@ -51,16 +54,17 @@ def sample(
     """
     speed = speed_of(speed)
     knots = speed.knots(steps)
+    cond_latents, noise = torch.as_tensor(cond_latents), torch.as_tensor(noise)
     shape = dataclasses.replace(check_inputs(dit, cond_latents, noise, query_frames, guidance), kept=speed.keeps)
     # For a single run a capture would cost more than it saves.
     executor = Executor(make_network(dit, impl, compile), graphs=False)
     frames = executor.embed(cond_latents)
-    context_rows = frames.shape[1] // shape.cond_frames * (shape.cond_frames - query_frames)
+    context_rows = frames.shape[1] // shape.cond_frames * (shape.cond_frames - shape.query_frames)
     context, query = frames[:, :context_rows], frames[:, context_rows:]
     keys = None
     if speed.refresh == TASK:
         keys = executor.context_keys(dataclasses.replace(shape, guided=False), context)
-    return executor.sample(shape, context, query, noise, knots, guidance, callback, speed, keys)
+    return executor.sample(shape, context, query, noise, knots, float(guidance), callback, speed, keys)
 
 
 def null_condition(cond_latents: torch.Tensor, query_frames: int = 1) -> torch.Tensor:
@@ -84,6 +88,9 @@ def check_inputs(
         raise InputError(
             f"noise is {list(noise.shape)}; expected [{batch}, {channels}, T, {height}, {width}], as cond_latents has"
         )
-    if not math.isfinite(guidance):
-        raise InputError(f"guidance is {guidance}; expected a finite number, such as 1.5")
-    return Shape(batch, frames, query_frames, noise.shape[2], height, width, guided=guidance != 1.0)
+    count, scale = whole(query_frames), real(guidance)
+    if count is None:
+        raise InputError(f"query_frames is {query_frames!r}; expected a whole number")
+    if scale is None or not math.isfinite(scale):
+        raise InputError(f"guidance is {guidance!r}; expected a finite number, such as 1.5")
+    return Shape(batch, frames, count, noise.shape[2], height, width, guided=scale != 1.0)

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from lavin_rt.errors import InputError
+from lavin_rt.scalars import whole
 
 if TYPE_CHECKING:
     import torch
@@ -58,10 +59,14 @@ class Speed:
             if self.evaluations is not None:
                 raise InputError("a speed has evaluations and times; expected one of them, as either is the grid")
             object.__setattr__(self, "times", _grid(self.times))
-        most = MOST_EVALUATIONS
-        if self.evaluations is not None and not (_whole(self.evaluations) and 1 <= self.evaluations <= most):
-            raise InputError(f"evaluations is {self.evaluations!r}; expected a whole number from 1 to {most}")
-        if self.refresh != TASK:
+        if self.evaluations is not None:
+            evaluations = whole(self.evaluations)
+            if evaluations is None or not 1 <= evaluations <= MOST_EVALUATIONS:
+                raise InputError(
+                    f"evaluations is {self.evaluations!r}; expected a whole number from 1 to {MOST_EVALUATIONS}"
+                )
+            object.__setattr__(self, "evaluations", evaluations)
+        if not (isinstance(self.refresh, str) and self.refresh == TASK):
             object.__setattr__(self, "refresh", _indices("refresh", self.refresh, ', or "task"'))
         object.__setattr__(self, "guided", _indices("guided", self.guided))
         if self.owns_grid:
@@ -159,10 +164,6 @@ def speed_of(speed: str | Speed) -> Speed:
     return SPEEDS[speed]
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _grid(times: Iterable[float]) -> tuple[float, ...]:
     try:
         grid = tuple(float(time) for time in times)
@@ -181,10 +182,10 @@ def _indices(name: str, given: Iterable[int] | None, others: str = "") -> frozen
         return None
     expected = f"expected a set of evaluations with 0 in it, such as {{0, 4}}{others}, or None"
     try:
-        indices = list(given)
+        indices = [whole(index) for index in given]
     except TypeError:
         raise InputError(f"{name} is {given!r}; {expected}") from None
-    if isinstance(given, str) or not all(_whole(index) and index >= 0 for index in indices) or 0 not in indices:
+    if isinstance(given, str) or not all(index is not None and index >= 0 for index in indices) or 0 not in indices:
         raise InputError(f"{name} is {_short(given)}; {expected}")
     return frozenset(indices)
 

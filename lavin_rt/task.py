@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,14 @@ from lavin_rt import images
 from lavin_rt.context import EncodedContext
 from lavin_rt.errors import InputError
 from lavin_rt.executor import Callback
+from lavin_rt.host_state import own_state
 from lavin_rt.layout import Shape
 from lavin_rt.networks import Tensors
+from lavin_rt.scalars import floats, real, whole
 from lavin_rt.speeds import SPEEDS, TASK, Speed
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
     from lavin_rt.pipeline import Pipeline
@@ -27,10 +31,28 @@ if TYPE_CHECKING:
 BATCH = 4
 
 
-def check_seed(seed: int, count: int = 1) -> None:
-    """Raises an `InputError` unless `count` seeds from `seed` on are what a generator takes."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed <= 2**64 - count:
+def check_seed(seed: int, count: int = 1) -> int:
+    """The seed as Python's number; an `InputError` unless `count` seeds from it on are what a generator takes."""
+    number = whole(seed)
+    if number is None or not -(2**63) <= number <= 2**64 - count:
         raise InputError(f"seed is {seed!r}; expected a whole number from -2**63 to 2**64 - {count}")
+    return number
+
+
+def check_guidance(guidance: float) -> float:
+    """The guidance scale as Python's number; an `InputError` unless it is a finite one."""
+    number = real(guidance)
+    if number is None or not math.isfinite(number):
+        raise InputError(f"guidance is {guidance!r}; expected a finite number, such as 1.5")
+    return number
+
+
+def check_batch_size(batch_size: int) -> int:
+    """The number of queries that run together as Python's; an `InputError` unless it is a positive one."""
+    number = whole(batch_size)
+    if number is None or number < 1:
+        raise InputError(f"batch_size is {batch_size!r}; expected a positive whole number")
+    return number
 
 
 def draw_noise(
@@ -42,7 +64,8 @@ def draw_noise(
         `[len(seeds), channels, frames, height / factor, width / factor]` float32, item i from `seeds[i]` alone.
     """
     shape = (1, channels, frames, size[0] // factor, size[1] // factor)
-    return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    generators = (torch.Generator().manual_seed(check_seed(seed)) for seed in seeds)
+    return torch.cat([torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,6 +112,10 @@ class Task:
         self._embedded: torch.Tensor | None = None
         self._keys: tuple[object, Tensors] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made anew from the pairs."""
+        return {**self.__dict__, "_embedded": None, "_keys": None}
+
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the pictures that the network works on."""
@@ -102,13 +129,14 @@ class Task:
         """Answers several queries, `batch_size` at a time in one packed run; item i uses `seed + i`."""
         return [result.image for result in self.run(queries, **options)]
 
+    @own_state()
     def run(
         self,
         queries: Sequence[Any],
         steps: int | None = None,
         guidance: float = 1.5,
         seed: int = 0,
-        noise: torch.Tensor | None = None,
+        noise: torch.Tensor | np.ndarray | None = None,
         batch_size: int | None = None,
         keep_size: bool = False,
         callback: Callback | None = None,
@@ -123,7 +151,7 @@ class Task:
                 speed that has a grid of its own.
             guidance: classifier-free guidance scale; 1.0 runs the conditional branch alone.
             seed: of the noise; query i uses `seed + i`.
-            noise: `[queries, 16, T, h, w]` instead of a seed.
+            noise: `[queries, 16, T, h, w]` instead of a seed, a tensor or an array.
             batch_size: queries that run together; None takes up to 4, as many as memory allows.
             keep_size: return pictures at each query's own size instead of the task's.
             callback: `(step, evaluations, latents)` after every step; an exception raised in it ends the run.
@@ -136,13 +164,13 @@ class Task:
             InputError: a query that cannot be read or does not fit the context, a bad option, or too little memory.
             NonFiniteError: naming the step at which the latents stopped being finite.
         """
-        clips = [images.load_clip(query) for query in queries]
+        clips = [self._read(query) for query in queries]
         if not clips:
             raise InputError("no queries; expected at least one picture")
         for clip in clips:
             images.check_clip_frames(len(clip), "query")
             contexts.check_query_frames(len(clip), self.context.frames_per_clip)
-        check_seed(seed, len(clips))
+        seed, guidance = check_seed(seed, len(clips)), check_guidance(guidance)
         speed = self.pipeline.speed(speed)
         knots = speed.knots(steps)
         batch_size = self.batch_size(len(clips), batch_size, guidance, speed)
@@ -150,6 +178,7 @@ class Task:
             noise = draw_noise([seed + i for i in range(len(clips))], self._clip_frames, self.size)
             seeds: list[int | None] = [seed + i for i in range(len(clips))]
         else:
+            noise = floats(noise, "noise")
             expected = [len(clips), 16, self._clip_frames, self.size[0] // 8, self.size[1] // 8]
             if list(noise.shape) != expected:
                 raise InputError(f"noise is {list(noise.shape)}; expected {expected}")
@@ -194,9 +223,7 @@ class Task:
         executor, speed = self.pipeline.executor, self.pipeline.speed(speed)
         if asked is None:
             asked = executor.most_queries(self._shape(min(queries, BATCH), guidance, speed)) or 1
-        elif isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
-            raise InputError(f"batch_size is {asked!r}; expected a positive whole number")
-        together = min(asked, queries)
+        together = min(check_batch_size(asked), queries)
         executor.check_memory(self._shape(together, guidance, speed))
         return together
 
@@ -225,6 +252,7 @@ class Task:
         self.pipeline.ready_decoder((1, 16, shape.target_frames, shape.height, shape.width))
         self.pipeline.executor.prepare(shape, knots, speed)
 
+    @own_state()
     def warmup(
         self, steps: int | None = None, guidance: float = 1.5, queries: int = 1, speed: str | Speed = "exact"
     ) -> float:
@@ -239,15 +267,21 @@ class Task:
         self.prepare(queries, steps, guidance, speed)
         return time.perf_counter() - began
 
+    def _read(self, query: Any) -> torch.Tensor:
+        """A query's frames, uint8 `[T, 3, H, W]`; where pictures are asked for, an animation's first."""
+        file = isinstance(query, str | os.PathLike)
+        if file and self.context.frames_per_clip == 1 and not os.path.isdir(query):
+            return images.load_picture(query)[None]
+        return images.load_clip(query)
+
     @property
     def _clip_frames(self) -> int:
         """Latent frames of the query and of its target."""
         return 1 + (self.context.frames_per_clip - 1) // 4
 
     def _shape(self, queries: int, guidance: float, speed: Speed = SPEEDS["exact"]) -> Shape:
-        if not isinstance(guidance, int | float) or not math.isfinite(guidance):
-            raise InputError(f"guidance is {guidance!r}; expected a finite number, such as 1.5")
-        return task_shape(queries, self.context.pairs, self._clip_frames, self.size, guidance != 1.0, speed.keeps)
+        queries, guided = check_batch_size(queries), check_guidance(guidance) != 1.0
+        return task_shape(queries, self.context.pairs, self._clip_frames, self.size, guided, speed.keeps)
 
     def _embedded_context(self) -> torch.Tensor:
         """The context as the network reads it, made once and kept on its device."""
@@ -272,6 +306,10 @@ class Task:
             if self.context.posterior == "sample":
                 generator = torch.Generator().manual_seed(seed + i)
                 # The posterior's draw comes behind the noise's.
-                torch.randn(16, self._clip_frames, *(edge // 8 for edge in self.size), generator=generator)
+                torch.randn(
+                    *(16, self._clip_frames, *(edge // 8 for edge in self.size)),
+                    generator=generator,
+                    dtype=torch.float32,
+                )
             encoded += self.pipeline.encode([pixels], generator)
         return torch.cat(encoded)

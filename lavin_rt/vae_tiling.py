@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lavin_rt.errors import InputError
+from lavin_rt.scalars import whole
 
 FRAMES, PIXELS = 4, 8  # per latent frame after the first, per latent row and column
 OVERLAP = 4  # neighbouring pieces share a 1 / OVERLAP of their length
@@ -64,17 +65,17 @@ def blend_weights(targets: Sequence[slice], unused: int) -> list[torch.Tensor]:
         targets: intervals that cover `0..targets[-1].stop`, neighbours overlapping by more than `unused`.
         unused: so many first elements of every target but the first get no weight.
     """
-    total = torch.zeros(targets[-1].stop)
+    total = torch.zeros(targets[-1].stop, dtype=torch.float32)
     ramps = []
     for number, target in enumerate(targets):
         size = target.stop - target.start
-        ramp = torch.ones(size)
+        ramp = torch.ones(size, dtype=torch.float32)
         if number:
             rising = targets[number - 1].stop - target.start - unused
-            ramp = torch.minimum(ramp, ((torch.arange(size) - unused + 0.5) / rising).clamp(min=0))
+            ramp = torch.minimum(ramp, ((torch.arange(size, dtype=torch.float32) - unused + 0.5) / rising).clamp(min=0))
         if number + 1 < len(targets):
             falling = target.stop - targets[number + 1].start - unused
-            ramp = torch.minimum(ramp, (size - torch.arange(size) - 0.5) / falling)
+            ramp = torch.minimum(ramp, (size - torch.arange(size, dtype=torch.float32) - 0.5) / falling)
         total[target] += ramp
         ramps.append(ramp)
     return [ramp / total[target] for ramp, target in zip(ramps, targets, strict=True)]
@@ -117,13 +118,13 @@ def as_frames(start: int, stop: int) -> slice:
 
 def checked(tile: int | str | None, chunk: int | None, rows: int, columns: int) -> tuple[int | None, int | None]:
     """`tile` and `chunk` in latents, "auto" resolved for a picture of so many latent rows and columns."""
-    if tile == "auto":
+    if isinstance(tile, str) and tile == "auto":
         tile = auto_tile(rows * PIXELS, columns * PIXELS)
-    if tile is not None and (not isinstance(tile, int) or tile < LEAST_TILE):
+    if tile is not None and (whole(tile) or 0) < LEAST_TILE:
         raise InputError(f"tile is {tile!r}, expected 'auto' or a number of latents, at least {LEAST_TILE}")
-    if chunk is not None and chunk < LEAST_CHUNK:
-        raise InputError(f"chunk is {chunk} latent frames, expected at least {LEAST_CHUNK}")
-    return tile, chunk
+    if chunk is not None and (whole(chunk) or 0) < LEAST_CHUNK:
+        raise InputError(f"chunk is {chunk!r}, expected a number of latent frames, at least {LEAST_CHUNK}")
+    return whole(tile), whole(chunk)
 
 
 def decode_axes(shape: Sequence[int], tile: int | str | None, chunk: int | None) -> list[Axis] | None:

@@ -77,7 +77,7 @@ def test_compiled_code_finds_the_setting_whole_and_leaves_it_as_it_was():
     """Reading it fails in every thread where cuDNN's settings differ from one another."""
     cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
-    with lavin_rt.aoti_session._NO_TF32, lavin_rt.aoti_session._NO_TF32:
+    with lavin_rt.host_state.full_float32, lavin_rt.host_state.full_float32:
         assert cudnn.allow_tf32 is False and cudnn.conv.fp32_precision != "tf32"
     assert (cudnn.allow_tf32, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == before
 

@@ -30,12 +30,12 @@ from typing import Any
 import torch
 
 from lavin_rt.checkpoint import Checkpoint, ModulationInFile, load_dit, load_vae
-from lavin_rt.checkpoint_header import check_tensors, dit_config, picture_size
+from lavin_rt.checkpoint_header import check_tensors, dit_config, open_checkpoint, picture_size
 from lavin_rt.config import DiTConfig
 from lavin_rt.context import vae_fingerprint
 from lavin_rt.devices import DTYPES
 from lavin_rt.errors import InputError
-from lavin_rt.files import written_whole
+from lavin_rt.files import check_writable, is_vacant, written_whole
 from lavin_rt.knots import schedule
 from lavin_rt.manifest import FORMAT, KINDS, MODULATION, NAME, VERSION, Manifest, file_sha256
 from lavin_rt.model import JDiT
@@ -82,11 +82,10 @@ def writing(
         raise InputError(f"steps are {list(steps)}, which names a schedule twice; give each once")
     for count in steps:
         schedule(count)
-    target_folder = Path(output)
-    if target_folder.exists() and (not target_folder.is_dir() or any(target_folder.iterdir())):
+    if os.path.lexists(output) and not (os.path.isdir(output) and is_vacant(output)):
         raise InputError(f"{output} is there and not empty; give another folder, or remove it first")
-    with written_whole(output) as partial:
-        partial.mkdir(parents=True)
+    check_writable(output, folder=True)
+    with written_whole(output, folder=True) as partial:
         artifact = ArtifactWriter(partial, kind, checkpoint, dtype, target or ANY_DEVICE, options or {}, tuple(steps))
         yield artifact
         if templates and checkpoint.templates is not None:
@@ -119,7 +118,7 @@ class ArtifactWriter:
     ):
         self.folder, self.kind, self.checkpoint = folder, kind, checkpoint
         self.dtype, self.target, self.options, self.steps = dtype, target, options, steps
-        self.file = SafetensorsFile.open(os.path.abspath(checkpoint.dit))
+        self.file = open_checkpoint(os.path.abspath(checkpoint.dit))
         self.config: DiTConfig = dit_config(self.file)
         check_tensors(self.file, self.config, official_layout(self.config))
         self.versions = {"lavin_rt": importlib.metadata.version("lavin-rt"), "torch": torch.__version__}
@@ -245,7 +244,7 @@ def modulation_model(file: SafetensorsFile, config: DiTConfig) -> JDiT:
     with file.reader() as reader:
         for place in resident_layout(config):
             if place.parameter.startswith(wanted):
-                value = torch.empty(place.shape)
+                value = torch.empty(place.shape, dtype=torch.float32)
                 reader.read_into(place.official, value)
                 owner, _, name = place.parameter.rpartition(".")
                 setattr(dit.get_submodule(owner), name, torch.nn.Parameter(value, requires_grad=False))

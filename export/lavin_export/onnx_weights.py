@@ -10,11 +10,10 @@ import torch
 
 from lavin_export import vae_parts
 from lavin_rt.checkpoint import Checkpoint, load_vae
-from lavin_rt.checkpoint_header import dit_config
+from lavin_rt.checkpoint_header import dit_config, open_checkpoint
 from lavin_rt.errors import InputError, missing_extra
 from lavin_rt.manifest import MODULATION, Manifest
 from lavin_rt.onnx_file import check_external_files
-from lavin_rt.safetensors_io import SafetensorsFile
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -34,7 +33,7 @@ def check_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
     from lavin_export.to_onnx import denoiser_weights
     from lavin_export.verify import VerificationError
 
-    file = SafetensorsFile.open(checkpoint.dit)
+    file = open_checkpoint(checkpoint.dit)
     if dit_config(file) != manifest.config:
         raise InputError(f"{manifest.folder} was exported from another model than {checkpoint.dit}")
     vae = load_vae(checkpoint.vae, dtype=torch.float32)

@@ -21,6 +21,7 @@ from lavin_export.cli import common_options
 from lavin_export.manifest import ArtifactWriter, writing
 from lavin_rt.aoti_session import CPU_LEVELS, PERMUTED
 from lavin_rt.checkpoint import Checkpoint, find_checkpoint, load_dit
+from lavin_rt.compiling import compiling
 from lavin_rt.devices import resolve_device, resolve_dtype
 from lavin_rt.errors import InputError
 from lavin_rt.packed import resolve_impl
@@ -213,17 +214,10 @@ def write_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 @contextlib.contextmanager
 def _compiling(name: str) -> Iterator[None]:
-    """Without the compiler's warnings, and with its error about a missing compiler as one line."""
-    with warnings.catch_warnings():
+    """Without the compiler's warnings, and with its errors about what it needs as one line."""
+    with compiling(name), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            yield
-        except Exception as error:
-            if "InvalidCxxCompiler" not in f"{type(error).__name__} {error}" and not isinstance(
-                error, FileNotFoundError
-            ):
-                raise
-            raise InputError(f"{name} cannot be compiled: no working C++ compiler here; install g++") from error
+        yield
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

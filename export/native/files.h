@@ -35,10 +35,14 @@ class MappedFile {
 // SHA-256 as 64 hexadecimal digits in lower case.
 std::string sha256_hex(std::string_view bytes);
 
-// Calls `write` with a free name beside `path`, then renames that file to `path`; removes it where anything fails.
+// Calls `write` with an empty file beside `path`, then renames that to `path`; removes it where anything fails. A file
+// that is there keeps its mode and owner; one that cannot be replaced, and a device, is written over.
 void written_whole(const fs::path& path, const std::function<void(const fs::path&)>& write);
 
-// Throws InputError unless files can be made where `path` is to be, in a folder that is made where it is missing.
+// Throws InputError unless `written_whole` can write there; makes nothing.
 void check_writable(const fs::path& path);
+
+// What keeps programs in the folder for temporary files from running, with the folder's name; empty where nothing does.
+std::string temporary_folder_fault();
 
 }  // namespace lavin

@@ -2,15 +2,18 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
+#include <fcntl.h>
 #include <torch/version.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
 
+#include <cerrno>
 #include <charconv>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 
 #include "context.h"
 #include "error.h"
@@ -188,6 +191,14 @@ void run(const Options& options) {
   }
 }
 
+// Whether all that was printed has been written; where it was closed before the program began nothing was wanted.
+bool finish_stdout() {
+  errno = 0;
+  if (std::fflush(stdout) == 0 && !std::ferror(stdout)) return true;
+  std::fprintf(stderr, "lavin-native: error: standard output: %s\n", std::strerror(errno));
+  return false;
+}
+
 int fail(const std::string& message, int code) {
   std::fprintf(stderr, "lavin-native: error: %s\n", lavin::one_line(message, 1500).c_str());
   return code;
@@ -196,6 +207,10 @@ int fail(const std::string& message, int code) {
 }  // namespace
 
 int main(int count, char** words) {
+  // Standard streams that are closed lead nowhere: the next file opened would get their number.
+  for (int descriptor = 0; descriptor < 3; ++descriptor) {
+    if (::fcntl(descriptor, F_GETFD) < 0) ::open("/dev/null", O_RDWR);
+  }
   Options options;
   CLI::App app(kAbout, "lavin-native");
   try {
@@ -203,9 +218,10 @@ int main(int count, char** words) {
     app.parse(count, words);
     const at::NoGradGuard no_gradients;
     run(options);
-    return 0;
+    return finish_stdout() ? 0 : 2;
   } catch (const CLI::Success& wanted) {
-    return app.exit(wanted);  // --help, --version
+    app.exit(wanted);  // --help, --version
+    return finish_stdout() ? 0 : 2;
   } catch (const CLI::ParseError& error) {
     return fail(error.what() + std::string("; see lavin-native --help"), 2);
   } catch (const InputError& error) {

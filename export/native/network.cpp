@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "error.h"
+#include "files.h"
 #include "json.h"
 #include "safetensors.h"
 
@@ -87,6 +88,10 @@ Network::Network(const Manifest& manifest, const std::string& part, at::Device d
   } catch (const InputError&) {
     throw;
   } catch (const std::exception& error) {
+    if (const std::string fault = temporary_folder_fault(); !fault.empty()) {
+      throw InputError(path.string() + " cannot be loaded by way of " + fault +
+                       "; name another one in the environment's TMPDIR");
+    }
     const auto* of_torch = dynamic_cast<const c10::Error*>(&error);
     throw InputError(path.string() + " cannot be loaded (" +
                      (of_torch ? one_line(of_torch->what_without_backtrace()) : reason(error)) +

@@ -38,8 +38,7 @@ def write_templates(folder: str | os.PathLike, corpus: Corpus) -> None:
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     for task in TASKS.values():
-        with written_whole(Path(folder) / task.name) as partial:
-            partial.mkdir()
+        with written_whole(Path(folder) / task.name, folder=True) as partial:
             for number, pair in enumerate(template_pairs(corpus, task)):
                 for role, frames in zip(("input", "target"), pair, strict=True):
                     _write(partial / f"{number}_{role}", frames)

@@ -1,0 +1,136 @@
+"""What the command line settles in its process, and a library in another's must not: streams, signals and threads."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+STREAMS = ("stdin", "stdout", "stderr")
+
+
+class Terminated(KeyboardInterrupt):
+    """TERM or HUP came: what is under way is undone as after an interrupt."""
+
+    def __init__(self, number: int):
+        self.number = number
+        super().__init__(f"ended by {signal.Signals(number).name}")
+
+
+@contextlib.contextmanager
+def terminating() -> Iterator[None]:
+    """TERM and HUP raise `Terminated` in the main thread, the first of them; HUP not where it is ignored (`nohup`).
+
+    A container's first process would otherwise not even end: it has no default for signals.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
+        raise Terminated(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Tolerant:
+    """A stream for messages: what cannot be written to it is not worth the work that it tells of."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):
+            to_nowhere(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            to_nowhere(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def sound_streams() -> Iterator[None]:
+    """Standard streams that can be written whatever the process was started with.
+
+    Descriptors 0 to 2 that are closed are opened on nothing: the next file opened would get their number, and messages
+    of libraries. Characters that an encoding lacks are escaped. Standard error never fails.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    before = {name: getattr(sys, name) for name in STREAMS}
+    with contextlib.ExitStack() as stack:
+        for name, stream in before.items():
+            if stream is None:
+                nothing = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115
+                setattr(sys, name, stack.enter_context(nothing))
+        if hasattr(sys.stdout, "reconfigure"):
+            stack.callback(sys.stdout.reconfigure, errors=sys.stdout.errors)
+            sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stderr = _Tolerant(sys.stderr)
+        try:
+            yield
+        finally:
+            for name, stream in before.items():
+                setattr(sys, name, stream)
+
+
+def finish_output() -> None:
+    """Writes out what standard output still holds.
+
+    Raises:
+        OSError: it cannot be written; what is left of it is dropped.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        to_nowhere(sys.stdout)
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def check_output_wanted() -> None:
+    """Raises an `OSError` where standard output was closed before the process began, for what has no other place."""
+    if getattr(sys.stdout, "name", None) == os.devnull:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF), "standard output")
+
+
+def to_nowhere(stream: Any) -> None:
+    """Lets a stream's descriptor lead nowhere, so that what it still holds is no error when the process ends."""
+    with contextlib.suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
+
+
+def settle_threads() -> None:
+    """No more threads than this process may keep busy: PyTorch knows the affinity, but not a control group's quota."""
+    from lavin_rt.container import processors
+
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() > processors():
+        torch.set_num_threads(processors())
