@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
+from lavin_rt import colours
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 
@@ -43,10 +44,11 @@ _TURNS = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTA
 def load_picture(source: Any) -> torch.Tensor:
     """One picture as RGB.
 
-    EXIF orientation is applied. Transparency is composited on white: what lies beneath transparent pixels is arbitrary
-    and nobody sees it (the original drops alpha, which gives the same values for opaque pictures). 16-bit greyscale
-    becomes `round(x / 257)`; 16-bit colour keeps its high byte, all that Pillow reads of it. Other modes (greyscale,
-    palette, CMYK) become what Pillow's `convert("RGB")` makes of them; colour profiles are ignored.
+    Orientation by EXIF or XMP is applied. Transparency is composited on white: what lies beneath transparent pixels is
+    arbitrary and nobody sees it (the original drops alpha, which gives the same values for opaque pictures). 16-bit
+    greyscale becomes `round(x / 257)`; 16-bit colour keeps its high byte, all that Pillow reads of it. Colours are
+    converted to sRGB from the profile that a file embeds, unless that is sRGB; without one, other modes (greyscale,
+    palette, CMYK) become what Pillow's `convert("RGB")` makes of them. PNG's gAMA and cHRM are ignored.
 
     Args:
         source: a path, a PIL image, or a uint8 array or tensor `[H, W, 3]`. Of an animation, the first frame (of an
@@ -340,22 +342,10 @@ def _animation(image: Image.Image, name: str) -> Iterator[torch.Tensor]:
 def _rgb(image: Image.Image, name: str) -> torch.Tensor:
     """The current frame of a Pillow image as uint8 `[3, H, W]`."""
     # First of all, since TIFF turns itself while it loads, and PNG may carry EXIF behind the pixels.
-    image.load()
-    # Older Pillow opens 16-bit PNG as mode "I", and every Pillow 16-bit PGM.
-    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    orientation = _exif(image, _ORIENTATION_TAG)
+    keyed = colours.load(image)
+    pixels, orientation = colours.to_rgb(image, keyed, name), _exif(image, _ORIENTATION_TAG)
     if isinstance(orientation, int) and 2 <= orientation <= 8:
-        image = image.transpose(Image.Transpose[_TURNS[orientation - 2]])
-    if is_16_bit:
-        grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # 65535 / 257 = 255
-        pixels = np.broadcast_to(grey.astype(np.uint8)[..., None], (*grey.shape, 3))
-    elif image.mode in ("I", "F"):
-        raise InputError(f"{name}: 32-bit values (mode {image.mode}) of unknown range; convert to 8 or 16 bits first")
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        pixels = np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
-    else:
-        pixels = np.asarray(image.convert("RGB"))
+        pixels = np.asarray(Image.fromarray(pixels).transpose(Image.Transpose[_TURNS[orientation - 2]]))
     return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
 
