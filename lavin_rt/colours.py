@@ -46,7 +46,7 @@ def load(image: Image.Image) -> np.ndarray | None:
 
 
 def _low_bytes(image: Image.Image) -> np.ndarray:
-    """The low bytes of a PNG's 16-bit colours, uint8 `[H, W, 3]`: Pillow's unpackers take one byte of each at a time."""
+    """The low bytes of a PNG's 16-bit colours, uint8 `[H, W, 3]`: Pillow unpacks one byte of each at a time."""
     position = image.fp.tell()
     # Not to be closed: the file is the other image's.
     again = Image.open(image.fp)

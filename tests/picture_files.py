@@ -14,10 +14,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms
+from picture_bytes import (
+    COLOUR,
+    COLOUR_ALPHA,
+    GREY,
+    GREY_ALPHA,
+    HEIGHT,
+    PALETTE,
+    WIDTH,
+    chunk,
+    cmyk_profile,
+    converted,
+    exif,
+    itxt,
+    on_white,
+    png,
+    profiles,
+    rgb,
+    tiff,
+    upright,
+    xmp,
+)  # fmt: skip
+from PIL import Image
 
-HEIGHT, WIDTH = 11, 13
-GREY, COLOUR, PALETTE, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6
 CHANNELS = {GREY: 1, COLOUR: 3, PALETTE: 1, GREY_ALPHA: 2, COLOUR_ALPHA: 4}
 
 
@@ -32,163 +51,6 @@ class PictureFile:
 
 def noise(*shape: int, most: int = 255, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, most + 1, shape)
-
-
-# PNG, written here: Pillow writes neither few bits with a colour key, nor 16-bit colours, nor interlaced.
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def _rows(samples: np.ndarray, bits: int) -> bytes:
-    """Samples `[h, w, channels]` as unfiltered rows."""
-    flat = samples.reshape(len(samples), -1)
-    if bits == 16:
-        packed = flat.astype(">u2").view(np.uint8).reshape(len(flat), -1)
-    else:
-        each = (flat[..., None] >> np.arange(bits - 1, -1, -1)) & 1
-        packed = np.packbits(each.reshape(len(flat), -1).astype(np.uint8), axis=1)
-    return b"".join(b"\0" + row.tobytes() for row in packed)
-
-
-_ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
-
-
-def png(
-    samples: np.ndarray,
-    kind: int,
-    bits: int = 8,
-    interlaced: bool = False,
-    before: bytes = b"",
-    after: bytes = b"",
-) -> bytes:
-    """A PNG of samples `[h, w, channels]`; `before` and `after` are chunks around the pixels."""
-    header = struct.pack(">IIBBBBB", samples.shape[1], samples.shape[0], bits, kind, 0, 0, interlaced)
-    parts = [samples[top::down, left::right] for top, left, down, right in _ADAM7] if interlaced else [samples]
-    data = zlib.compress(b"".join(_rows(part, bits) for part in parts if part.size))
-    half = len(data) // 2
-    pixels = chunk(b"IDAT", data[:half]) + chunk(b"IDAT", data[half:])
-    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-    return start + before + pixels + after + chunk(b"IEND", b"")
-
-
-def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """8-bit colours `[h, w, 3]` under alpha `[h, w]`."""
-    share = alpha[..., None] / 255
-    return np.round(colours * share + 255 * (1 - share)).astype(np.uint8)
-
-
-def rgb(grey: np.ndarray) -> np.ndarray:
-    return np.repeat(grey.reshape(HEIGHT, WIDTH, 1), 3, axis=2).astype(np.uint8)
-
-
-def exif(orientation: int, order: str = "<", kind: int = 3) -> bytes:
-    value = struct.pack(f"{order}HH" if kind == 3 else f"{order}I", *([orientation, 0] if kind == 3 else [orientation]))
-    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8)
-    return head + struct.pack(f"{order}HHHI", 1, 0x0112, kind, 1) + value + bytes(4)
-
-
-def xmp(orientation: int) -> bytes:
-    return (
-        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" '
-        f'tiff:Orientation="{orientation}"/></x:xmpmeta>'
-    ).encode()
-
-
-def itxt(text: bytes, compressed: bool = False) -> bytes:
-    body = zlib.compress(text) if compressed else text
-    return chunk(b"iTXt", b"XML:com.adobe.xmp\0" + bytes([compressed, 0]) + b"\0\0" + body)
-
-
-def upright(picture: np.ndarray, orientation: int) -> np.ndarray:
-    """What the EXIF standard says a viewer shows."""
-    if orientation >= 5:
-        picture = picture.swapaxes(0, 1)
-    rows, columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
-    return picture[:: -1 if rows else 1, :: -1 if columns else 1]
-
-
-# Colour profiles
-
-
-def _tag(kind: bytes, data: bytes) -> bytes:
-    body = kind + bytes(4) + data
-    return body + bytes(-len(body) % 4)
-
-
-def _s15(*values: float) -> bytes:
-    return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
-
-
-def matrix_profile(columns: list[tuple[float, float, float]] | None, gamma: float) -> bytes:
-    """An ICC profile of version 2: RGB of three primaries (XYZ under D50), or grey where there are none."""
-    curve = _tag(b"curv", struct.pack(">IH", 1, round(gamma * 256)))
-    tags = {b"wtpt": _tag(b"XYZ ", _s15(0.9642, 1, 0.8249)), b"cprt": _tag(b"text", b"none\0")}
-    tags[b"desc"] = _tag(b"desc", struct.pack(">I", 5) + b"test\0" + bytes(78))
-    if columns is None:
-        tags[b"kTRC"] = curve
-    else:
-        for name, column in zip((b"r", b"g", b"b"), columns, strict=True):
-            tags[name + b"XYZ"] = _tag(b"XYZ ", _s15(*column))
-            tags[name + b"TRC"] = curve
-    table, data, start = b"", b"", 128 + 4 + 12 * len(tags)
-    for name, body in tags.items():
-        table += name + struct.pack(">II", start + len(data), len(body))
-        data += body
-    space = b"GRAY" if columns is None else b"RGB "
-    head = struct.pack(">I", start + len(data)) + bytes(4) + struct.pack(">I", 0x02100000) + b"mntr" + space + b"XYZ "
-    head += bytes(12) + b"acsp" + bytes(28) + _s15(0.9642, 1, 0.8249)
-    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + data
-
-
-ADOBE_RGB = [(0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)]
-DISPLAY_P3 = [(0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407)]
-
-
-def profiles() -> dict[str, bytes]:
-    return {
-        "adobe": matrix_profile(ADOBE_RGB, 2.19921875),
-        "p3": matrix_profile(DISPLAY_P3, 2.2),
-        "grey": matrix_profile(None, 1.0),
-        "srgb": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
-    }
-
-
-def cmyk_profile() -> bytes:
-    """A profile of an idealised press: 8-bit tables from CMYK to Lab with two points an axis."""
-    lab = []
-    for c in (0, 1):
-        for m in (0, 1):
-            for y in (0, 1):
-                for k in (0, 1):
-                    lightness = 100 * (1 - k) * (1 - 0.25 * c - 0.3 * m - 0.08 * y)
-                    a = 60 * (m - c) * (1 - k)
-                    b = 70 * (y - 0.5 * c - 0.3 * m) * (1 - k)
-                    lab += [round(lightness * 255 / 100), round(a) + 128, round(b) + 128]
-    ramp = bytes(range(256))
-    matrix = _s15(1, 0, 0, 0, 1, 0, 0, 0, 1)
-    lut = _tag(b"mft1", bytes([4, 3, 2, 0]) + matrix + ramp * 4 + bytes(lab) + ramp * 3)
-    tags = {
-        b"A2B0": lut,
-        b"wtpt": _tag(b"XYZ ", _s15(0.9642, 1, 0.8249)),
-        b"cprt": _tag(b"text", b"none\0"),
-        b"desc": _tag(b"desc", struct.pack(">I", 5) + b"test\0" + bytes(78)),
-    }
-    table, data, start = b"", b"", 128 + 4 + 12 * len(tags)
-    for name, body in tags.items():
-        table += name + struct.pack(">II", start + len(data), len(body))
-        data += body
-    head = struct.pack(">I", start + len(data)) + bytes(4) + struct.pack(">I", 0x02100000) + b"prtrCMYKLab "
-    head += bytes(12) + b"acsp" + bytes(28) + _s15(0.9642, 1, 0.8249)
-    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + data
-
-
-def converted(picture: Image.Image, profile: bytes) -> np.ndarray:
-    """A picture in sRGB by LittleCMS."""
-    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    target = ImageCms.createProfile("sRGB")
-    return np.asarray(ImageCms.profileToProfile(picture, source, target, outputMode="RGB"))
 
 
 # The table
@@ -220,7 +82,8 @@ def _depths() -> Iterator[PictureFile]:
                 high = samples >> (bits - 8)
                 alpha = high[..., -1] if kind != COLOUR else np.full((HEIGHT, WIDTH), 255)
                 colour = rgb(high[..., 0]) if kind == GREY_ALPHA else high[..., :3]
-                yield PictureFile(f"{name}{bits}{way}.png", png(samples, kind, bits, interlaced), on_white(colour, alpha))
+                content = png(samples, kind, bits, interlaced)
+                yield PictureFile(f"{name}{bits}{way}.png", content, on_white(colour, alpha))
 
 
 def _keys() -> Iterator[PictureFile]:
@@ -342,26 +205,6 @@ def _encoded(name: str, image: Image.Image, shows: np.ndarray | None, **options)
     return PictureFile(name, buffer.getvalue(), shows)
 
 
-def tiff(samples: np.ndarray, bits: int, photometric: int, order: str = "<") -> bytes:
-    """An uncompressed grey TIFF."""
-    if bits == 16:
-        data = samples.astype(f"{order}u2").tobytes()
-    elif bits == 12:
-        each = ((samples.reshape(HEIGHT, -1)[..., None] >> np.arange(11, -1, -1)) & 1).reshape(HEIGHT, -1)
-        data = np.packbits(each.astype(np.uint8), axis=1).tobytes()
-    else:
-        data = samples.astype(np.uint8).tobytes()
-    tags = [
-        (256, 3, WIDTH), (257, 3, HEIGHT), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8 + 2 + 12 * 9 + 4),
-        (277, 3, 1), (278, 3, HEIGHT), (279, 4, len(data)),
-    ]  # fmt: skip
-    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
-    for tag, kind, value in tags:
-        head += struct.pack(f"{order}HHI", tag, kind, 1)
-        head += struct.pack(f"{order}HH", value, 0) if kind == 3 else struct.pack(f"{order}I", value)
-    return head + bytes(4) + data
-
-
 def _others() -> Iterator[PictureFile]:
     """Formats that Python reads and the native runner refuses."""
     grey8, grey16 = noise(HEIGHT, WIDTH, 1, seed=13), noise(HEIGHT, WIDTH, 1, most=65535, seed=14)
@@ -374,7 +217,8 @@ def _others() -> Iterator[PictureFile]:
     yield PictureFile("grey12.tif", tiff(grey12, 12, 1), rgb(np.round(grey12 * 255 / 4095)))
     colours = Image.fromarray(noise(HEIGHT, WIDTH, 3, seed=16).astype(np.uint8))
     plain, known = np.asarray(colours), profiles()
-    smooth = Image.fromarray(np.stack(np.mgrid[0:HEIGHT, 0:WIDTH, 5:6].reshape(3, HEIGHT, WIDTH), -1).astype(np.uint8) * 15)
+    ramps = np.mgrid[0:HEIGHT, 0:WIDTH, 5:6].reshape(3, HEIGHT, WIDTH)
+    smooth = Image.fromarray(np.stack(ramps, -1).astype(np.uint8) * 15)
     for orientation in range(2, 9):
         tag = Image.Exif()
         tag[0x0112] = orientation
@@ -388,9 +232,8 @@ def _others() -> Iterator[PictureFile]:
     yield _encoded("xmp6.jpg", smooth, upright(decoded, 6), quality=95, xmp=xmp(6))
     yield _encoded("exif6.tif", colours, upright(plain, 6), exif=tag)
     for name in ("adobe", "p3"):
-        yield _encoded(
-            f"profile-{name}.jpg", smooth, converted(Image.fromarray(decoded), known[name]), quality=95, icc_profile=known[name]
-        )  # fmt: skip
+        wide = converted(Image.fromarray(decoded), known[name])
+        yield _encoded(f"profile-{name}.jpg", smooth, wide, quality=95, icc_profile=known[name])
         wide = converted(colours, known[name])
         yield _encoded(f"profile-{name}.webp", colours, wide, lossless=True, icc_profile=known[name])
         yield _encoded(f"profile-{name}.tif", colours, wide, icc_profile=known[name])
@@ -404,8 +247,9 @@ def _others() -> Iterator[PictureFile]:
     yield _encoded("lab.tif", lab, np.full((HEIGHT, WIDTH, 3), 119, np.uint8))
     first, second = Image.new("RGB", (WIDTH, HEIGHT), (40, 50, 60)), Image.new("RGB", (WIDTH, HEIGHT), (200, 0, 0))
     still = np.full((HEIGHT, WIDTH, 3), (40, 50, 60), np.uint8)
-    for suffix, options in (("gif", {}), ("webp", {"lossless": True})):
-        yield _encoded(f"animated.{suffix}", first, still, save_all=True, append_images=[second], duration=100, **options)
+    both = {"save_all": True, "append_images": [second], "duration": 100}
+    yield _encoded("animated.gif", first, still, **both)
+    yield _encoded("animated.webp", first, still, lossless=True, **both)
     yield PictureFile("float.tif", _encoded("f.tif", Image.new("F", (4, 4)), None).content, None)
 
 

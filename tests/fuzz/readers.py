@@ -22,9 +22,9 @@ with atheris.instrument_imports(include=["lavin_rt", "PIL", "tarfile", "safetens
     import torch
     from PIL import Image, PngImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401, so that they are instrumented
 
-    from lavin_rt import archives, artifact, checkpoint_header, context, images, manifest, packs, part_sizes
+    from lavin_rt import archives, checkpoint, checkpoint_header, context, images, manifest, packs, part_sizes
     from lavin_rt.errors import InputError
-    from lavin_rt.official_layout import dit_places
+    from lavin_rt.official_layout import official_layout
     from lavin_rt.safetensors_io import SafetensorsFile
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -37,7 +37,18 @@ def read_checkpoint(data: bytes, folder: Path) -> None:
     file = SafetensorsFile.open(path)
     config = checkpoint_header.dit_config(file)
     checkpoint_header.picture_size(file)
-    checkpoint_header.check_tensors(file, config, dit_places(config))
+    checkpoint_header.check_tensors(file, config, official_layout(config))
+
+
+def read_vae(data: bytes, folder: Path) -> None:
+    """The pickle that a published VAE is, and the same as safetensors."""
+    for name in ("stvae.pt", "stvae.safetensors"):
+        path = folder / name
+        path.write_bytes(data)
+    try:
+        checkpoint.load_vae(folder / "stvae.pt")
+    finally:
+        checkpoint.load_vae(folder / "stvae.safetensors")
 
 
 def read_manifest(data: bytes, folder: Path) -> None:
@@ -99,6 +110,7 @@ def read_picture(data: bytes, folder: Path) -> None:
 
 READERS: dict[str, Callable[[bytes, Path], None]] = {
     "checkpoint": read_checkpoint,
+    "vae": read_vae,
     "manifest": read_manifest,
     "context": read_context,
     "archive": read_archive,
