@@ -169,8 +169,8 @@ class ContextFrames(Sequence):
     size: tuple[int, int]
 
     @classmethod
-    def prepare(cls, pairs: Sequence[Pair], size: tuple[int, int]) -> ContextFrames:
-        """Reads the pairs' pictures or clips and resizes them to (height, width).
+    def prepare(cls, pairs: Sequence[Pair], size: tuple[int, int], cut: int | None = None) -> ContextFrames:
+        """Reads the pairs' pictures or clips, of longer clips `cut` frames, and resizes them to (height, width).
 
         Raises:
             InputError: no pairs, something unreadable, or clips of different lengths.
@@ -178,7 +178,7 @@ class ContextFrames(Sequence):
         frames: list[torch.Tensor] = []
         for pair in pairs:
             for role, source in zip(_ROLES, (pair.input, pair.target), strict=True):
-                clip = images.resize(images.load_clip(source), size)
+                clip = images.resize(images.load_clip(source, cut), size)
                 if frames and len(clip) != len(frames[0]):
                     raise InputError(
                         f"{role} of context pair {pair.name} has {len(clip)} frames, the first input {len(frames[0])}; "
@@ -213,7 +213,7 @@ def check_query_frames(query_frames: int, context_frames: int, source: str = "qu
     if query_frames != context_frames:
         raise InputError(
             f"{source}: {query_frames} frames, the context's clips have {context_frames}; "
-            "give queries and pairs of the same length"
+            "give queries and pairs of the same length, or cut both (frames=N, --frames N)"
         )
 
 

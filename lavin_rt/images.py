@@ -66,12 +66,13 @@ def load_picture(source: Any) -> torch.Tensor:
         return _rgb(image, source_name(source))
 
 
-def load_clip(source: Any) -> torch.Tensor:
+def load_clip(source: Any, frames: int | None = None) -> torch.Tensor:
     """A clip as RGB frames, each as `load_picture` reads it; a single picture is a clip of one frame.
 
     Args:
         source: a folder of frames (see `frame_files`), an animated GIF, WebP, PNG or AVIF, a uint8 array or tensor
             `[T, H, W, 3]`, a list of pictures, or whatever `load_picture` takes.
+        frames: how many to take of a longer clip, its first ones; None takes all.
 
     Returns:
         uint8 `[T, 3, H, W]`.
@@ -80,23 +81,39 @@ def load_clip(source: Any) -> torch.Tensor:
         InputError: unreadable, frames of different sizes, or a number of frames that is not `1 + 4 k`.
     """
     name = source_name(source)
+    if frames is not None and (
+        isinstance(frames, bool) or not isinstance(frames, int) or frames < 1 or frames % 4 != 1
+    ):
+        raise InputError(f"frames is {frames!r}; expected 1 + 4k: 1, 5, 9, ...")
     if isinstance(source, str | os.PathLike) and os.path.isdir(source):
         source = frame_files(source)
     if isinstance(source, np.ndarray | torch.Tensor):
-        frames = list(_array_frames(source, "[H, W, 3]", "[T, H, W, 3]"))
+        clip = list(_array_frames(source, "[H, W, 3]", "[T, H, W, 3]"))[:frames]
     elif isinstance(source, list | tuple):
-        check_clip_frames(len(source), name)
-        frames = [load_picture(frame) for frame in source]
+        check_clip_frames(len(source[:frames]), name)
+        clip = [load_picture(frame) for frame in source[:frames]]
     else:
         with _reading(source) as image:
-            frames = list(_animation(image, name))
-    check_clip_frames(len(frames), name)
-    for i, frame in enumerate(frames):
-        if frame.shape != frames[0].shape:
-            (h, w), (first_h, first_w) = frame.shape[-2:], frames[0].shape[-2:]
+            clip = list(_animation(image, name))[:frames]
+    check_clip_frames(len(clip), name)
+    for i, frame in enumerate(clip):
+        if frame.shape != clip[0].shape:
+            (h, w), (first_h, first_w) = frame.shape[-2:], clip[0].shape[-2:]
             which = source_name(source[i]) if isinstance(source, list | tuple) else f"frame {i}"
             raise InputError(f"{name}: {which} is {h}x{w}, expected {first_h}x{first_w} as the clip's first frame")
-    return torch.stack(frames)
+    return torch.stack(clip)
+
+
+@contextlib.contextmanager
+def huge_pictures(allowed: bool) -> Iterator[None]:
+    """Reads pictures of any number of pixels in the block, where `allowed`; else Pillow's limit holds as it is."""
+    before = Image.MAX_IMAGE_PIXELS
+    if allowed:
+        Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def frame_files(folder: str | os.PathLike) -> list[Path]:
@@ -120,7 +137,10 @@ def check_clip_frames(frames: int, source: str = "clip") -> None:
         raise InputError(f"{source}: no frames found; a clip has 1 + 4k frames: 1, 5, 9, ...")
     if frames % 4 != 1:
         below = frames - (frames - 1) % 4
-        raise InputError(f"{source}: {frames} frames; a clip has 1 + 4k frames, the next are {below} and {below + 4}")
+        raise InputError(
+            f"{source}: {frames} frames; a clip has 1 + 4k frames, the next are {below} and {below + 4}; "
+            f"frames={below} (--frames {below}) cuts it"
+        )
 
 
 def parse_size(size: str | int | Sequence[int]) -> tuple[int, int]:
@@ -311,6 +331,11 @@ def _reading(source: Any) -> Iterator[Image.Image]:
         raise
     except FileNotFoundError:
         raise InputError(f"{name}: no such picture; check the name") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{name}: larger than pictures are read without asking ({_one_line(error)}); if it is meant to be, "
+            "--allow-huge (PIL.Image.MAX_IMAGE_PIXELS = None) reads it"
+        ) from None
     except UnidentifiedImageError:
         raise InputError(f"{name}: not a picture that can be read; expected PNG, JPEG, WebP, ...") from None
     except Exception as error:  # Damaged files make decoders raise all sorts: SyntaxError, EOFError, struct.error, ...

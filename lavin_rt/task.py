@@ -80,14 +80,27 @@ class Task:
     Attributes:
         context: the encoded pairs, which `context.save(path)` keeps for later.
         frames: the pairs' pictures at the task's size, None where the context came encoded.
+        cut: frames that longer queries are cut to; None takes them as they are.
     """
 
-    def __init__(self, pipeline: Pipeline, context: EncodedContext, frames: contexts.ContextFrames | None = None):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        context: EncodedContext,
+        frames: contexts.ContextFrames | None = None,
+        cut: int | None = None,
+    ):
         self.pipeline = pipeline
+        self.cut = cut
         self.context = context
         self.frames = frames
         self._embedded: torch.Tensor | None = None
         self._keys: tuple[object, Tensors] | None = None
+
+    def __repr__(self) -> str:
+        clips = f" of clips of {self.context.frames_per_clip} frames" if self.context.frames_per_clip > 1 else ""
+        plural = "s" * (self.context.pairs != 1)
+        return f"<Task: {self.context.pairs} pair{plural}{clips} at {self.size[0]}x{self.size[1]}, {self.pipeline!r}>"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -136,7 +149,7 @@ class Task:
             InputError: a query that cannot be read or does not fit the context, a bad option, or too little memory.
             NonFiniteError: naming the step at which the latents stopped being finite.
         """
-        clips = [images.load_clip(query) for query in queries]
+        clips = [images.load_clip(query, self.cut) for query in queries]
         if not clips:
             raise InputError("no queries; expected at least one picture")
         for clip in clips:

@@ -81,6 +81,8 @@ def run(reader: str, command: list[str | Path], work: Path, seconds: float, case
         f"-artifact_prefix={crashes}/", "-print_final_stats=1", f"-runs={cases or -1}", "-reload=0",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
+    if name in ("checkpoint", "manifest", "context", "safetensors"):
+        options.append(f"-dict={HERE / 'json.dict'}")
     corpora = [kept] + [fixed] * fixed.is_dir()
     with open(crashes / "log", "w") as log:
         done = subprocess.run([*command, *options, *corpora], stdout=log, stderr=log, env=environment)

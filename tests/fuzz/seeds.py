@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save as save_tensors
 
 from lavin_rt.config import DiTConfig
 from lavin_rt.official_layout import official_layout
@@ -21,6 +21,13 @@ import small_artifact
 
 CONFIG = DiTConfig(hidden_size=12, depth=1, num_heads=2, kv_group=2)
 LARGEST = 1200  # bytes of a picture among the seeds
+
+
+def save(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file as `readers.safetensors` and its twin in `bytes.h` put it together."""
+    content = save_tensors(tensors, metadata)
+    header = 8 + int.from_bytes(content[:8], "little")
+    return b"\1" + content[8:header].rstrip() + b"\0" + content[header:]
 
 
 def checkpoint() -> dict[str, bytes]:
