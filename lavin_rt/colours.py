@@ -1,9 +1,13 @@
-"""The pixels of a Pillow image as 8-bit sRGB on white, whatever its depth, transparency and colour profile."""
+"""The pixels of a Pillow image as 8-bit sRGB on white, whatever its depth, transparency and colour profile, and how many
+there may be.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,18 @@ _SPACES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}
 # Of PNG's greys of few bits, what Pillow multiplies the samples with.
 _SCALES = {"L;2": 85, "L;4": 17}
 _PHOTOMETRIC, _BITS, _MIN_IS_WHITE = 262, 258, 0
+
+
+@contextlib.contextmanager
+def huge_pictures(allowed: bool) -> Iterator[None]:
+    """Reads pictures of any number of pixels in the block, where `allowed`; else Pillow's limit holds as it is."""
+    before = Image.MAX_IMAGE_PIXELS
+    if allowed:
+        Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def load(image: Image.Image) -> np.ndarray | None:

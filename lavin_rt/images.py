@@ -104,18 +104,6 @@ def load_clip(source: Any, frames: int | None = None) -> torch.Tensor:
     return torch.stack(clip)
 
 
-@contextlib.contextmanager
-def huge_pictures(allowed: bool) -> Iterator[None]:
-    """Reads pictures of any number of pixels in the block, where `allowed`; else Pillow's limit holds as it is."""
-    before = Image.MAX_IMAGE_PIXELS
-    if allowed:
-        Image.MAX_IMAGE_PIXELS = None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
-
-
 def frame_files(folder: str | os.PathLike) -> list[Path]:
     """The pictures of a folder in natural order; hidden files and those without a picture's suffix are left out."""
     try:
@@ -138,8 +126,8 @@ def check_clip_frames(frames: int, source: str = "clip") -> None:
     if frames % 4 != 1:
         below = frames - (frames - 1) % 4
         raise InputError(
-            f"{source}: {frames} frames; a clip has 1 + 4k frames, the next are {below} and {below + 4}; "
-            f"frames={below} (--frames {below}) cuts it"
+            f"{source}: {frames} frames; a clip has 1 + 4k frames, frames={below} (--frames {below}) cuts it, "
+            f"the next are {below} and {below + 4}"
         )
 
 

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from lavin_rt import colours, images
 from lavin_rt import context as contexts
-from lavin_rt import images
 from lavin_rt.cli import print_json
 from lavin_rt.download import BUNDLED_NAMES, Artifact, Checkpoint, find_model, template_roots
 from lavin_rt.errors import InputError
@@ -27,7 +27,7 @@ BUNDLED_NOTE = (
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command; raises `InputError` for what cannot be used, before work is lost to it."""
-    with images.huge_pictures(options.allow_huge):
+    with colours.huge_pictures(options.allow_huge):
         _run(options)
 
 

@@ -45,7 +45,7 @@ void on_read(png_structp png, png_bytep target, png_size_t count) {
 }
 
 // Reads up to the pixels and asks for 8-bit RGBA; false where libpng failed.
-bool read_header(png_structp png, png_infop info, bool& grey) {
+bool read_header(png_structp png, png_infop info, int64_t max_pixels, bool& grey) {
   if (setjmp(png_jmpbuf(png))) return false;
   // Pillow reads pixels of any gamma as they are, and knows no limit of a side.
   png_set_keep_unknown_chunks(png, PNG_HANDLE_CHUNK_NEVER, kPassedOver, sizeof kPassedOver / 5);
@@ -54,6 +54,9 @@ bool read_header(png_structp png, png_infop info, bool& grey) {
   png_set_crc_action(png, PNG_CRC_DEFAULT, PNG_CRC_ERROR_QUIT);
   png_set_user_limits(png, PNG_UINT_31_MAX, PNG_UINT_31_MAX);
   png_read_info(png, info);
+  // Before libpng makes room for a row.
+  const int64_t height = png_get_image_height(png, info), width = png_get_image_width(png, info);
+  if (height > max_pixels / width) png_error(png, "it has too many pixels, see --allow-huge");
   const int type = png_get_color_type(png, info), depth = png_get_bit_depth(png, info);
   grey = !(type & PNG_COLOR_MASK_COLOR);
   if (depth == 16) {
@@ -132,12 +135,8 @@ Png read_png(std::string_view data, int64_t max_pixels) {
   }
   png_set_read_fn(png, &source, on_read);
   Png result;
-  bool sound = read_header(png, info, result.grey);
+  bool sound = read_header(png, info, max_pixels, result.grey);
   const int64_t height = png_get_image_height(png, info), width = png_get_image_width(png, info);
-  if (sound && height > max_pixels / width) {
-    std::strcpy(source.message, "it has too many pixels, see --allow-huge");
-    sound = false;
-  }
   if (sound) {
     result.pixels = at::empty({height, width, 4}, at::kByte);
     std::vector<png_bytep> rows(height);

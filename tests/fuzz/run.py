@@ -18,7 +18,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 MEGABYTES = 4096
-LONGEST = 4096  # bytes of a case
+LONGEST = {"checkpoint": 32768, "archive": 16384}  # bytes of a case
+LONGEST_ELSE = 4096
+SANITIZER = "detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=32"
 # Seconds after which a case counts as one that hangs.
 HANGS = 30
 
@@ -77,10 +79,10 @@ def run(reader: str, command: list[str | Path], work: Path, seconds: float, case
     for file, content in (PYTHON if kind == "python" else NATIVE)[name]().items():
         (kept / file).write_bytes(content)
     options = [
-        f"-max_total_time={seconds:.0f}", f"-rss_limit_mb={MEGABYTES}", f"-timeout={HANGS}", f"-max_len={LONGEST}",
+        f"-max_total_time={seconds:.0f}", f"-rss_limit_mb={MEGABYTES}", f"-timeout={HANGS}", f"-max_len={LONGEST.get(name, LONGEST_ELSE)}",
         f"-artifact_prefix={crashes}/", "-print_final_stats=1", f"-runs={cases or -1}", "-reload=0",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ASAN_OPTIONS": SANITIZER}
     if name in ("checkpoint", "manifest", "context", "safetensors"):
         options.append(f"-dict={HERE / 'json.dict'}")
     corpora = [kept] + [fixed] * fixed.is_dir()
