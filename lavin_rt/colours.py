@@ -1,6 +1,4 @@
-"""The pixels of a Pillow image as 8-bit sRGB on white, whatever its depth, transparency and colour profile, and how many
-there may be.
-"""
+"""The pixels of a Pillow image as 8-bit sRGB on white, whatever its depth, transparency, colour profile and number."""
 
 from __future__ import annotations
 

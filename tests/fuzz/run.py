@@ -78,13 +78,16 @@ def run(reader: str, command: list[str | Path], work: Path, seconds: float, case
         folder.mkdir(parents=True, exist_ok=True)
     for file, content in (PYTHON if kind == "python" else NATIVE)[name]().items():
         (kept / file).write_bytes(content)
+    longest = LONGEST.get(name, LONGEST_ELSE)
     options = [
-        f"-max_total_time={seconds:.0f}", f"-rss_limit_mb={MEGABYTES}", f"-timeout={HANGS}", f"-max_len={LONGEST.get(name, LONGEST_ELSE)}",
+        f"-max_total_time={seconds:.0f}", f"-rss_limit_mb={MEGABYTES}", f"-timeout={HANGS}", f"-max_len={longest}",
         f"-artifact_prefix={crashes}/", "-print_final_stats=1", f"-runs={cases or -1}", "-reload=0",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ASAN_OPTIONS": SANITIZER}
     if name in ("checkpoint", "manifest", "context", "safetensors"):
         options.append(f"-dict={HERE / 'json.dict'}")
+    if cases:
+        options.append("-seed=1")
     corpora = [kept] + [fixed] * fixed.is_dir()
     with open(crashes / "log", "w") as log:
         done = subprocess.run([*command, *options, *corpora], stdout=log, stderr=log, env=environment)

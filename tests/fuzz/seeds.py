@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import picture_files
 import small_artifact
 
-CONFIG = DiTConfig(hidden_size=12, depth=1, num_heads=2, kv_group=2)
+CONFIG = DiTConfig(hidden_size=6, depth=1, num_heads=1, kv_group=1)
 LARGEST = 1200  # bytes of a picture among the seeds
 
 
@@ -31,7 +31,7 @@ def save(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = Non
 
 
 def checkpoint() -> dict[str, bytes]:
-    tensors = {place.official: torch.zeros(place.shape) for place in official_layout(CONFIG)}
+    tensors = {place.official: torch.zeros(place.shape, dtype=torch.bfloat16) for place in official_layout(CONFIG)}
     return {
         "metadata": save(tensors, {"config": CONFIG.to_json(), "size": "64"}),
         "bare": save({"prompt_embed": torch.zeros(1, 12), "blocks.0.joint_attn.cond_k.weight": torch.zeros(6, 12)}),
