@@ -11,6 +11,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from lavin_rt.errors import InputError
 from lavin_rt.process import (
@@ -35,6 +36,14 @@ class _Parser(argparse.ArgumentParser):
 _SPEED_HELP = (
     "exact, near, fast or fastest (default: exact): fewer evaluations of the network, of whose context and guidance "
     "less is computed; changes answers, by how much is unmeasured beside weights other than lavin-mini's"
+)
+_COMPILE_HELP = (
+    "run the network through torch.compile: the first picture of every shape waits for it, on a CPU 25 to 75 seconds, "
+    "for a gain of some per cent on all others"
+)
+_CLIP_HELP = (
+    "each query is a clip: a folder of frames or an animation, of 1 + 4k frames (1, 5, 9, ...), as many as the task's "
+    "clips; those that come with the package have 5"
 )
 
 
@@ -64,6 +73,12 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
+def _bundled_tasks() -> list[str]:
+    """Names of the tasks that come with the package, without importing what takes time."""
+    folder = Path(__file__).parent / "mini" / "template"
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
 def _add_checkpoint_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("checkpoint and machine")
     group.add_argument("--revision", help="revision of a Hugging Face id")
@@ -79,7 +94,8 @@ def _add_run(commands) -> None:
         "run",
         help="answer queries with a task's context",
         description="Answers one or more queries with the task that the context shows.",
-        epilog="example: lavin-rt run --checkpoint weights/ --task depth --query photo.jpg -o depth.png",
+        epilog="example: lavin-rt run --checkpoint weights/ --task depth --query photo.jpg -o depth.png; "
+        f"tasks by name, or a beginning of it: {', '.join(_bundled_tasks())}",
     )
     what = run.add_argument_group("what to do")
     what.add_argument(
@@ -99,12 +115,15 @@ def _add_run(commands) -> None:
         metavar="OUT",
         help="file (.png .jpg .webp, clips also .gif) for one query, else a folder",
     )
-    what.add_argument("--clip", action="store_true", help="each query is a clip: a folder of frames or an animation")
+    what.add_argument("--clip", action="store_true", help=_CLIP_HELP)
+    what.add_argument(
+        "--frames", type=int, metavar="N", help="cut longer clips, of queries and task, to their first N frames"
+    )
     what.add_argument(
         "--checkpoint",
         metavar="PATH|HUB-ID|ARTIFACT",
         help="folder with lavin_dit.safetensors and stvae.pt, weights.tar.gz, exported artifact, or Hugging Face id "
-        "(default: the small model that comes with the package)",
+        "(default: mini, the small model that comes with the package)",
     )
     how = run.add_argument_group("how to do it")
     how.add_argument("--pairs", type=int, default=4, help="pairs chosen from the task's folder (default: 4)")
@@ -118,7 +137,10 @@ def _add_run(commands) -> None:
     how.add_argument("--batch-size", type=int, help="queries that run together (default: up to 4, as memory allows)")
     how.add_argument("--tile", type=int, help="VAE tile in pixels for pictures too large for memory; approximate")
     how.add_argument("--chunk", type=int, help="latent frames per VAE piece for clips too long for memory; approximate")
-    how.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    how.add_argument("--compile", action="store_true", help=_COMPILE_HELP)
+    how.add_argument(
+        "--allow-huge", action="store_true", help="read pictures of more than 178 megapixels, if memory allows"
+    )
     how.add_argument("--no-graphs", action="store_true", help="on CUDA, run steps without CUDA graphs; the same bits")
     out = run.add_argument_group("output")
     out.add_argument("--keep-size", action="store_true", help="return pictures at each query's own size")
@@ -221,7 +243,7 @@ def _add_bench(commands) -> None:
     startup.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     startup.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
     startup.add_argument("--impl", default="auto", help="auto, plain, torch or triton (default: auto)")
-    startup.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    startup.add_argument("--compile", action="store_true", help=_COMPILE_HELP)
     startup.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
     startup.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
     startup.set_defaults(main="bench startup")
@@ -236,7 +258,7 @@ def _add_bench_quality(kinds) -> None:
     )
     quality.add_argument(
         "--checkpoint",
-        help="folder, archive, hub id or artifact (default: the small model that comes with the package)",
+        help="folder, archive, hub id or artifact (default: mini, the small model that comes with the package)",
     )
     quality.add_argument(
         "--against",
@@ -266,7 +288,7 @@ def _add_bench_quality(kinds) -> None:
     quality.add_argument("--guidance", type=float, default=1.5, help="guidance scale (default: 1.5)")
     quality.add_argument("--seed", type=int, default=0, help="of degradations, contexts and noise (default: 0)")
     quality.add_argument("--batch-size", type=int, default=8, help="queries that run together at most (default: 8)")
-    quality.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    quality.add_argument("--compile", action="store_true", help=_COMPILE_HELP)
     quality.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
     quality.add_argument("--quick", action="store_true", help="4 scenes and 2 pairs: shows that it works, not how well")
     quality.add_argument(

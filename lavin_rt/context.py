@@ -58,8 +58,8 @@ def read_template(folder: str | os.PathLike) -> list[Pair]:
         for paths in roles.values():
             if len(paths) > 1:
                 raise InputError(
-                    f"{where}: {_names(paths)} all begin with {name}_; expected one, as the text before the first _ "
-                    "tells pairs apart; rename them"
+                    f"{where}: {_names(paths)} all begin with {images.source_name(name)}_; expected one, as the text "
+                    "before the first _ tells pairs apart; rename them"
                 )
     lonely = [path for roles in found.values() if not all(roles.values()) for paths in roles.values() for path in paths]
     if lonely:
@@ -147,10 +147,11 @@ def find_task(name: str | os.PathLike, template_roots: Iterable[str | os.PathLik
         if len(fitting) == 1:
             return of_root[fitting[0]]
         if fitting:
-            raise InputError(f"task {text!r} fits {', '.join(fitting)}; give more of the name")
+            raise InputError(f"task {text!r} fits {_names(fitting, len(fitting))}; give more of the name")
     known = sorted({task for of_root in tasks for task in of_root}, key=images.natural_key)
-    expected = f"expected a folder or one of {', '.join(known)}" if known else "no templates here; give a folder"
-    raise InputError(f"unknown task {text!r}; {expected}")
+    if not known:
+        raise InputError(f"unknown task {text!r}; no templates here; give a folder")
+    raise InputError(f"unknown task {text!r}; expected a folder or one of {_names(known, len(known))}")
 
 
 def task_folders(root: str | os.PathLike) -> list[Path]:
@@ -174,8 +175,8 @@ class ContextFrames(Sequence):
     size: tuple[int, int]
 
     @classmethod
-    def prepare(cls, pairs: Sequence[Pair], size: tuple[int, int]) -> ContextFrames:
-        """Reads the pairs' pictures or clips and resizes them to (height, width).
+    def prepare(cls, pairs: Sequence[Pair], size: tuple[int, int], cut: int | None = None) -> ContextFrames:
+        """Reads the pairs' pictures or clips, of longer clips `cut` frames, and resizes them to (height, width).
 
         Raises:
             InputError: no pairs, something unreadable, or clips of different lengths.
@@ -183,11 +184,11 @@ class ContextFrames(Sequence):
         frames: list[torch.Tensor] = []
         for pair in pairs:
             for role, source in zip(_ROLES, (pair.input, pair.target), strict=True):
-                clip = images.resize(images.load_clip(source), size)
+                clip = images.resize(images.load_clip(source, cut), size)
                 if frames and len(clip) != len(frames[0]):
                     raise InputError(
-                        f"{role} of context pair {pair.name} has {len(clip)} frames, the first input {len(frames[0])}; "
-                        "all clips of a context have the same number"
+                        f"{role} of context pair {images.source_name(pair.name)} has {len(clip)} frames, the first "
+                        f"input {len(frames[0])}; all clips of a context have the same number"
                     )
                 frames.append(clip)
         if not frames:
@@ -213,13 +214,12 @@ class ContextFrames(Sequence):
         return [[*self.frames[0::2], query], [*self.frames[1::2], result]]
 
 
-def check_query_frames(query_frames: int, context_frames: int, source: str = "query", hint: str = "") -> None:
-    """Checks that a query has as many frames as every clip of its context; `hint` reads a single picture as a clip."""
+def check_query_frames(query_frames: int, context_frames: int, source: str = "query") -> None:
+    """Checks that a query has as many frames as every clip of its context."""
     if query_frames != context_frames:
-        meant = f", did you mean {hint}?" if hint and query_frames == 1 else ""
         raise InputError(
             f"{source}: {query_frames} frame{'s' * (query_frames != 1)}, the context's clips have {context_frames}; "
-            f"give queries and pairs of the same length{meant}"
+            "give queries and pairs of the same length, or cut both (frames=N, --frames N)"
         )
 
 
@@ -391,6 +391,6 @@ def _entries(folder: Path) -> Iterator[Path]:
     return iter(sorted(entries, key=lambda path: images.natural_key(path.name)))
 
 
-def _names(paths: Sequence[Path], most: int = 5) -> str:
+def _names(paths: Sequence[Path | str], most: int = 5) -> str:
     more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(path.name for path in paths[:most]) + more
+    return ", ".join(images.source_name(os.path.basename(path)) for path in paths[:most]) + more

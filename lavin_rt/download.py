@@ -22,6 +22,7 @@ VAES = ("stvae.safetensors", "stvae.pt", "stvae" + INDEX_SUFFIX)
 WEIGHTS_ARCHIVE, TEMPLATE_ARCHIVE = "weights.tar.gz", "template.tar.gz"
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz")
 BUNDLED = Path(__file__).parent / "mini"
+BUNDLED_NAMES = ("mini", "lavin-mini")
 FILES = (DIT, DIT_INDEX, "lavin_dit-*.safetensors", *VAES, "stvae-*.safetensors", "config.json")
 WANTED = (*FILES, *(f"weights/{name}" for name in FILES), "template/*", WEIGHTS_ARCHIVE, TEMPLATE_ARCHIVE, MANIFEST)
 EXPECTED = f"{DIT} and {' or '.join(VAES[:2])}, or {WEIGHTS_ARCHIVE}"
@@ -76,14 +77,14 @@ def find_model(
     """Finds a checkpoint's files as `find_checkpoint` does, or an artifact's, in a folder or on the hub.
 
     Args:
-        model: see `find_checkpoint`; None is the small model that comes with the package, `lavin_rt.mini`.
+        model: see `find_checkpoint`; None is the small model that comes with the package.
         trust: fetch an artifact with code in it (TensorRT plans, AOTInductor packages) from a hub.
 
     Raises:
         InputError: as `find_checkpoint`, or an artifact with code in it from a hub without `trust`.
     """
-    if model is None:
-        return dataclasses.replace(find_checkpoint(BUNDLED, revision, cache), source="lavin-mini")
+    if is_bundled(model):
+        return find_checkpoint(model, revision, cache)
     text = os.fspath(model)
     path = Path(text).expanduser()
     if text and is_artifact(path):
@@ -122,8 +123,13 @@ def template_roots(files: Checkpoint | Artifact) -> list[Path]:
     return [root for root in (files.templates, BUNDLED / "template") if root is not None]
 
 
+def is_bundled(model: str | os.PathLike | None) -> bool:
+    """Whether this is the small model that comes with the package: None, or its name where no file has it."""
+    return model is None or (os.fspath(model) in BUNDLED_NAMES and not os.path.lexists(model))
+
+
 def find_checkpoint(
-    checkpoint: str | os.PathLike,
+    checkpoint: str | os.PathLike | None,
     revision: str | None = None,
     cache: str | os.PathLike | None = None,
     progress: Progress | None = None,
@@ -134,7 +140,7 @@ def find_checkpoint(
         checkpoint: a folder with `lavin_dit.safetensors` and `stvae.safetensors` (preferred) or `stvae.pt`, in it or in
             its `weights/`, and perhaps `template/` beside them; the transformer's file itself; `weights.tar.gz`,
             perhaps with `template.tar.gz` beside it, or a folder with them; a Hugging Face id such as
-            `DerrickWang005/LaVin-DiT`.
+            `DerrickWang005/LaVin-DiT`; "mini" or None, the small model that comes with the package (`lavin_rt.mini`).
         revision: branch, tag or commit of a hub id.
         cache: where archives are unpacked and hub files kept; by default huggingface_hub's folders. Archives from the
             hub are unpacked beside the revision that they belong to, into `unpacked/<commit>/<archive>`.
@@ -144,6 +150,8 @@ def find_checkpoint(
         InputError: neither a path nor a hub id, files missing, a hub that cannot be reached or does not know the id, a
             bad archive.
     """
+    if is_bundled(checkpoint):
+        return dataclasses.replace(find_checkpoint(BUNDLED, revision, cache), source=BUNDLED_NAMES[1])
     text = os.fspath(checkpoint)
     path = Path(text).expanduser()
     try:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
+from lavin_rt import colours
 from lavin_rt.errors import InputError
 from lavin_rt.files import check_writable, is_vacant, written_whole
 from lavin_rt.scalars import whole
@@ -43,10 +44,11 @@ _TURNS = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTA
 def load_picture(source: Any) -> torch.Tensor:
     """One picture as RGB.
 
-    EXIF orientation is applied. Transparency is composited on white: what lies beneath transparent pixels is arbitrary
-    and nobody sees it (the original drops alpha, which gives the same values for opaque pictures). 16-bit greyscale
-    becomes `round(x / 257)`; 16-bit colour keeps its high byte, all that Pillow reads of it. Other modes (greyscale,
-    palette, CMYK) become what Pillow's `convert("RGB")` makes of them; colour profiles are ignored.
+    Orientation by EXIF or XMP is applied. Transparency is composited on white: what lies beneath transparent pixels is
+    arbitrary and nobody sees it (the original drops alpha, which gives the same values for opaque pictures). 16-bit
+    greyscale becomes `round(x / 257)`; 16-bit colour keeps its high byte, all that Pillow reads of it. Colours are
+    converted to sRGB from the profile that a file embeds, unless that is sRGB; without one, other modes (greyscale,
+    palette, CMYK) become what Pillow's `convert("RGB")` makes of them. PNG's gAMA and cHRM are ignored.
 
     Args:
         source: a path, a PIL image, or a uint8 array or tensor `[H, W, 3]`. Of an animation, the first frame (of an
@@ -64,12 +66,13 @@ def load_picture(source: Any) -> torch.Tensor:
         return _rgb(image, source_name(source))
 
 
-def load_clip(source: Any) -> torch.Tensor:
+def load_clip(source: Any, frames: int | None = None) -> torch.Tensor:
     """A clip as RGB frames, each as `load_picture` reads it; a single picture is a clip of one frame.
 
     Args:
         source: a folder of frames (see `frame_files`), an animated GIF, WebP, PNG or AVIF, a uint8 array or tensor
             `[T, H, W, 3]`, a list of pictures, or whatever `load_picture` takes.
+        frames: how many to take of a longer clip, its first ones; None takes all.
 
     Returns:
         uint8 `[T, 3, H, W]`.
@@ -78,23 +81,27 @@ def load_clip(source: Any) -> torch.Tensor:
         InputError: unreadable, frames of different sizes, or a number of frames that is not `1 + 4 k`.
     """
     name = source_name(source)
+    if frames is not None and (
+        isinstance(frames, bool) or not isinstance(frames, int) or frames < 1 or frames % 4 != 1
+    ):
+        raise InputError(f"frames is {frames!r}; expected 1 + 4k: 1, 5, 9, ...")
     if isinstance(source, str | os.PathLike) and os.path.isdir(source):
         source = frame_files(source)
     if isinstance(source, np.ndarray | torch.Tensor):
-        frames = list(_array_frames(source, "[H, W, 3]", "[T, H, W, 3]"))
+        clip = list(_array_frames(source, "[H, W, 3]", "[T, H, W, 3]"))[:frames]
     elif isinstance(source, list | tuple):
-        check_clip_frames(len(source), name)
-        frames = [load_picture(frame) for frame in source]
+        check_clip_frames(len(source[:frames]), name)
+        clip = [load_picture(frame) for frame in source[:frames]]
     else:
         with _reading(source) as image:
-            frames = list(_animation(image, name))
-    check_clip_frames(len(frames), name)
-    for i, frame in enumerate(frames):
-        if frame.shape != frames[0].shape:
-            (h, w), (first_h, first_w) = frame.shape[-2:], frames[0].shape[-2:]
+            clip = list(_animation(image, name))[:frames]
+    check_clip_frames(len(clip), name)
+    for i, frame in enumerate(clip):
+        if frame.shape != clip[0].shape:
+            (h, w), (first_h, first_w) = frame.shape[-2:], clip[0].shape[-2:]
             which = source_name(source[i]) if isinstance(source, list | tuple) else f"frame {i}"
             raise InputError(f"{name}: {which} is {h}x{w}, expected {first_h}x{first_w} as the clip's first frame")
-    return torch.stack(frames)
+    return torch.stack(clip)
 
 
 def frame_files(folder: str | os.PathLike) -> list[Path]:
@@ -118,7 +125,10 @@ def check_clip_frames(frames: int, source: str = "clip") -> None:
         raise InputError(f"{source}: no frames found; a clip has 1 + 4k frames: 1, 5, 9, ...")
     if frames % 4 != 1:
         below = frames - (frames - 1) % 4
-        raise InputError(f"{source}: {frames} frames; a clip has 1 + 4k frames, the next are {below} and {below + 4}")
+        raise InputError(
+            f"{source}: {frames} frames; a clip has 1 + 4k frames, frames={below} (--frames {below}) cuts it, "
+            f"the next are {below} and {below + 4}"
+        )
 
 
 def parse_size(size: str | int | Sequence[int]) -> tuple[int, int]:
@@ -290,6 +300,11 @@ def _reading(source: Any) -> Iterator[Image.Image]:
         raise
     except FileNotFoundError:
         raise InputError(f"{name}: no such picture; check the name") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{name}: larger than pictures are read without asking ({_one_line(error)}); if it is meant to be, "
+            "--allow-huge (PIL.Image.MAX_IMAGE_PIXELS = None) reads it"
+        ) from None
     except UnidentifiedImageError:
         raise InputError(f"{name}: not a picture that can be read; expected PNG, JPEG, WebP, ...") from None
     except Exception as error:  # Damaged files make decoders raise all sorts: SyntaxError, EOFError, struct.error, ...
@@ -321,22 +336,10 @@ def _animation(image: Image.Image, name: str) -> Iterator[torch.Tensor]:
 def _rgb(image: Image.Image, name: str) -> torch.Tensor:
     """The current frame of a Pillow image as uint8 `[3, H, W]`."""
     # First of all, since TIFF turns itself while it loads, and PNG may carry EXIF behind the pixels.
-    image.load()
-    # Older Pillow opens 16-bit PNG as mode "I", and every Pillow 16-bit PGM.
-    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    orientation = _exif(image, _ORIENTATION_TAG)
+    keyed = colours.load(image)
+    pixels, orientation = colours.to_rgb(image, keyed, name), _exif(image, _ORIENTATION_TAG)
     if isinstance(orientation, int) and 2 <= orientation <= 8:
-        image = image.transpose(Image.Transpose[_TURNS[orientation - 2]])
-    if is_16_bit:
-        grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # 65535 / 257 = 255
-        pixels = np.broadcast_to(grey.astype(np.uint8)[..., None], (*grey.shape, 3))
-    elif image.mode in ("I", "F"):
-        raise InputError(f"{name}: 32-bit values (mode {image.mode}) of unknown range; convert to 8 or 16 bits first")
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        pixels = np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
-    else:
-        pixels = np.asarray(image.convert("RGB"))
+        pixels = np.asarray(Image.fromarray(pixels).transpose(Image.Transpose[_TURNS[orientation - 2]]))
     return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
 

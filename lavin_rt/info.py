@@ -10,8 +10,9 @@ import torch
 
 from lavin_rt.cli import print_json
 from lavin_rt.config import PRESETS
+from lavin_rt.context import task_folders
 from lavin_rt.devices import gigabytes, resolve_device, resolve_dtype
-from lavin_rt.download import Artifact, Checkpoint, find_model
+from lavin_rt.download import BUNDLED, Artifact, Checkpoint, find_model, template_roots
 from lavin_rt.errors import InputError
 from lavin_rt.manifest import Manifest
 from lavin_rt.packed import resolve_impl
@@ -22,7 +23,7 @@ def info(options: argparse.Namespace) -> None:
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     record: dict = {"machine": machine(device, dtype)}
-    checks = []
+    checks, model = [], None
     if options.self_check:
         from lavin_rt.self_check import check_known_answers
 
@@ -35,6 +36,7 @@ def info(options: argparse.Namespace) -> None:
             record["checkpoint"], more = checkpoint(options, model, device, dtype)
             record["memory on a GPU"] = memory(model)
             checks += more
+    record["tasks"] = {"by name": tasks(model)}
     if options.self_check:
         record["self-check"] = [
             {"name": check.name, "error": check.error, "allowed": check.allowed, "passed": check.passed}
@@ -85,6 +87,12 @@ def artifact(model: Artifact, device: torch.device, self_check: bool) -> dict:
         manifest.check_files()
     record["files"] = "as exported" if self_check else "not checked (--self-check does)"
     return record
+
+
+def tasks(model: Artifact | Checkpoint | None) -> list[str]:
+    """Names of the tasks in a model's templates and in the package's own, which --task takes."""
+    roots = [BUNDLED / "template"] if model is None else template_roots(model)
+    return list(dict.fromkeys(path.name for root in roots for path in task_folders(root)))
 
 
 def checkpoint(

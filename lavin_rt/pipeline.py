@@ -156,6 +156,10 @@ class Pipeline:
             return []
         return [(id(tensor), tensor._version) for net in (self.dit, self.vae) for tensor in net.parameters()]
 
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"<Pipeline {self.source}: {self.size} px, impl {self.impl}, {self.device}, {dtype}>"
+
     @property
     def impl(self) -> str:
         """What runs the network."""
@@ -203,6 +207,7 @@ class Pipeline:
         seed: int = 0,
         repeats: bool = False,
         posterior: str = "mean",
+        frames: int | None = None,
     ) -> Task:
         """Encodes a task's context once, for any number of queries.
 
@@ -215,6 +220,7 @@ class Pipeline:
             seed: of the choice, and of the posterior's sample.
             repeats: choose with repeats, as the published scripts do.
             posterior: `"mean"`, or `"sample"` to draw the VAE's latents.
+            frames: of clips, `1 + 4 k`; longer ones, of pairs and queries, are cut to their first so many.
 
         Raises:
             InputError: whatever of these cannot be used, or too little memory for one query.
@@ -226,14 +232,14 @@ class Pipeline:
             context = EncodedContext.load(context)
         if isinstance(context, EncodedContext):
             context.check(self.vae_fingerprint, size, posterior=posterior)
-            return Task(self, context)
+            return Task(self, context, cut=frames)
         size = images.parse_size(self.size) if size is None else size
         if isinstance(context, str | os.PathLike):
             folder = contexts.find_task(context, self.template_roots)
             chosen = contexts.choose_pairs(contexts.read_template(folder), pairs, seed, repeats)
         else:
             chosen = contexts.given_pairs(context)
-        clips = contexts.ContextFrames.prepare(chosen, size)
+        clips = contexts.ContextFrames.prepare(chosen, size, frames)
         images.check_clip_frames(clips.frames_per_clip, "context")
         latent_frames = 1 + (clips.frames_per_clip - 1) // 4
         self.executor.check_memory(task_shape(1, clips.pairs, latent_frames, size, guided=False))
@@ -242,7 +248,7 @@ class Pipeline:
         latents = torch.cat(self.encode(clips, generator), dim=2)
         # Hashing the VAE takes longer than encoding: it waits until the context is saved or compared.
         encoded = EncodedContext(latents, self._hash_vae, size, posterior, clips.pairs, clips.frames_per_clip)
-        return Task(self, encoded, clips)
+        return Task(self, encoded, clips, frames)
 
     def encode(self, clips: Sequence[torch.Tensor], generator: torch.Generator | None = None) -> list[torch.Tensor]:
         """Scaled latents of clips, a few at a time so that memory does not grow with their number.

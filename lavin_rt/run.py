@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lavin_rt import colours, images
 from lavin_rt import context as contexts
-from lavin_rt import images
 from lavin_rt.checkpoint_header import open_checkpoint, picture_size
 from lavin_rt.cli import print_json
-from lavin_rt.download import Artifact, Checkpoint, find_model, template_roots
+from lavin_rt.download import BUNDLED_NAMES, Artifact, Checkpoint, find_model, template_roots
 from lavin_rt.errors import InputError
 from lavin_rt.files import check_writable
 from lavin_rt.manifest import Manifest
@@ -25,9 +25,20 @@ from lavin_rt.task import Result, Task, check_batch_size, check_guidance, check_
 if TYPE_CHECKING:
     import torch
 
+BUNDLED_NOTE = (
+    "note: this is lavin-mini, the small model that comes with the package: soft pictures of 64 px, of depth, normals, "
+    "segmentation, detection, edges, inpainting, restoration and negatives (lavin-rt info lists its tasks); of other "
+    "pairs it makes a blurred copy; --checkpoint takes another model"
+)
+
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command; raises `InputError` for what cannot be used, before work is lost to it."""
+    with colours.huge_pictures(options.allow_huge):
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
     queries = find_queries(options.query, options.clip)
     outputs = output_paths(queries, options.output, options.grid)
     speed = speed_of(options.speed)
@@ -37,11 +48,12 @@ def run(options: argparse.Namespace) -> None:
     check_guidance(options.guidance)
     if options.batch_size is not None:
         check_batch_size(options.batch_size)
-    frames = []
+    lengths, largest = [], (0, 0)
     for query, output in zip(queries, outputs, strict=True):
         # Read once to be checked and once to be answered: many large pictures need not be in memory together.
-        clip = read_query(query, options.clip)
-        frames.append(len(clip))
+        clip = read_query(query, options.clip, options.frames)
+        lengths.append(len(clip))
+        largest = max(largest, tuple(clip.shape[-2:]))
         images.check_output(output, len(clip), tuple(clip.shape[-2:]) if options.keep_size else size)
     if options.save_context:
         if not options.save_context.endswith(".safetensors"):
@@ -56,7 +68,9 @@ def run(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     with progress.bar("loading", "B") as loading:
         checkpoint = find_model(options.checkpoint, options.revision, options.trust, progress=loading)
-        check_task(options, checkpoint, size, queries, frames, outputs)
+        check_task(options, checkpoint, size, queries, lengths, outputs)
+        if checkpoint.source == BUNDLED_NAMES[1]:
+            note(options, BUNDLED_NOTE)
         pipe = Pipeline.from_pretrained(
             checkpoint,
             device=options.device,
@@ -78,7 +92,14 @@ def run(options: argparse.Namespace) -> None:
         seed=options.seed,
         repeats=options.repeats,
         posterior=options.posterior,
+        frames=options.frames,
     )
+    if options.keep_size and (largest[0] > task.size[0] or largest[1] > task.size[1]):
+        computed, shown = (f"{height}x{width}" for height, width in (task.size, largest))
+        note(
+            options,
+            f"note: answers are computed at {computed}; --keep-size enlarges them to {shown}, as soft as they are",
+        )
     if options.save_context:
         task.context.save(options.save_context)
     encoded = time.perf_counter()
@@ -118,10 +139,10 @@ def check_task(
         folder = contexts.find_task(options.task, template_roots(model))
         chosen = contexts.choose_pairs(contexts.read_template(folder), options.pairs, options.seed, options.repeats)
         # Small, as only the lengths are asked.
-        frames_per_clip = contexts.ContextFrames.prepare(chosen, (16, 16)).frames_per_clip
+        frames_per_clip = contexts.ContextFrames.prepare(chosen, (16, 16), options.frames).frames_per_clip
         size, columns = size or images.parse_size(trained_size(model)), len(chosen) + 1
     for query, count, output in zip(queries, frames, outputs, strict=True):
-        contexts.check_query_frames(count, frames_per_clip, str(query), hint="" if options.clip else "--clip")
+        check_length(query, count, frames_per_clip)
         if options.grid:
             images.check_output(grid_path(output), count, images.grid_size(2, columns, size))
 
@@ -133,9 +154,27 @@ def trained_size(model: Checkpoint | Artifact) -> int:
     return picture_size(open_checkpoint(model.dit))
 
 
-def read_query(query: Path, clip: bool) -> torch.Tensor:
+def read_query(query: Path, clip: bool, frames: int | None) -> torch.Tensor:
     """A query's frames, uint8 `[T, 3, H, W]`; without `clip` it is one picture, of an animation the first."""
-    return images.load_clip(query) if clip else images.load_picture(query)[None]
+    return images.load_clip(query, frames) if clip else images.load_picture(query)[None]
+
+
+def check_length(query: Path, length: int, frames: int) -> None:
+    """Checks that a query has as many frames as the task's clips, and says how to come by them."""
+    if length == frames:
+        return
+    if frames == 1:
+        raise InputError(f"{query}: {length} frames, the task's pairs are pictures; leave --clip out")
+    hint = f"cut it with --frames {frames}" if length > frames else "give a longer one, or cut both with --frames"
+    if length == 1:
+        hint = "did you mean --clip, with a folder of frames or an animation?"
+    raise InputError(f"{query}: {length} frame{'s' * (length > 1)}, the task's clips have {frames}; {hint}")
+
+
+def note(options: argparse.Namespace, text: str) -> None:
+    """One line on stderr, unless nothing but errors and records is wanted."""
+    if not options.quiet and not options.json:
+        print(f"lavin-rt: {text}", file=sys.stderr)
 
 
 def answer(
@@ -151,16 +190,20 @@ def answer(
     Returns the seeds.
     """
     runs, done, seeds = -(-len(queries) // together), 0, []
-    with progress.bar("sampling", " steps") as sampling:
+    several = len(queries) > 1  # then what counts is pictures a second
+    with progress.bar("sampling", " pictures" if several else " steps") as sampling:
 
         def callback(step: int, evaluations: int, latents: object) -> None:
             nonlocal done
             done += 1
-            sampling(done, runs * evaluations)
+            if several:
+                sampling(round(len(queries) * done / (runs * evaluations), 1), len(queries))
+            else:
+                sampling(done, evaluations)
 
         for first in range(0, len(queries), together):
             some = slice(first, first + together)
-            clips = [read_query(query, options.clip) for query in queries[some]]
+            clips = [read_query(query, options.clip, options.frames) for query in queries[some]]
             results = task.run(
                 # A clip is [T, 3, H, W]; as an array it is given as [T, H, W, 3].
                 [clip.permute(0, 2, 3, 1).numpy() for clip in clips],
@@ -199,7 +242,11 @@ def output_paths(queries: list[Path], output: str, grid: bool) -> list[Path | st
     """One output for every query: the file named, or files with the queries' names in the folder named."""
     one_file = bool(Path(output).suffix) and not output.endswith(os.sep) and not os.path.isdir(output)
     if one_file and len(queries) > 1:
-        raise InputError(f"--output {output} is one file for {len(queries)} queries; give a folder such as results/")
+        frames = len({query.parent for query in queries}) == 1 and not any(query.is_dir() for query in queries)
+        hint = ", or --clip where they are the frames of one clip" * frames
+        raise InputError(
+            f"--output {output} is one file for {len(queries)} queries; give a folder such as results/{hint}"
+        )
     paths: list[Path | str] = [output] if one_file else [Path(output) / f"{query.stem}.png" for query in queries]
     written = [os.path.realpath(path) for path in [*paths, *(grid_path(path) for path in paths if grid)]]
     for path in written:
@@ -254,12 +301,15 @@ def report(
             {"query": str(query), "output": str(output), "seed": seed}
             for query, output, seed in zip(queries, outputs, seeds, strict=True)
         ]
+        setting["pictures_per_second"] = round(len(queries) / seconds["queries"], 4)
         rounded = {part: round(value, 4) for part, value in seconds.items()}
         print_json({**setting, "results": answers, "seconds": rounded})
     elif not options.quiet:
         for output, seed in zip(outputs, seeds, strict=True):
             print(f"{output}  seed {seed}")
         parts = ", ".join(f"{part} {value:.2f} s" for part, value in seconds.items())
+        if len(queries) > 1:
+            parts += f", {len(queries) / seconds['queries']:.2f} pictures/s"
         print(f"{parts}  (speed {options.speed}, impl {pipe.impl}, {setting['device']}, {setting['dtype']})")
 
 
@@ -281,10 +331,10 @@ class _Bar:
 
         self._bar = tqdm(desc=what, unit=unit, unit_scale=unit == "B", disable=disable, file=sys.stderr, leave=False)
 
-    def __enter__(self) -> Callable[[int, int], None]:
+    def __enter__(self) -> Callable[[float, int], None]:
         return self._update
 
-    def _update(self, done: int, total: int) -> None:
+    def _update(self, done: float, total: int) -> None:
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 

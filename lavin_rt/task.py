@@ -103,10 +103,18 @@ class Task:
     Attributes:
         context: the encoded pairs, which `context.save(path)` keeps for later.
         frames: the pairs' pictures at the task's size, None where the context came encoded.
+        cut: frames that longer queries are cut to; None takes them as they are.
     """
 
-    def __init__(self, pipeline: Pipeline, context: EncodedContext, frames: contexts.ContextFrames | None = None):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        context: EncodedContext,
+        frames: contexts.ContextFrames | None = None,
+        cut: int | None = None,
+    ):
         self.pipeline = pipeline
+        self.cut = cut
         self.context = context
         self.frames = frames
         self._embedded: torch.Tensor | None = None
@@ -115,6 +123,11 @@ class Task:
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made anew from the pairs."""
         return {**self.__dict__, "_embedded": None, "_keys": None}
+
+    def __repr__(self) -> str:
+        clips = f" of clips of {self.context.frames_per_clip} frames" if self.context.frames_per_clip > 1 else ""
+        plural = "s" * (self.context.pairs != 1)
+        return f"<Task: {self.context.pairs} pair{plural}{clips} at {self.size[0]}x{self.size[1]}, {self.pipeline!r}>"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -272,7 +285,7 @@ class Task:
         file = isinstance(query, str | os.PathLike)
         if file and self.context.frames_per_clip == 1 and not os.path.isdir(query):
             return images.load_picture(query)[None]
-        return images.load_clip(query)
+        return images.load_clip(query, self.cut)
 
     @property
     def _clip_frames(self) -> int:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from lavin_rt.checkpoint import load_dit
 from lavin_rt.model import JDiT
 
 GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1]
 
 
 def golden_cases(name: str, kind: str = "") -> dict[str, dict[str, torch.Tensor]]:
@@ -45,6 +50,36 @@ def golden_dit():
         return models[name, dtype]
 
     return load
+
+
+@pytest.fixture(scope="session")
+def configure() -> Callable[..., subprocess.CompletedProcess]:
+    """`configure(folder, *options)` has CMake prepare a build of the native runner there."""
+    for tool in ("cmake", "g++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool} on this machine")
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+
+    def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
+        command = ["cmake", "-S", str(ROOT), "-B", str(folder), *generator, prefix, *options]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def native_build(configure, tmp_path_factory) -> Path:
+    """The folder of the native runner and of the programs that test it, built once."""
+    build = tmp_path_factory.mktemp("native")
+    configured = configure(build, "-DLAVIN_TESTS=ON")
+    if missing := re.search("lavin-native lacks .*", configured.stderr):
+        pytest.skip(missing[0])
+    assert configured.returncode == 0, configured.stderr
+    command = ["cmake", "--build", str(build), "-j2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
+    return build
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

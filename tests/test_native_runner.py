@@ -34,35 +34,11 @@ def compiled(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def configure() -> Callable[..., subprocess.CompletedProcess]:
-    """`configure(folder, *options)` has CMake prepare a build there."""
-    for tool in ("cmake", "g++"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"no {tool} on this machine")
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-
-    def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
-        command = ["cmake", "-S", str(ROOT), "-B", str(folder), *generator, prefix, *options]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def native(configure, tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
-    """`native(*arguments)` runs the program, built once."""
-    build = tmp_path_factory.mktemp("native")
-    configured = configure(build)
-    if missing := re.search("lavin-native lacks .*", configured.stderr):
-        pytest.skip(missing[0])
-    assert configured.returncode == 0, configured.stderr
-    command = ["cmake", "--build", str(build), "-j2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
+def native(native_build) -> Callable[..., subprocess.CompletedProcess]:
+    """`native(*arguments)` runs the program."""
 
     def run(*arguments: object) -> subprocess.CompletedProcess:
-        words = [str(build / "lavin-native"), *map(str, arguments)]
+        words = [str(native_build / "lavin-native"), *map(str, arguments)]
         return subprocess.run(words, capture_output=True, text=True, timeout=300)
 
     return run

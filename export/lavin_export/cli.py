@@ -49,7 +49,7 @@ def add_export(commands: Any, parser_class: type[argparse.ArgumentParser]) -> No
         description="Runs every part of an artifact, and a short sampling run, beside the checkpoint's plain model.",
     )
     verify.add_argument("artifact", metavar="DIR", help="the artifact")
-    verify.add_argument("--checkpoint", required=True, metavar="PATH|HUB-ID", help="that it was exported from")
+    verify.add_argument("--checkpoint", metavar="PATH|HUB-ID", help="that it was exported from (default: mini)")
     verify.add_argument("--revision", help="revision of a Hugging Face id")
     verify.add_argument("--device", default="auto", help="auto (the artifact's), cpu, cuda, ... (default: auto)")
     verify.add_argument("--json", action="store_true", help="print errors and budgets as JSON")
@@ -60,9 +60,9 @@ def add_export(commands: Any, parser_class: type[argparse.ArgumentParser]) -> No
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--checkpoint",
-        required=True,
         metavar="PATH|HUB-ID",
-        help="folder with lavin_dit.safetensors and stvae.pt, weights.tar.gz, or Hugging Face id",
+        help="folder with lavin_dit.safetensors and stvae.pt, weights.tar.gz, or Hugging Face id (default: mini, the "
+        "small model that comes with the package)",
     )
     command.add_argument("--revision", help="revision of a Hugging Face id")
     command.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; new, or empty")

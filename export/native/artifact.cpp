@@ -142,29 +142,34 @@ Manifest Manifest::read(const fs::path& folder) {
   auto file = MappedFile::open(path, "the manifest of an artifact");
   if (file->size() > kMaxBytes) throw InputError(path.string() + " is too large for a manifest; export it again");
   try {
-    auto manifest = parse_json(file->text()).get<Manifest>();
+    auto manifest = parse(file->text());
     manifest.folder = folder;
-    if (manifest.size < 16 || manifest.size % 16 != 0) {
-      throw InputError("its size is " + std::to_string(manifest.size) + ", no positive multiple of 16");
-    }
-    for (const auto& [name, entry] : manifest.files) {
-      if (!plain_name(name)) throw InputError("the file name " + one_line(name, 60) + " is no plain one");
-      if (entry.bytes < 0 || entry.sha256.size() != 64) throw InputError("file " + name + " has no size and hash");
-    }
-    const auto listed = [&](const std::string& file) { return manifest.files.count(file) > 0; };
-    for (const auto& [name, part] : manifest.parts) {
-      if (!listed(part.file) || !std::all_of(part.weights.begin(), part.weights.end(), listed)) {
-        throw InputError("part " + one_line(name, 40) + " needs a file that is not listed");
-      }
-    }
-    for (const char* name : {"denoiser", "vae_encoder", "vae_decoder"}) {
-      if (!manifest.parts.count(name)) throw InputError(std::string("it has no part ") + name);
-    }
-    if (!listed("modulation.safetensors")) throw InputError("it lists no modulation.safetensors");
     return manifest;
   } catch (const std::exception& failure) {
     throw InputError(path.string() + ": " + reason(failure) + "; export the artifact again");
   }
+}
+
+Manifest Manifest::parse(std::string_view text) {
+  auto manifest = parse_json(text).get<Manifest>();
+  if (manifest.size < 16 || manifest.size % 16 != 0) {
+    throw InputError("its size is " + std::to_string(manifest.size) + ", no positive multiple of 16");
+  }
+  for (const auto& [name, entry] : manifest.files) {
+    if (!plain_name(name)) throw InputError("the file name " + one_line(name, 60) + " is no plain one");
+    if (entry.bytes < 0 || entry.sha256.size() != 64) throw InputError("file " + name + " has no size and hash");
+  }
+  const auto listed = [&](const std::string& file) { return manifest.files.count(file) > 0; };
+  for (const auto& [name, part] : manifest.parts) {
+    if (!listed(part.file) || !std::all_of(part.weights.begin(), part.weights.end(), listed)) {
+      throw InputError("part " + one_line(name, 40) + " needs a file that is not listed");
+    }
+  }
+  for (const char* name : {"denoiser", "vae_encoder", "vae_decoder"}) {
+    if (!manifest.parts.count(name)) throw InputError(std::string("it has no part ") + name);
+  }
+  if (!listed("modulation.safetensors")) throw InputError("it lists no modulation.safetensors");
+  return manifest;
 }
 
 void Manifest::check_files() const {

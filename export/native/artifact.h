@@ -44,6 +44,8 @@ struct Manifest {
   // Reads and checks a folder's manifest; opens no other file.
   // Throws InputError: no manifest, another format, version or kind, or one that contradicts itself.
   static Manifest read(const fs::path& folder);
+  // The same of a manifest's text; errors do not name the file.
+  static Manifest parse(std::string_view text);
 
   // Compares every file with its size and hash; throws InputError for the first that is missing or another one.
   void check_files() const;

@@ -9,7 +9,6 @@
 
 #include "error.h"
 #include "pictures.h"
-#include "safetensors.h"
 
 namespace lavin {
 
@@ -103,8 +102,11 @@ std::vector<Pair> choose_pairs(const fs::path& folder, int64_t count, const std:
 }
 
 EncodedContext EncodedContext::load(const fs::path& path, const std::string& vae_fingerprint) {
-  const std::string name = one_line(path.string());
-  const Safetensors file = Safetensors::open(path);
+  return of(Safetensors::open(path), vae_fingerprint);
+}
+
+EncodedContext EncodedContext::of(const Safetensors& file, const std::string& vae_fingerprint) {
+  const std::string name = one_line(file.path.string());
   const auto described = [&](const std::string& key) {
     auto found = file.metadata.find(key);
     return found == file.metadata.end() ? std::string() : found->second;

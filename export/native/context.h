@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "files.h"
+#include "safetensors.h"
 
 namespace lavin {
 
@@ -29,6 +30,7 @@ struct EncodedContext {
   // Reads what `lavin-rt run --save-context` wrote.
   // Throws InputError: another kind of file, one of another VAE than `vae_fingerprint`, or one of clips.
   static EncodedContext load(const fs::path& path, const std::string& vae_fingerprint);
+  static EncodedContext of(const Safetensors& file, const std::string& vae_fingerprint);
 
   at::Tensor latents;  // [1, 16, 2 * pairs, height / 8, width / 8], scaled
   int64_t height = 0, width = 0, pairs = 0;

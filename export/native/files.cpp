@@ -47,8 +47,16 @@ std::shared_ptr<MappedFile> MappedFile::open(const fs::path& path, const std::st
   return file;
 }
 
+std::shared_ptr<MappedFile> MappedFile::of(std::string bytes) {
+  std::shared_ptr<MappedFile> file(new MappedFile);
+  file->held_ = std::move(bytes);
+  file->data_ = file->held_.data();
+  file->size_ = file->held_.size();
+  return file;
+}
+
 MappedFile::~MappedFile() {
-  if (size_) ::munmap(const_cast<char*>(data_), size_);
+  if (size_ && held_.empty()) ::munmap(const_cast<char*>(data_), size_);
 }
 
 std::string sha256_hex(std::string_view bytes) {

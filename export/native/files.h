@@ -18,6 +18,9 @@ class MappedFile {
   // Throws InputError with `expected` where there is no such file, or it is no plain file.
   static std::shared_ptr<MappedFile> open(const fs::path& path, const std::string& expected);
 
+  // Bytes that are in memory already, as if a file held them.
+  static std::shared_ptr<MappedFile> of(std::string bytes);
+
   MappedFile(const MappedFile&) = delete;
   ~MappedFile();
 
@@ -28,6 +31,7 @@ class MappedFile {
  private:
   MappedFile() = default;
 
+  std::string held_;
   const char* data_ = "";
   size_t size_ = 0;
 };

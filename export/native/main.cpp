@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 
 #include "context.h"
 #include "error.h"
@@ -35,7 +36,7 @@ struct Options {
   int64_t pairs = 4, steps = 20, threads = 0, repeat = 1;
   uint64_t seed = 0;
   double guidance = 1.5;
-  bool time = false, quiet = false;
+  bool allow_huge = false, time = false, quiet = false;
 };
 
 // All of an option's text as a number.
@@ -93,6 +94,8 @@ void add_options(CLI::App& app, Options& options) {
   text("--device", "cpu|cuda", options.device, "where to run (default: cpu)")->check(device);
   integer("--threads", options.threads, 1, 4096, "of the CPU (default: as many as torch takes)");
 
+  app.add_flag("--allow-huge", options.allow_huge, "read pictures of more than 178 megapixels, if memory allows");
+
   app.option_defaults()->group("output");
   text("--save-latents", "FILE", options.save_latents, "write the final \"latents\" to a .safetensors file");
   app.add_flag("--time", options.time, "print seconds as JSON on stdout");
@@ -133,7 +136,8 @@ void run(const Options& options) {
     const auto folder = lavin::find_task(options.task, std::filesystem::path(options.artifact) / "template");
     pairs = lavin::choose_pairs(folder, options.pairs, options.seed_text);
   }
-  const at::Tensor query = lavin::load_picture(options.query);
+  const int64_t most = options.allow_huge ? std::numeric_limits<int64_t>::max() : lavin::kMaxPixels;
+  const at::Tensor query = lavin::load_picture(options.query, most);
   const lavin::Runner runner(options.artifact, at::Device(options.device));
   const double loading = seconds_since(start);
 
@@ -155,7 +159,7 @@ void run(const Options& options) {
       options.noise.empty() ? lavin::draw_noise(options.seed, height, width) : read_noise(options.noise, height, width);
   for (const lavin::Pair& pair : pairs) {
     for (const auto& path : {pair.input, pair.target}) {
-      frames.push_back(runner.encode(lavin::resize(lavin::load_picture(path), height, width)).cpu());
+      frames.push_back(runner.encode(lavin::resize(lavin::load_picture(path, most), height, width)).cpu());
     }
   }
   const double context = seconds_since(start);

@@ -4,69 +4,15 @@
 #include <png.h>
 
 #include <cctype>
-#include <csetjmp>
-#include <cstring>
-#include <vector>
 
 #include "error.h"
+#include "orientation.h"
+#include "png_reader.h"
+#include "profile.h"
 
 namespace lavin {
 
 namespace {
-
-constexpr int64_t kMaxPixels = 178'956'970;  // where Pillow sees a decompression bomb
-
-// PNG is read by rows: libpng's simple interface changes pictures of 16 bits or with a gamma.
-// What libpng's callbacks reach; of plain types, since they leave by longjmp.
-struct Source {
-  const char* at;
-  size_t left;
-  char message[200];
-};
-
-void on_error(png_structp png, png_const_charp message) {
-  auto* source = static_cast<Source*>(png_get_error_ptr(png));
-  std::strncpy(source->message, message, sizeof source->message - 1);
-  std::longjmp(png_jmpbuf(png), 1);
-}
-
-void on_warning(png_structp, png_const_charp) {}
-
-void on_read(png_structp png, png_bytep target, png_size_t count) {
-  auto* source = static_cast<Source*>(png_get_io_ptr(png));
-  if (count > source->left) png_error(png, "it is truncated");
-  std::memcpy(target, source->at, count);
-  source->at += count;
-  source->left -= count;
-}
-
-// Reads up to the pixels and asks for 8-bit RGBA; false where libpng failed.
-bool read_header(png_structp png, png_infop info) {
-  if (setjmp(png_jmpbuf(png))) return false;
-  png_read_info(png, info);
-  const int type = png_get_color_type(png, info), depth = png_get_bit_depth(png, info);
-  if (depth == 16) {
-    // As in Python: greyscale rounded, of colour the high byte, all that Pillow reads of it.
-    if (type == PNG_COLOR_TYPE_GRAY) {
-      png_set_scale_16(png);
-    } else {
-      png_set_strip_16(png);
-    }
-  }
-  png_set_expand(png);  // palettes and tRNS to RGBA, few bits to 8
-  png_set_gray_to_rgb(png);
-  png_set_add_alpha(png, 0xFF, PNG_FILLER_AFTER);
-  png_set_interlace_handling(png);
-  png_read_update_info(png, info);
-  return true;
-}
-
-bool read_rows(png_structp png, png_bytepp rows) {
-  if (setjmp(png_jmpbuf(png))) return false;
-  png_read_image(png, rows);
-  png_read_end(png, nullptr);
-  return true;
-}
 
 // `value` under `alpha` over white, in the integers in which Pillow composites.
 uint8_t over_white(uint32_t value, uint32_t alpha) {
@@ -82,44 +28,30 @@ std::string suffix(const fs::path& path) {
   return text;
 }
 
-at::Tensor load_picture(const fs::path& path) {
+at::Tensor load_picture(const fs::path& path, int64_t max_pixels) {
   auto file = MappedFile::open(path, "a picture, .png");
-  if (!file->text().starts_with("\x89PNG\r\n\x1a\n")) {
-    throw InputError(one_line(path.string()) + ": not a picture that can be read; expected PNG");
+  const std::string name = one_line(path.string());
+  if (!is_png(file->text())) {
+    throw InputError(name + ": not a picture that can be read; expected PNG, convert it or use lavin-rt run");
   }
-  Source source{file->data(), file->size(), ""};
-  png_structp png = png_create_read_struct(PNG_LIBPNG_VER_STRING, &source, on_error, on_warning);
-  png_infop info = png ? png_create_info_struct(png) : nullptr;
-  if (!info) {
-    png_destroy_read_struct(&png, nullptr, nullptr);
-    throw std::bad_alloc();
+  try {
+    return decode_png(file->text(), max_pixels);
+  } catch (const InputError& error) {
+    throw InputError(name + ": cannot be read as a picture (" + error.what() + "); give a sound file");
   }
-  png_set_read_fn(png, &source, on_read);
-  bool sound = read_header(png, info);
-  const int64_t height = png_get_image_height(png, info), width = png_get_image_width(png, info);
-  if (sound && height > kMaxPixels / width) {
-    std::strcpy(source.message, "it has too many pixels");
-    sound = false;
-  }
-  at::Tensor pixels;
-  if (sound) {
-    pixels = at::empty({height, width, 4}, at::kByte);
-    std::vector<png_bytep> rows(height);
-    for (int64_t row = 0; row < height; ++row) rows[row] = pixels.data_ptr<uint8_t>() + row * width * 4;
-    sound = read_rows(png, rows.data());
-  }
-  png_destroy_read_struct(&png, &info, nullptr);
-  if (!sound) {
-    throw InputError(one_line(path.string()) + ": cannot be read as a picture (" + one_line(source.message) +
-                     "); give a sound file");
-  }
+}
+
+at::Tensor decode_png(std::string_view data, int64_t max_pixels) {
+  Png png = read_png(data, max_pixels);
+  uint8_t* from = png.pixels.data_ptr<uint8_t>();
+  const int64_t height = png.pixels.size(0), width = png.pixels.size(1), count = height * width;
+  if (!png.profile.empty()) convert_to_srgb(png.profile, png.grey, from, count);
   at::Tensor picture = at::empty({3, height, width}, at::kByte);
-  const uint8_t* from = pixels.const_data_ptr<uint8_t>();
   uint8_t* to = picture.data_ptr<uint8_t>();
-  for (int64_t i = 0, count = height * width; i < count; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     for (int c = 0; c < 3; ++c) to[c * count + i] = over_white(from[4 * i + c], from[4 * i + 3]);
   }
-  return picture;
+  return upright(picture, png.orientation);
 }
 
 void check_output(const fs::path& path) {

@@ -10,9 +10,15 @@ namespace lavin {
 // A file name's suffix in lower case, with its dot.
 std::string suffix(const fs::path& path);
 
-// A PNG as uint8 [3, H, W]. Transparency is composited on white, 16 bits become 8, EXIF orientation is not applied.
-// Throws InputError: no such file, not such a picture, truncated, or too large.
-at::Tensor load_picture(const fs::path& path);
+constexpr int64_t kMaxPixels = 178'956'970;  // where Pillow sees a decompression bomb
+
+// A PNG as uint8 [3, H, W], as Python reads it: transparency composited on white, 16 bits made 8, colours converted to
+// sRGB from an embedded profile, orientation by EXIF or XMP applied.
+// Throws InputError: no such file, not such a picture, truncated, or of more than `max_pixels`.
+at::Tensor load_picture(const fs::path& path, int64_t max_pixels = kMaxPixels);
+
+// The same of a file's bytes; errors do not name it.
+at::Tensor decode_png(std::string_view data, int64_t max_pixels = kMaxPixels);
 
 // Writes uint8 [3, H, W] as .png, whole or not at all.
 void save_picture(const at::Tensor& picture, const fs::path& path);

@@ -46,9 +46,12 @@ at::Tensor read_tensor(const Json& entry, const std::shared_ptr<MappedFile>& fil
 }  // namespace
 
 Safetensors Safetensors::open(const fs::path& path) {
+  return parse(MappedFile::open(path, "a safetensors file"), path);
+}
+
+Safetensors Safetensors::parse(const std::shared_ptr<MappedFile>& file, const fs::path& path) {
   Safetensors result;
   result.path = path;
-  auto file = MappedFile::open(path, "a safetensors file");
   try {
     uint64_t length = 0;
     if (file->size() >= 8) std::memcpy(&length, file->data(), 8);

@@ -16,6 +16,7 @@ struct Safetensors {
   // Maps a file and checks its header; tensors are views of the mapped bytes, which they keep.
   // Throws InputError: no such file, not such a file, or a truncated one.
   static Safetensors open(const fs::path& path);
+  static Safetensors parse(const std::shared_ptr<MappedFile>& file, const fs::path& path);
 
   // A tensor by name; throws InputError where there is none.
   const at::Tensor& at(const std::string& name) const;

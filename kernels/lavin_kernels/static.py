@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -88,8 +88,16 @@ class Report:
         return 1e6 * max(self.bytes / COPY, self.executed_flops / rate)
 
 
-def check(capabilities: Sequence[int] = CAPABILITIES, modules: Sequence[str] | None = None) -> list[Report]:
+def check(
+    capabilities: Sequence[int] = CAPABILITIES,
+    modules: Sequence[str] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[Report]:
     """Compiles every static case of the kernel modules, all by default, for every target. Triton caches its results.
+
+    Args:
+        capabilities, modules: which targets, and which kernels.
+        progress: called with (cases done, cases in all, the next one's name).
 
     Raises:
         ValueError: a compute capability whose limits are not known.
@@ -101,12 +109,18 @@ def check(capabilities: Sequence[int] = CAPABILITIES, modules: Sequence[str] | N
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("Triton is not installed, and nothing can be compiled without it")
     loaded = [importlib.import_module(f"lavin_kernels.{module}") for module in modules or MODULES]
-    return [
-        inspect(case, capability)
+    cases = [
+        (case, capability)
         for capability in capabilities
         for module in loaded
         for case in module.static_cases(capability)
     ]
+    reports = []
+    for case, capability in cases:
+        if progress is not None:
+            progress(len(reports), len(cases), f"{case.name} for {capability / 10}")
+        reports.append(inspect(case, capability))
+    return reports
 
 
 def inspect(case: StaticCase, capability: int) -> Report:
@@ -236,13 +250,21 @@ def as_json(reports: Sequence[Report]) -> str:
     return json.dumps(document, indent=1) + "\n"
 
 
+def _say(done: int, total: int, name: str) -> None:
+    """Where it stands, on stderr: one line that changes on a terminal, else one for every tenth."""
+    if sys.stderr.isatty():
+        print(f"\r\033[Kcompiling {done + 1}/{total}: {name}", end="\n" if done + 1 == total else "", file=sys.stderr)
+    elif done * 10 // total != (done - 1) * 10 // total:
+        print(f"compiling {done + 1}/{total}: {name}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns 1 where there is a violation."""
     parser = argparse.ArgumentParser(prog="python -m lavin_kernels.static", description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, nargs="+", choices=CAPABILITIES, default=CAPABILITIES)
     parser.add_argument("--json", type=Path, help="write the reports to this file too")
     options = parser.parse_args(arguments)
-    reports = check(options.capability)
+    reports = check(options.capability, progress=_say)
     print(table(reports))
     if options.json:
         options.json.write_text(as_json(reports))

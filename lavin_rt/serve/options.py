@@ -36,7 +36,7 @@ def add_serve(commands, checkpoint_options: Callable[[argparse.ArgumentParser], 
     bounds.add_argument("--max-tasks", type=int, default=64, help="that clients may make (default: 64)")
     bounds.add_argument("--task-age", type=float, default=3600.0, help="seconds they are kept unused (default: 3600)")
     serve.add_argument("--speed", default="exact", help="of requests that name none (default: exact)")
-    serve.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    serve.add_argument("--compile", action="store_true", help="run the network through torch.compile, at a wait first")
     checkpoint_options(serve)
     serve.set_defaults(main="serve")
 
@@ -113,5 +113,5 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--checkpoint",
         metavar="PATH|HUB-ID|ARTIFACT",
-        help="folder, weights.tar.gz, exported artifact, or Hugging Face id (default: the small model)",
+        help="folder, weights.tar.gz, exported artifact, or Hugging Face id (default: mini)",
     )
