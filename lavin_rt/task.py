@@ -176,8 +176,8 @@ class Task:
                 speed,
                 keys,
             )[:count]
-            for clip, one, used in zip(clips[chunk], latents.split(1), seeds[chunk], strict=True):
-                frames = self.pipeline.decode(one)
+            decoded = self.pipeline.decode(latents).split(self.context.frames_per_clip)
+            for clip, one, frames, used in zip(clips[chunk], latents.split(1), decoded, seeds[chunk], strict=True):
                 if keep_size:
                     frames = images.resize(frames, tuple(clip.shape[-2:]))
                 results.append(Result(frames, one.cpu(), used))
