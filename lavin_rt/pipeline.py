@@ -196,7 +196,7 @@ class Pipeline:
         if not isinstance(context, EncodedContext) and _is_encoded_file(context):
             context = EncodedContext.load(context)
         if isinstance(context, EncodedContext):
-            context.check(self.vae_fingerprint, size, posterior=posterior)
+            self.check_context(context, size, posterior)
             return Task(self, context)
         size = images.parse_size(self.size) if size is None else size
         if isinstance(context, str | os.PathLike):
@@ -214,6 +214,20 @@ class Pipeline:
         # Hashing the VAE takes longer than encoding: it waits until the context is saved or compared.
         encoded = EncodedContext(latents, self._hash_vae, size, posterior, clips.pairs, clips.frames_per_clip)
         return Task(self, encoded, clips)
+
+    def check_context(
+        self, context: EncodedContext, size: tuple[int, int] | None = None, posterior: str | None = None
+    ) -> None:
+        """Refuses an encoded context of another VAE, or where given of another size or posterior, and keys and values
+        of another transformer.
+
+        Raises:
+            InputError: one of these differs.
+        """
+        context.check(self.vae_fingerprint, size, posterior=posterior)
+        if context.kept is not None:
+            rows = context.latents[0, 0].numel() // self.network.config.patch_size**2
+            context.kept.check(self.network, rows, context.source)
 
     def encode(self, clips: Sequence[torch.Tensor], generator: torch.Generator | None = None) -> list[torch.Tensor]:
         """Scaled latents of clips, a few at a time so that memory does not grow with their number.
