@@ -18,7 +18,7 @@ from lavin_rt.checkpoint_header import RELEASED_SIZE, picture_size
 from lavin_rt.context import EncodedContext
 from lavin_rt.devices import DTYPES, out_of_memory, resolve_device, resolve_dtype
 from lavin_rt.download import Artifact, Checkpoint, find_model, template_roots
-from lavin_rt.errors import InputError
+from lavin_rt.errors import InputError, TooLittleMemory
 from lavin_rt.executor import Executor
 from lavin_rt.files import Progress
 from lavin_rt.model import JDiT
@@ -298,7 +298,7 @@ class Pipeline:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-        raise InputError(
+        raise TooLittleMemory(
             f"too little memory on {self.device} to {what}; encode and decode in pieces (tile=, chunk=; --tile, "
             "--chunk), or give a smaller size"
         )
