@@ -82,7 +82,9 @@ def load_dit(
         for block in dit.blocks:
             block.modulation.drop()
         dit.modulation_source = ModulationInFile(file, config)
-    dit = dit.to(dtype or common_dtype(file, everything)).to_empty(device=device)
+    dtype = dtype or common_dtype(file, everything)
+    # Not `to_empty`, which makes tensors like those of the meta device, for which torch imports sympy: a second.
+    dit._apply(lambda tensor: torch.empty(tensor.shape, dtype=dtype, device=device))
     parameters = dict(dit.named_parameters())
     places = everything if resident_modulation else resident_layout(config)
     places = sorted(places, key=lambda place: (file.entries[place.official].file, file.entries[place.official].start))

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from lavin_rt import images
+from lavin_rt import images, kept_keys
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
+from lavin_rt.kept_keys import KeptKeys
 from lavin_rt.scalars import whole
 
 _ROLES = ("input", "target")
@@ -254,6 +255,7 @@ class EncodedContext:
         pairs: how many.
         frames_per_clip: frames of every input and target, `1 + 4 k`.
         source: where it comes from, for messages.
+        kept: keys and values of the pairs in one transformer, or None.
     """
 
     latents: torch.Tensor
@@ -263,6 +265,7 @@ class EncodedContext:
     pairs: int
     frames_per_clip: int
     source: str = "encoded context"
+    kept: KeptKeys | None = None
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one safetensors file, `latents` and metadata, whole or not at all.
@@ -285,7 +288,10 @@ class EncodedContext:
             "pairs": str(self.pairs),
             "frames_per_clip": str(self.frames_per_clip),
         }
-        content = save({"latents": self.latents.detach().cpu().contiguous(), **tensors}, metadata={**more, **described})
+        tensors = {"latents": self.latents.detach().cpu().contiguous(), **tensors}
+        if self.kept is not None:
+            tensors[kept_keys.TENSOR], described[kept_keys.FINGERPRINT] = self.kept.parts, self.kept.fingerprint
+        content = save(tensors, metadata={**more, **described})
         images.check_writable(path)
         with written_whole(path) as partial:
             partial.write_bytes(content)
@@ -310,9 +316,11 @@ class EncodedContext:
                 if version != _VERSION:
                     raise InputError(f"{name}: is of version {version}, this package reads {_VERSION}; encode it again")
                 # A task pack has small pictures of its pairs beside them (lavin_rt.packs).
-                if "latents" not in file.keys() or set(file.keys()) - {"latents", THUMBNAILS}:  # noqa: SIM118
-                    raise InputError(f"{name}: holds {sorted(file.keys())}, expected latents alone; encode it again")
+                held = set(file.keys())
+                if "latents" not in held or held - {"latents", THUMBNAILS, kept_keys.TENSOR}:
+                    raise InputError(f"{name}: holds {sorted(held)}, expected latents alone; encode it again")
                 latents = file.get_tensor("latents").clone()
+                kept = KeptKeys.read(file, name) if kept_keys.TENSOR in held else None
         except FileNotFoundError:
             raise InputError(f"{name}: no such file; expected an encoded context") from None
         except (OSError, SafetensorError) as error:
@@ -328,7 +336,7 @@ class EncodedContext:
         if pairs < 1 or list(latents.shape) != shape or not latents.is_floating_point() or not latents.isfinite().all():
             found = f"{str(latents.dtype).removeprefix('torch.')} {list(latents.shape)}"
             raise InputError(f"{name}: latents are {found}, expected finite numbers {shape}; encode it again")
-        return cls(latents, fingerprint, size, posterior, pairs, frames_per_clip, source=name)
+        return cls(latents, fingerprint, size, posterior, pairs, frames_per_clip, name, kept)
 
     def check(
         self,

@@ -8,6 +8,10 @@ class InputError(ValueError):
     """
 
 
+class TooLittleMemory(InputError):
+    """What was asked for needs more memory than there is; less of it, or the same later, may work."""
+
+
 class NonFiniteError(RuntimeError):
     """The sampler's latents stopped being finite numbers."""
 

@@ -19,7 +19,7 @@ import torch
 
 from lavin_rt.capture import CaptureError, Graphs, Replays
 from lavin_rt.devices import gigabytes, let_go, memory_at_hand, out_of_memory, release_cached
-from lavin_rt.errors import InputError, NonFiniteError
+from lavin_rt.errors import InputError, NonFiniteError, TooLittleMemory
 from lavin_rt.fitting import describe, what_fits
 from lavin_rt.guided_step import Schedule, guided_step
 from lavin_rt.layout import STORED, Form, Shape
@@ -369,10 +369,10 @@ class Executor:
         if self.network.workspace(shape) > memory_at_hand(self.network.device):
             raise self._too_large(shape)
 
-    def _too_large(self, shape: Shape) -> InputError:
+    def _too_large(self, shape: Shape) -> TooLittleMemory:
         need, free = self.network.workspace(shape), memory_at_hand(self.network.device)
         more = "more than " if need <= free else ""  # the estimate was too low
-        return InputError(
+        return TooLittleMemory(
             f"{describe(shape)} needs {more}about {gigabytes(need)} GB of memory on {self.network.device}, "
             f"{gigabytes(free)} GB are free; {what_fits(self.network, shape, free)}"
         )

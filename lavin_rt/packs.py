@@ -57,8 +57,12 @@ class TaskPack:
     thumbnails: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, task: Task, name: str, words: str = "") -> TaskPack:
-        """The pack of a task of a pipeline, with thumbnails where its pairs' pictures are at hand."""
+    def of(cls, task: Task, name: str, words: str = "", keep_keys: bool = False) -> TaskPack:
+        """The pack of a task of a pipeline, with thumbnails where its pairs' pictures are at hand.
+
+        Raises:
+            InputError: a name that is none, too many words, or keys and values that cannot be kept.
+        """
         if len(words) > WORDS:
             raise InputError(f"{len(words)} characters of words; expected {WORDS} at most")
         thumbnails = None
@@ -66,7 +70,8 @@ class TaskPack:
             scale = min(1.0, THUMBNAIL_SIDE / max(task.size))
             size = tuple(max(1, round(edge * scale)) for edge in task.size)
             thumbnails = torch.cat([images.resize(clip[:1], (size[0], size[1])) for clip in task.frames.frames])
-        return cls(task.context, check_name(name), " ".join(words.split()), thumbnails)
+        context = task.with_keys() if keep_keys else task.context
+        return cls(context, check_name(name), " ".join(words.split()), thumbnails)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the file, whole or not at all.
@@ -112,4 +117,7 @@ def first_pairs(context: EncodedContext, pairs: int) -> EncodedContext:
     if not 1 <= pairs <= context.pairs:
         raise InputError(f"{pairs} context pairs asked for, {context.pairs} are there; ask for 1 to {context.pairs}")
     frames = context.latents.shape[2] // context.pairs
-    return dataclasses.replace(context, latents=context.latents[:, :, : frames * pairs].contiguous(), pairs=pairs)
+    latents = context.latents[:, :, : frames * pairs].contiguous()
+    # A pair's keys and values depend on all pairs.
+    kept = context.kept if pairs == context.pairs else None
+    return dataclasses.replace(context, latents=latents, pairs=pairs, kept=kept)

@@ -17,6 +17,7 @@ from lavin_rt.context import EncodedContext
 from lavin_rt.errors import InputError
 from lavin_rt.executor import Callback
 from lavin_rt.host_state import own_state
+from lavin_rt.kept_keys import KeptKeys
 from lavin_rt.layout import Shape
 from lavin_rt.networks import Tensors
 from lavin_rt.scalars import floats, real, whole
@@ -119,6 +120,9 @@ class Task:
         self.frames = frames
         self._embedded: torch.Tensor | None = None
         self._keys: tuple[object, Tensors] | None = None
+        if context.kept is not None:
+            network = pipeline.network
+            self._keys = network, context.kept.tensors(network)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made anew from the pairs."""
@@ -218,8 +222,8 @@ class Task:
                 speed,
                 keys,
             )[:count]
-            for clip, one, used in zip(clips[chunk], latents.split(1), seeds[chunk], strict=True):
-                frames = self.pipeline.decode(one)
+            decoded = self.pipeline.decode(latents).split(self.context.frames_per_clip)
+            for clip, one, frames, used in zip(clips[chunk], latents.split(1), decoded, seeds[chunk], strict=True):
                 if keep_size:
                     frames = images.resize(frames, tuple(clip.shape[-2:]))
                 results.append(Result(frames, one.cpu(), used))
@@ -309,6 +313,15 @@ class Task:
             shape = task_shape(1, self.context.pairs, self._clip_frames, self.size, guided=False, kept=True)
             self._keys = network, self.pipeline.executor.context_keys(shape, self._embedded_context())
         return self._keys[1]
+
+    def with_keys(self) -> EncodedContext:
+        """The context with what speeds such as `fastest` make once a task, to be saved.
+
+        Raises:
+            InputError: an artifact's, or too little memory.
+        """
+        network = self.pipeline.network
+        return dataclasses.replace(self.context, kept=KeptKeys.of(network, self._kept_keys()))
 
     def _encode(self, clips: Sequence[torch.Tensor], seed: int) -> torch.Tensor:
         """Scaled latents of queries, `[queries, 16, t, h, w]`."""

@@ -39,7 +39,7 @@ def add(options: argparse.Namespace) -> None:
             trust=options.trust,
             progress=loading,
         )
-    pack = TaskPack.of(pipe.task(pairs, size=size), name, options.words)
+    pack = TaskPack.of(pipe.task(pairs, size=size), name, options.words, options.keep_keys)
     pack.save(options.output)
     print(f"{options.output}  {described(pack)}")
 
@@ -64,17 +64,19 @@ def show(options: argparse.Namespace) -> None:
         if pack.thumbnails is None:
             raise InputError(f"{options.pack}: has no pictures of its pairs; make it anew with lavin-rt task add")
         images.save_picture(images.grid([list(pack.thumbnails[0::2]), list(pack.thumbnails[1::2])]), options.output)
+    context = pack.context
     if options.json:
         print_json(
             {
                 "name": pack.name,
                 "words": pack.words,
-                "pairs": pack.context.pairs,
-                "size": list(pack.context.size),
-                "frames": pack.context.frames_per_clip,
-                "posterior": pack.context.posterior,
-                "vae_fingerprint": pack.context.vae_fingerprint,
+                "pairs": context.pairs,
+                "size": list(context.size),
+                "frames": context.frames_per_clip,
+                "posterior": context.posterior,
+                "vae_fingerprint": context.vae_fingerprint,
                 "thumbnails": pack.thumbnails is not None,
+                "keys": context.kept is not None,
             }
         )
     else:
@@ -86,4 +88,5 @@ def described(pack: TaskPack) -> str:
     context = pack.context
     clips = f", clips of {context.frames_per_clip} frames" if context.frames_per_clip > 1 else ""
     pairs = f"{context.pairs} pair{'s' * (context.pairs != 1)} at {context.size[0]}x{context.size[1]}{clips}"
+    pairs += ", keys kept" if context.kept is not None else ""
     return f"{pack.name}: {pairs}" + (f"  ({pack.words})" if pack.words else "")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
+from conftest import GOLDEN, relative_error
 from safetensors.torch import load_file, save_file
 from test_cli import write_picture, write_template
+from test_pipeline import picture
 
+from lavin_rt.checkpoint import load_dit, load_vae
 from lavin_rt.cli import main
 from lavin_rt.context import EncodedContext
 from lavin_rt.errors import InputError
+from lavin_rt.model import randomize_
 from lavin_rt.packs import TaskPack, check_name, first_pairs
+from lavin_rt.pipeline import Pipeline
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:
@@ -67,6 +73,40 @@ def test_damaged_thumbnails(tmp_path):
     assert "thumbnails" in one_line(error)
 
 
+def golden(impl: str = "auto") -> Pipeline:
+    dit = load_dit(GOLDEN / "dit_c.safetensors", dtype=torch.float32)
+    return Pipeline(dit, load_vae(GOLDEN / "stvae.pt"), impl)
+
+
+def test_kept_keys_are_used_and_belong_to_weights_size_and_pairs(tmp_path, monkeypatch):
+    pipe, path = golden(), tmp_path / "kept.safetensors"
+    task = pipe.task([(picture(2 * i), picture(2 * i + 1)) for i in range(2)], size=(32, 48))
+    TaskPack.of(task, "kept", keep_keys=True).save(path)
+    kept = TaskPack.load(path).context
+    expected = task.run([picture(5)], speed="fastest")[0].latents
+    plain = golden("plain")  # with keys of its own it is off by rounding, too
+    own = plain.task(dataclasses.replace(kept, kept=None)).run([picture(5)], speed="fastest")[0].latents
+    given = plain.task(path).run([picture(5)], speed="fastest")[0].latents
+    assert relative_error(given, expected) <= 2 * relative_error(own, expected) <= 0.01
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.executor, "context_keys", None)  # not made anew
+        assert torch.equal(pipe.task(path).run([picture(5)], speed="fastest")[0].latents, expected)
+    assert first_pairs(kept, 1).kept is None and first_pairs(kept, 2).kept is kept.kept
+    other = Pipeline(randomize_(load_dit(GOLDEN / "dit_c.safetensors", dtype=torch.float32), seed=1), pipe.vae)
+    with pytest.raises(InputError) as error:
+        other.task(path)
+    assert "belong to other weights" in one_line(error) and "--keep-keys" in one_line(error)
+    larger = pipe.task([(picture(0), picture(1))], size=(48, 48)).with_keys()
+    with pytest.raises(InputError) as error:
+        pipe.task(dataclasses.replace(kept, kept=larger.kept))
+    assert "this model and size take [" in one_line(error)
+    bad = dataclasses.replace(kept.kept, parts=kept.kept.parts * float("nan"))
+    dataclasses.replace(kept, kept=bad).save(path)
+    with pytest.raises(InputError) as error:
+        TaskPack.load(path)
+    assert "expected finite numbers" in one_line(error)
+
+
 def test_add_show_and_run(tmp_path, capsys):
     folder, pack = write_template(tmp_path / "pairs", 3), tmp_path / "mine.safetensors"
     assert main(["task", "add", str(folder), "-o", str(pack), "--words", "of noise", "--size", "32"]) == 0
@@ -76,6 +116,10 @@ def test_add_show_and_run(tmp_path, capsys):
     query = write_picture(tmp_path / "query.png", 9)
     run = ["run", "--query", str(query), "--steps", "4", "-q"]
     assert main([*run, "--task", str(pack), "-o", str(tmp_path / "packed.png")]) == 0
+    assert main(["task", "add", str(folder), "-o", str(pack), "--size", "32", "--keep-keys"]) == 0
+    assert "mine: 3 pairs at 32x32, keys kept" in capsys.readouterr().out
+    quick = ["run", "--query", str(query), "--speed", "fastest", "-q", "-o", str(tmp_path / "quick.png")]
+    assert main([*quick, "--task", str(pack)]) == 0
     given = [str(folder / f"{i}_{role}.png") for i in range(2) for role in ("input", "target")]
     assert main(["task", "add", *given, "-o", str(pack), "--name", "two"]) == 0
     assert "two: 2 pairs at 64x64" in capsys.readouterr().out

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import socket
@@ -24,11 +25,11 @@ import numpy as np
 from PIL import Image
 from serving import message, picture, pixels, running, wait_until
 
-from lavin_rt import images
 from lavin_rt.cli import main
-from lavin_rt.errors import Cancelled
+from lavin_rt.errors import Cancelled, TooLittleMemory
 from lavin_rt.packs import TaskPack
 from lavin_rt.pipeline import Pipeline
+from lavin_rt.serve import server
 from lavin_rt.serve.limits import Limits
 from lavin_rt.serve.service import Service
 
@@ -278,6 +279,21 @@ def test_bodies_that_are_too_large_too_slow_or_half(client, address, service):
     works(client)
 
 
+def test_connections_on_which_no_request_comes(client, address, monkeypatch):
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.5)
+    host, port = address.removeprefix("http://").split(":")
+    for start in (b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /hea"):
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(start)
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                while part := connection.recv(65536):  # until the service closes it
+                    answer += part
+                    connection.sendall(b"x")
+            assert answer.count(b"200 OK") == start.count(b"\r\n\r\n")
+    assert ask(client, steps="60").status_code == 200  # which takes longer
+
+
 def test_a_client_that_goes_away_cancels_its_run(client, address, service, pipe):
     with pipe.executor.turn():
         with pytest.raises(httpx.ReadTimeout):
@@ -288,7 +304,7 @@ def test_a_client_that_goes_away_cancels_its_run(client, address, service, pipe)
 
 def test_out_of_memory_and_numbers_that_are_none(client, pipe, monkeypatch):
     def refused(shape):
-        raise images.InputError("1 query at 64x64 with 4 pairs needs about 9.00 GB of memory on cpu, 0.10 GB are free")
+        raise TooLittleMemory("1 query at 64x64 with 4 pairs needs about 9.00 GB of memory on cpu, 0.10 GB are free")
 
     with monkeypatch.context() as patch:
         patch.setattr(pipe.executor, "check_memory", refused)

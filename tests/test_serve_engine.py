@@ -11,7 +11,7 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 
 from serving import wait_until
 
-from lavin_rt.errors import InputError, NonFiniteError
+from lavin_rt.errors import InputError, NonFiniteError, TooLittleMemory
 from lavin_rt.serve.engine import Engine, Ticket
 from lavin_rt.serve.limits import Limits, Refused, public_line
 
@@ -107,7 +107,8 @@ def test_cancelling_one_of_a_batch_leaves_the_others_and_cancelling_all_ends_the
         (NonFiniteError(2, 3), 500, "NaN"),
         (MemoryError(), 503, "out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), 503, "out of memory"),
-        (InputError("1 query needs about 9.00 GB of memory on cuda, 1.00 GB are free"), 503, "9.00 GB"),
+        (TooLittleMemory("1 query needs about 9.00 GB, 1.00 GB are free"), 503, "9.00 GB"),
+        (InputError("words: 9.00 GB of memory on cuda"), 422, "words"),
         (InputError("something about /secret/place/file.png"), 422, "something about file.png"),
         (KeyError("/secret/place"), 500, "the run failed"),
     ],

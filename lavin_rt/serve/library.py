@@ -101,7 +101,7 @@ class Library:
         if not file.endswith(".safetensors"):
             raise InputError(f"{file}: expected a task pack (.safetensors) or a folder of pairs")
         pack = TaskPack.load(file)
-        pack.context.check(self._pipeline.vae_fingerprint)
+        self._pipeline.check_context(pack.context)
         return packed_entry(pack, "file")
 
     def all(self) -> list[Entry]:
@@ -157,7 +157,7 @@ class Library:
         """
         self.check_new(pack.name)
         try:
-            pack.context.check(self._pipeline.vae_fingerprint)
+            self._pipeline.check_context(pack.context)
         except InputError as error:
             raise Refused(422, str(error), "input") from None
         if pack.context.pairs > self._limits.pairs:

@@ -7,8 +7,6 @@ import re
 
 from lavin_rt.errors import InputError
 
-MEMORY_WORDS = ("of memory on ", "too little memory")
-
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -71,15 +69,15 @@ class Refused(Exception):
 def refusal(error: BaseException) -> Refused:
     """What a client is told of an error in its run."""
     from lavin_rt.devices import out_of_memory
-    from lavin_rt.errors import Cancelled, NonFiniteError
+    from lavin_rt.errors import Cancelled, NonFiniteError, TooLittleMemory
 
     if isinstance(error, Refused):
         return error
     if isinstance(error, Cancelled):
         return Refused(409, "the run was cancelled", "cancelled")
+    if isinstance(error, TooLittleMemory):
+        return Refused(503, str(error), "memory", 5)
     if isinstance(error, InputError):
-        if any(words in str(error) for words in MEMORY_WORDS):
-            return Refused(503, str(error), "memory", 5)
         return Refused(422, str(error), "input")
     if isinstance(error, NonFiniteError):
         return Refused(500, str(error), "non_finite")

@@ -99,6 +99,9 @@ def add_task(commands, parser_class: type[argparse.ArgumentParser], checkpoint_o
     add.add_argument("--pairs", type=int, help="chosen from a folder (default: up to 8 of those there are)")
     add.add_argument("--size", help="N or HEIGHTxWIDTH, multiples of 16 (default: what the model was trained at)")
     add.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
+    add.add_argument(
+        "--keep-keys", action="store_true", help="also keep the pairs' keys and values, for --speed fastest"
+    )
     _add_checkpoint(add)
     checkpoint_options(add)
     add.set_defaults(main="task add")

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import torch
 from fastapi import FastAPI
 from PIL import Image
@@ -27,6 +26,7 @@ from lavin_rt.serve.engine import Ticket
 from lavin_rt.serve.library import Entry
 from lavin_rt.serve.limits import Refused
 from lavin_rt.serve.service import PAIRS, Service
+from lavin_rt.serve.stubless import gradio as gr
 from lavin_rt.speeds import SPEEDS
 
 REFRESH_SECONDS = 0.15

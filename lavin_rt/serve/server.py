@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import threading
@@ -9,6 +10,7 @@ import time
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lavin_rt.errors import InputError
 from lavin_rt.serve.engine import Engine
@@ -19,6 +21,8 @@ LINGER_SECONDS = 0.5
 """For which requests are still answered with 503 after the last run, so that no connection meets a closed door."""
 CLOSE_SECONDS = 5
 CONNECTIONS = 512
+HEAD_SECONDS = 20.0
+"""Within which a connection brings a request."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -45,6 +49,30 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError(f"cannot listen on {host} port {port} ({error.strerror})") from None
 
 
+class Connection(H11Protocol):
+    """A connection that is closed when no request comes on it: clients that are silent or send a header byte by byte
+    would take up all that there may be.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._look_again(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._looking.cancel()
+        super().connection_lost(exc)
+
+    def _look_again(self, idle_after: object) -> None:
+        self._looking = self.loop.call_later(HEAD_SECONDS, self._look, idle_after)
+
+    def _look(self, idle_after: object) -> None:
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self.cycle is idle_after:
+            self.transport.close()
+        else:
+            self._look_again(self.cycle if idle else self)
+
+
 class Server(uvicorn.Server):
     """Drains on TERM or INT: what runs finishes within the grace, what waits and what comes is told 503, then it ends.
 
@@ -59,6 +87,8 @@ class Server(uvicorn.Server):
     def __init__(self, app: ASGIApp, engine: Engine, grace: float):
         config = uvicorn.Config(
             app,
+            http=Connection,
+            ws="none",
             log_level="warning",
             access_log=False,
             server_header=False,
