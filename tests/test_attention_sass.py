@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 
+import kernel_checks
 import pytest
 import sass
 import torch
 
+import lavin_kernels
 from lavin_kernels import tuning
 from lavin_kernels.launch import interpreted
 from lavin_kernels.machine_code import Code, attention_counts, count, row_instructions
@@ -32,10 +35,32 @@ def test_gluon_form(config):
     assert not re.search(r"\b(LDL|STL)\b", text)
     assert sass.hazards(code) == []
     print(counts)
-    # Of 64 keys 1.3; of 128, 0.70 to two digits: the rest of the loop is products' and exponentials' own.
-    assert counts.issue / counts.products < (0.705 if config["block_n"] == 128 else 1.3)
+    # Of 128 keys 0.703 with Triton 3.7 and 0.716 with 3.6; of 64 the products are half as many.
+    assert counts.issue / counts.products <= (0.72 if config["block_n"] == 128 else 1.3)
     # Two waits a tile, for scores and for values: where the assembler gives up, every product has one of its own.
     assert count(code.main_loop(), "WARPGROUP.DEPBAR") == 2
+
+
+def overwritten(config) -> set[int]:
+    """Bytes of shared memory that partitions are handed their arguments in and that a barrier is made in too."""
+    ptx = module.static_case(config, torch.bfloat16, x_only=False).compile(90).asm["ptx"]
+    made = re.findall(r"add\.s32\s+%r\d+, %r\d+, (\d+);\s*// begin inline asm\s*@%p\d+ mbarrier\.init", ptx)
+    assert len(made) >= config["block_m"] // 64 + 4 * config["num_stages"]
+    barriers = {int(first) + byte for first in made for byte in range(8)}
+    stored = re.findall(r"st\.shared(?:\.v(\d))?\.b32\s+\[global_smem\+(\d+)\]", ptx)
+    assert stored
+    return barriers & {int(first) + byte for words, first in stored for byte in range(4 * int(words or 1))}
+
+
+def test_no_barrier_lies_where_partitions_are_handed_their_arguments(tmp_path, monkeypatch):
+    """One that no partition has shares its memory with them: a branch's number came out as a barrier's state."""
+    config = tuning.default_config("joint_attention", 90, torch.bfloat16)
+    assert not overwritten(config)
+    name, made = "lavin_kernels.joint_attention_gluon", "    k_ready, k_free = _barriers("
+    broken = kernel_checks.mutant(name, made, f"    unused = _barriers(GROUPS, 1)\n{made}", tmp_path)
+    monkeypatch.setitem(sys.modules, name, broken)
+    monkeypatch.setattr(lavin_kernels, "joint_attention_gluon", broken)
+    assert overwritten(config)
 
 
 def test_default_of_sm_90_is_not_bound_by_issue():

@@ -11,7 +11,7 @@ import torch
 
 from lavin_bench import report
 from lavin_bench.cases import Setting, Variant, cases, settings
-from lavin_bench.kernels import WrongResult, check, relative_error, run
+from lavin_bench.kernels import WrongResult, check, relative_error, run, timed
 from lavin_rt.cli import main
 from lavin_rt.config import DiTConfig
 
@@ -46,6 +46,45 @@ def test_a_wrong_result_gets_no_time(monkeypatch, fault, capsys):
     [failure] = record["failures"]
     assert "swiglu [32 px, 1 pair, guided]: no times, wrong results: ours" in failure
     assert not record["rows"] and " us" not in capsys.readouterr().out
+
+
+def test_a_case_that_does_not_run_loses_no_other(monkeypatch):
+    """Triton's errors are plain exceptions; the record is kept after every case."""
+
+    def faulty_cases(*arguments):
+        for number, case in enumerate(list(cases(*arguments))[:3]):
+            broken = {"eager": case.variants["eager"], "ours": Variant(lambda: {}["PTXASError"])}
+            yield dataclasses.replace(case, variants=broken if number == 1 else case.variants)
+
+    kept = []
+    monkeypatch.setattr("lavin_bench.kernels.cases", faulty_cases)
+    record = run(
+        [TINY], CPU, torch.float32, repeats=1, show=False, save=lambda record: kept.append(len(record["rows"]))
+    )
+    assert len({row["operator"] for row in record["rows"]}) == 2 and "PTXASError" in record["failures"][0]
+    assert len(kept) == 3 and kept == sorted(kept) and kept[0] > 0
+
+
+@pytest.mark.parametrize("operator", ["joint_attention", "stream_linear", "swiglu"])
+def test_on_a_gpu_every_operator_is_timed_as_a_graph(operator, monkeypatch):
+    """Called from Python, attention and linears of small pictures would be timed with the host in it."""
+    [case, *_] = [case for case in cases(TINY, CPU, torch.float32) if case.operator == operator]
+    asked = []
+    monkeypatch.setattr("lavin_bench.kernels.measure", lambda *arguments, graph, **options: asked.append(graph))
+    timed(case, 1, torch.device("cuda")), timed(case, 1, CPU)
+    assert asked == [True, False]
+
+
+def test_norms_are_held_against_what_they_must_move():
+    """The map read once and written once, and the latents of the decoder's: twice the reading would give shares above
+    the whole where the L2 holds the map.
+    """
+    for case in cases(TINY, CPU, torch.float32):
+        if "norm_silu" in case.operator:
+            channels, latent = int(case.setting.split()[0]), TINY.size // 8
+            side = int(case.setting.split("x")[1].split(",")[0])
+            latents = 2 * channels * latent**2 * case.operator.startswith("spatial")
+            assert case.bytes == 4 * (2 * channels * side**2 + latents), case.name
 
 
 def test_a_wrong_baseline_is_found_too(monkeypatch):

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +86,27 @@ def test_a_second_call_goes_on_where_the_first_stopped(tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", command)
     assert gpu_check.main() == 0
     assert ran == ["tuning", "graphs"] and "done before" in capsys.readouterr().out
+
+
+def test_the_first_tests_are_attention_and_executor_and_every_other_comes_later(tmp_path, monkeypatch):
+    """All GPU tests take longer than the two minutes that correctness has before anything is measured."""
+    root = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
+    monkeypatch.chdir(root)
+    commands = []
+
+    def ran(command, stdout, **options):
+        commands.append(command)
+        stdout.write("1 passed")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", ran)
+    for first in (True, False):
+        gpu_check._tests(visit(tmp_path), lambda record: None, first)
+    assert all(command[command.index("-m", 3) + 1] == "gpu and not slow" for command in commands)
+    first, later = ([part for part in command if part.endswith(".py")] for command in commands)
+    assert "joint_attention_gpu" in first[0] and "executor_gpu" in first[1] and len(first) < 6
+    marked = {str(path) for path in Path("tests").rglob("test_*.py") if "gpu" in path.read_text()}
+    assert marked <= {*first, *later} and not {*first} & {*later} and all(Path(path).is_file() for path in first)
 
 
 def test_without_a_device_it_says_so(tmp_path, monkeypatch, capsys):

@@ -266,8 +266,8 @@ def _feature_map(random: _Random, channels: int, size: int) -> torch.Tensor:
 
 def _norm_case(operator: str, setting: Setting, device: torch.device, arguments: tuple[Any, ...]) -> Case:
     x = arguments[0]
-    # Two passes read x, for the statistics and for the result, which the second writes.
-    moved = 3 * _nbytes(x) + _nbytes(*(part for part in arguments[4:] if isinstance(part, torch.Tensor)))
+    # Read once and written once: the second reading may come from the L2, and a share must not exceed the whole.
+    moved = 2 * _nbytes(x) + _nbytes(*(part for part in arguments[4:] if isinstance(part, torch.Tensor)))
     named = dataclasses.replace(setting, label=f"{x.shape[1]} channels, {x.shape[3]}x{x.shape[4]}, {setting.size} px")
     return _row_case(operator, named, device, arguments, moved)
 

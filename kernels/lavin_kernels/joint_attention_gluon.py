@@ -304,6 +304,8 @@ def joint_attention_gluon_kernel(
     q, q_rest = _buffers(q_source, q_rest_source, GROUPS, REST)
     k, k_rest = _buffers(k_source, k_rest_source, STAGES, REST)
     v, v_rest = _buffers(v_source, v_rest_source, STAGES, REST)
+    # Every barrier is handed to a partition: the compiler lets the arguments of partitions share the memory of one that
+    # is not, and its making then runs over them.
     q_ready = _barriers(GROUPS, 1)
     k_ready, k_free = _barriers(STAGES, 1), _barriers(STAGES, GROUPS)
     v_ready, v_free = _barriers(STAGES, 1), _barriers(STAGES, GROUPS)

@@ -70,8 +70,9 @@ class Code:
 
     def main_loop(self) -> list[str]:
         """The shortest loop with matrix instructions and a softmax's exponentials in it."""
-        loops = [loop for loop in self._loops() if count(self._within(loop), "MUFU.EX2") >= 16]
-        return self._within(min((loop for loop in loops if count(self._within(loop), "MMA")), key=len))
+        loops = [(loop, self.instructions[loop.start : loop.stop]) for loop in self._loops()]
+        found = [loop for loop, code in loops if count(code, "MUFU.EX2") >= 16 and count(code, "MMA")]
+        return self._within(min(found, key=len))
 
 
 def count(instructions: Sequence[str], name: str) -> int:
