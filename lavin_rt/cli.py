@@ -286,6 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _warn
         # About damage that either does not matter or is an error in a moment.
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+        warnings.filterwarnings("ignore", "Detected pickle protocol")
         try:
             try:
                 options = parser().parse_args(arguments)

@@ -218,7 +218,7 @@ def check_query_frames(query_frames: int, context_frames: int, source: str = "qu
     if query_frames != context_frames:
         meant = f", did you mean {hint}?" if hint and query_frames == 1 else ""
         raise InputError(
-            f"{source}: {query_frames} frame{'s' * (query_frames != 1)}, the context's clips have {context_frames}; "
+            f"{source}: {query_frames} frames, the context's clips have {context_frames}; "
             f"give queries and pairs of the same length{meant}"
         )
 

@@ -49,7 +49,6 @@ def folder(tmp_path, monkeypatch) -> Path:
         (["-o", "g.webp", "--grid", "--repeats", "--pairs", "250"], "16383 pixels a side"),
         (["-o", "g.jpg", "--grid", "--repeats", "--pairs", "1000"], "65500 pixels a side"),
         (["-o", "full/"], None),
-        (["--clip", "--query", "frames", "--task", "video_depth", "-o", "full"], "not empty"),
         (["-o", "q.png/o.png"], "Not a directory"),
         (["-o", "o.png", "--save-context", f"{'n' * 256}.safetensors"], "longer than the 255 bytes"),
         (["-o", "o.png", "--save-context", "full"], "expected a name ending in .safetensors"),
