@@ -166,7 +166,7 @@ def report_unexpected(path: str | os.PathLike, names: Iterable[str], strict: boo
     found = f"{path} holds {len(names)} tensors that this model does not have: {listed(names)}"
     if strict:
         raise InputError(f"{found}; expected none (strict): load without strict to ignore them")
-    warnings.warn(f"{found}; they are ignored", stacklevel=3)
+    warnings.warn(f"{found}; they are ignored", stacklevel=4)
 
 
 def quantized_message(path: Path, names: list[str]) -> str:

@@ -17,11 +17,9 @@ from lavin_rt.errors import InputError
 from lavin_rt.process import (
     Terminated,
     check_output_wanted,
-    finish_output,
     settle_threads,
     sound_streams,
     terminating,
-    to_nowhere,
 )
 from lavin_rt.serve.options import add_map, add_serve, add_task
 
@@ -308,11 +306,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _warn
         # About damage that either does not matter or is an error in a moment.
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+        warnings.filterwarnings("ignore", "Detected pickle protocol")
         try:
             try:
                 options = parser().parse_args(arguments)
             finally:
-                finish_output()  # of --help
+                sys.stdout.flush()  # of --help
             if options.main == "run":
                 from lavin_rt.run import run as command
             elif options.main == "info":
@@ -339,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from lavin_bench.kernels import bench_kernels as command
             settle_threads()
             command(options)
-            finish_output()
+            sys.stdout.flush()
         except InputError as error:
             return _fail(str(error), 2)
         except Terminated as stop:
@@ -347,7 +346,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return _fail("interrupted", 130)
         except BrokenPipeError:
-            to_nowhere(sys.stdout)
             return 1
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""

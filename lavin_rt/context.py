@@ -219,7 +219,7 @@ def check_query_frames(query_frames: int, context_frames: int, source: str = "qu
     """Checks that a query has as many frames as every clip of its context."""
     if query_frames != context_frames:
         raise InputError(
-            f"{source}: {query_frames} frame{'s' * (query_frames != 1)}, the context's clips have {context_frames}; "
+            f"{source}: {query_frames} frames, the context's clips have {context_frames}; "
             "give queries and pairs of the same length, or cut both (frames=N, --frames N)"
         )
 

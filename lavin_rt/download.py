@@ -307,7 +307,7 @@ def _cached_place(archive: Path, cache: str | os.PathLike | None) -> Path:
         try:
             from huggingface_hub.constants import HF_ASSETS_CACHE as assets
         except ImportError:
-            assets = os.path.expanduser("~/.cache/huggingface/assets")  # the same place
+            assets = Path.home() / ".cache/huggingface/assets"  # the same place
         cache = Path(assets) / "lavin-rt/archives/unpacked"
     status = archive.stat()
     identity = f"{archive.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape")

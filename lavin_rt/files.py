@@ -108,6 +108,13 @@ def _partial(target: Path, folder: bool, old: os.stat_result | None) -> Iterator
     place = target if inside else target.parent
     if old is not None and not folder and not (stat.S_ISREG(old.st_mode) and os.access(place, os.W_OK | os.X_OK)):
         place = Path(tempfile.gettempdir())
+    with scratch(place, folder) as partial:
+        yield partial
+
+
+@contextlib.contextmanager
+def scratch(place: Path, folder: bool = True) -> Iterator[Path]:
+    """A new hidden folder, or file, in `place`: gone when the block ends, reclaimed where the process is killed."""
     if place not in _reclaimed:
         _reclaim(place)
         _reclaimed.add(place)
@@ -141,7 +148,7 @@ def _lock(partial: Path) -> tuple[int | None, bool]:
     """
     if fcntl is None:
         return None, False
-    descriptor = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
+    descriptor = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # whatever it is
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -205,8 +205,9 @@ def check_output(path: str | os.PathLike, frames: int = 1, size: tuple[int, int]
     if is_folder_output(path):
         if os.path.isfile(path):
             raise InputError(f"{name}: is a file, expected a folder for frames; give a name ending in {known}")
-        if os.path.isdir(path) and not is_vacant(path):
-            raise InputError(f"{name}: the folder for frames is not empty; give another name or empty it first")
+        with contextlib.suppress(OSError):  # which `check_writable` names
+            if os.path.isdir(path) and not is_vacant(path):
+                raise InputError(f"{name}: the folder for frames is not empty; give another name or empty it first")
     elif not file_format:
         raise InputError(f"{name}: cannot write {suffix}; expected {known}, or a / at the end for a folder of frames")
     elif frames > 1 and file_format == "JPEG":

@@ -31,6 +31,12 @@ IMPLEMENTATIONS = ("auto", "plain", "torch", "triton")
 SHAPES_COMPILED = 64
 
 
+def check_impl(impl: str) -> None:
+    """Raises an `InputError` for a name that no implementation has."""
+    if impl not in IMPLEMENTATIONS:
+        raise InputError(f"impl is {impl!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
+
+
 def resolve_impl(impl: str, device: torch.device, config: DiTConfig) -> str:
     """The implementation that `impl` names on this device; `"auto"` is Triton on CUDA of compute capability 8.0 or
     newer where the head size is a multiple of 8 up to 128 and Triton is installed, else torch.
@@ -38,8 +44,7 @@ def resolve_impl(impl: str, device: torch.device, config: DiTConfig) -> str:
     Raises:
         InputError: an unknown name, Triton kernels for a head size that they do not cover, or where they cannot run.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise InputError(f"impl is {impl!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
+    check_impl(impl)
     fits = config.head_size % 8 == 0 and config.head_size <= 128
     if impl == "auto":
         # Older devices lack what the kernels are made for: bfloat16, asynchronous copies.

@@ -25,6 +25,7 @@ from lavin_rt.files import Progress
 from lavin_rt.host_state import own_state
 from lavin_rt.model import JDiT
 from lavin_rt.networks import Network, make_network
+from lavin_rt.packed import check_impl
 from lavin_rt.speeds import Speed, speed_of
 from lavin_rt.task import Result, Task, check_seed, draw_noise, task_shape
 from lavin_rt.vae import STVAE, scale_latents, unscale_latents
@@ -130,6 +131,7 @@ class Pipeline:
             return pipe
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
+        check_impl(impl)
         dit = load_dit(files.dit, device=device, dtype=dtype, strict=strict, progress=progress)
         vae = load_vae(files.vae, device=device, dtype=dtype, strict=strict)
         size = picture_size(open_checkpoint(files.dit))

@@ -48,24 +48,36 @@ def terminating() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class _Tolerant:
-    """A stream for messages: what cannot be written to it is not worth the work that it tells of."""
+class _Guarded:
+    """A stream whose failures are known to be its own; what it holds is dropped then, and `flush` tells of them again,
+    as not everybody who writes lets them through.
+    """
 
-    def __init__(self, stream: Any):
-        self._stream = stream
+    def __init__(self, stream: Any, name: str, tolerated: bool):
+        self._stream, self._name, self._tolerated = stream, name, tolerated
+        self._failure: OSError | None = None
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except (OSError, ValueError):
-            to_nowhere(self._stream)
-            return len(text)
+        with self._failures():
+            self._stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        try:
+        with self._failures():
+            if self._failure is not None:
+                raise self._failure
             self._stream.flush()
-        except (OSError, ValueError):
-            to_nowhere(self._stream)
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._failure is None:
+                to_nowhere(self._stream)
+                self._failure = error
+            if not self._tolerated:
+                raise OSError(error.errno, error.strerror, self._name) from None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -92,25 +104,14 @@ def sound_streams() -> Iterator[None]:
         if hasattr(sys.stdout, "reconfigure"):
             stack.callback(sys.stdout.reconfigure, errors=sys.stdout.errors)
             sys.stdout.reconfigure(errors="backslashreplace")
-        sys.stderr = _Tolerant(sys.stderr)
+        sys.stdout = _Guarded(sys.stdout, "standard output", tolerated=False)
+        # A message that cannot be written is not worth the work that it tells of.
+        sys.stderr = _Guarded(sys.stderr, "standard error", tolerated=True)
         try:
             yield
         finally:
             for name, stream in before.items():
                 setattr(sys, name, stream)
-
-
-def finish_output() -> None:
-    """Writes out what standard output still holds.
-
-    Raises:
-        OSError: it cannot be written; what is left of it is dropped.
-    """
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        to_nowhere(sys.stdout)
-        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def check_output_wanted() -> None:

@@ -139,7 +139,8 @@ def check_task(
         folder = contexts.find_task(options.task, template_roots(model))
         chosen = contexts.choose_pairs(contexts.read_template(folder), options.pairs, options.seed, options.repeats)
         # Small, as only the lengths are asked.
-        frames_per_clip = contexts.ContextFrames.prepare(chosen, (16, 16), options.frames).frames_per_clip
+        some = list(dict.fromkeys(chosen))
+        frames_per_clip = contexts.ContextFrames.prepare(some, (16, 16), options.frames).frames_per_clip
         size, columns = size or images.parse_size(trained_size(model)), len(chosen) + 1
     for query, count, output in zip(queries, frames, outputs, strict=True):
         check_length(query, count, frames_per_clip)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +25,7 @@ from lavin_export.vae_parts import ROWS, clip_lengths
 from lavin_rt.checkpoint import Checkpoint, find_checkpoint
 from lavin_rt.devices import resolve_device, resolve_dtype
 from lavin_rt.errors import InputError
-from lavin_rt.files import Progress
+from lavin_rt.files import Progress, scratch
 from lavin_rt.manifest import Manifest
 from lavin_rt.trt_library import import_tensorrt, version_numbers
 
@@ -88,10 +87,10 @@ def export_tensorrt(
     with (
         torch.cuda.device(device),
         writing(output, "tensorrt", checkpoint, dtype, target, _record(options), steps, templates) as artifact,
-        tempfile.TemporaryDirectory(prefix=".lavin-rt-onnx-", dir=artifact.folder.parent) as graphs,
+        scratch(artifact.folder.parent) as graphs,
     ):
         artifact.versions |= {"tensorrt": trt.__version__, "gpu": torch.cuda.get_device_name(device)}
-        folder = artifact.folder if keep_onnx else Path(graphs)
+        folder = artifact.folder if keep_onnx else graphs
         for part in _graphs(artifact, folder, lengths, progress):
             build_part(trt, artifact, part, folder, wanted, options, quiet=quiet)
             if not keep_onnx:

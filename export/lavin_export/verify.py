@@ -26,6 +26,7 @@ from lavin_rt.artifact import ArtifactNetwork, ArtifactVAE, assemble
 from lavin_rt.checkpoint import Checkpoint, find_checkpoint, load_dit, load_vae
 from lavin_rt.devices import current_device, resolve_device
 from lavin_rt.errors import InputError
+from lavin_rt.files import scratch
 from lavin_rt.knots import schedule
 from lavin_rt.manifest import Manifest, file_sha256
 from lavin_rt.model import JDiT
@@ -94,12 +95,12 @@ def verify_artifact(
     elif manifest.kind == "aoti":
         check_compiled_weights(manifest, checkpoint)
     cases = Cases(manifest, checkpoint, evaluations)
-    with torch.no_grad(), current_device(device), tempfile.TemporaryDirectory(prefix="lavin-rt-verify-") as scratch:
+    with torch.no_grad(), current_device(device), scratch(Path(tempfile.gettempdir())) as room:
         truth = cases.of_plain(torch.float32, device)
         own = truth if manifest.dtype == torch.float32 else cases.of_plain(manifest.dtype, device)
         runnable, method = manifest, "as it runs"
         if manifest.kind == "onnx" and manifest.dtype == torch.bfloat16 and device.type == "cpu":
-            runnable, method = widened(manifest, Path(scratch)), "its bfloat16 weights in float32 arithmetic"
+            runnable, method = widened(manifest, room), "its bfloat16 weights in float32 arithmetic"
         found = cases.of_artifact(*assemble(runnable, device))
     checks = []
     for (part, sizes), result, right, plain in zip(cases.keys, found, truth, own, strict=True):

@@ -195,7 +195,7 @@ void run(const Options& options) {
   }
 }
 
-// Whether all that was printed has been written; where it was closed before the program began nothing was wanted.
+// Whether all that was printed has been written.
 bool finish_stdout() {
   errno = 0;
   if (std::fflush(stdout) == 0 && !std::ferror(stdout)) return true;
@@ -212,8 +212,9 @@ int fail(const std::string& message, int code) {
 
 int main(int count, char** words) {
   // Standard streams that are closed lead nowhere: the next file opened would get their number.
+  bool closed[3] = {};
   for (int descriptor = 0; descriptor < 3; ++descriptor) {
-    if (::fcntl(descriptor, F_GETFD) < 0) ::open("/dev/null", O_RDWR);
+    closed[descriptor] = ::fcntl(descriptor, F_GETFD) < 0 && ::open("/dev/null", O_RDWR) == descriptor;
   }
   Options options;
   CLI::App app(kAbout, "lavin-native");
@@ -222,6 +223,7 @@ int main(int count, char** words) {
     app.parse(count, words);
     const at::NoGradGuard no_gradients;
     run(options);
+    if (options.time && closed[STDOUT_FILENO]) return fail("standard output: it is closed, --time has no place", 2);
     return finish_stdout() ? 0 : 2;
   } catch (const CLI::Success& wanted) {
     app.exit(wanted);  // --help, --version
