@@ -271,6 +271,11 @@ def _still_and_refused() -> Iterator[PictureFile]:
     yield PictureFile("cut.png", sound[:-60], None)
     yield PictureFile("cut-in-header.png", sound[:20], None)
     yield PictureFile("wrong-checksum.png", sound[:29] + bytes([sound[29] ^ 1]) + sound[30:], None)
+    claims = struct.pack(">I", 2**31 - 1) + b"iTXtXML:com.adobe.xmp"
+    yield PictureFile("chunk-behind-the-end.png", sound[:33] + claims + sound[33:], None)
+    header = struct.pack(">IIBBBBB", 2**31 - 1, 1, 8, 2, 0, 0, 0)
+    wide = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+    yield PictureFile("row-of-gigabytes.png", wide, None)
     header = struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
     yield PictureFile("bomb.png", bomb, None)

@@ -232,3 +232,17 @@ def test_clips_of_different_lengths_are_named():
         context.check_query_frames(1, 5, "query.png")
     assert "query.png: 1 frames" in one_line(error) and "5" in one_line(error)
     context.check_query_frames(5, 5)
+
+
+@pytest.mark.parametrize("end", ["\n", "\x0c", "\x85", "\u2028"])
+def test_names_of_several_lines_stay_on_one(tmp_path, end):
+    (tmp_path / f"0{end}b_input.png").touch()
+    with pytest.raises(InputError) as error:
+        context.read_template(tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+    (tmp_path / f"depth{end}x").mkdir()
+    (tmp_path / f"depth{end}y").mkdir()
+    for name in ("depth", "nowhere"):
+        with pytest.raises(InputError) as error:
+            context.find_task(name, [tmp_path])
+        assert len(str(error.value).splitlines()) == 1

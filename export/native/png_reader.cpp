@@ -16,8 +16,10 @@ namespace lavin {
 
 namespace {
 
+constexpr std::string_view kSignature = "\x89PNG\r\n\x1a\n";
 // Names of chunks, each with its zero. What says something about colours but the profile is passed over.
 constexpr png_byte kPassedOver[] = "bKGD\0cHRM\0gAMA\0hIST\0oFFs\0pCAL\0pHYs\0sBIT\0sCAL\0sPLT\0sRGB\0tIME";
+constexpr png_alloc_size_t kMaxChunk = 8'000'000;  // bytes of a profile or a text, decompressed
 constexpr png_byte kExif[] = "eXIf";
 
 // PNG is read by rows: libpng's simple interface changes pictures of 16 bits or with a gamma.
@@ -44,6 +46,17 @@ void on_read(png_structp png, png_bytep target, png_size_t count) {
   source->left -= count;
 }
 
+// Throws where a chunk ends behind the file: libpng makes room for whatever length one claims.
+void check_chunks(std::string_view data) {
+  for (size_t at = kSignature.size(); at + 8 <= data.size();) {
+    if (data.substr(at + 4, 4) == "IEND") return;
+    const auto* length = reinterpret_cast<const png_byte*>(data.data() + at);
+    at += 8;
+    if (png_get_uint_32(length) > data.size() - at) throw InputError("it is truncated");
+    at += png_get_uint_32(length) + size_t{4};
+  }
+}
+
 // Reads up to the pixels and asks for 8-bit RGBA; false where libpng failed.
 bool read_header(png_structp png, png_infop info, int64_t max_pixels, bool& grey) {
   if (setjmp(png_jmpbuf(png))) return false;
@@ -53,6 +66,7 @@ bool read_header(png_structp png, png_infop info, int64_t max_pixels, bool& grey
   png_set_keep_unknown_chunks(png, PNG_HANDLE_CHUNK_ALWAYS, kExif, 1);
   png_set_crc_action(png, PNG_CRC_DEFAULT, PNG_CRC_ERROR_QUIT);
   png_set_user_limits(png, PNG_UINT_31_MAX, PNG_UINT_31_MAX);
+  png_set_chunk_malloc_max(png, kMaxChunk);
   png_read_info(png, info);
   // Before libpng makes room for a row.
   const int64_t height = png_get_image_height(png, info), width = png_get_image_width(png, info);
@@ -123,9 +137,10 @@ int orientation_of(png_structp png, png_infop info) {
 
 }  // namespace
 
-bool is_png(std::string_view data) { return data.starts_with("\x89PNG\r\n\x1a\n"); }
+bool is_png(std::string_view data) { return data.starts_with(kSignature); }
 
 Png read_png(std::string_view data, int64_t max_pixels) {
+  check_chunks(data);
   Source source{data.data(), data.size(), ""};
   png_structp png = png_create_read_struct(PNG_LIBPNG_VER_STRING, &source, on_error, on_warning);
   png_infop info = png ? png_create_info_struct(png) : nullptr;

@@ -18,6 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 MEGABYTES = 4096
+LARGEST = 256  # megabytes of one allocation
 LONGEST = {"checkpoint": 32768, "archive": 16384}  # bytes of a case
 LONGEST_ELSE = 4096
 SANITIZER = "detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=32"
@@ -80,7 +81,8 @@ def run(reader: str, command: list[str | Path], work: Path, seconds: float, case
         (kept / file).write_bytes(content)
     longest = LONGEST.get(name, LONGEST_ELSE)
     options = [
-        f"-max_total_time={seconds:.0f}", f"-rss_limit_mb={MEGABYTES}", f"-timeout={HANGS}", f"-max_len={longest}",
+        f"-max_total_time={seconds:.0f}", f"-rss_limit_mb={MEGABYTES}", f"-timeout={HANGS}",
+        f"-max_len={longest}", f"-malloc_limit_mb={LARGEST}",
         f"-artifact_prefix={crashes}/", "-print_final_stats=1", f"-runs={cases or -1}", "-reload=0",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ASAN_OPTIONS": SANITIZER}
