@@ -141,7 +141,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         try:
             load = Load(re.search(r"http://\S+", service.stdout.readline())[0], service.pid)
             figures["openmp"] = load.openmp()
-            load.run(asked[:8], 2)  # warm
+            load.run(requests(8, options.steps), 2)  # warm
             if asked:
                 half, before = options.alone // 2, load.counted()
                 phases = [(asked[:half], 1), (asked, options.clients), (asked[half : options.alone], 1)]
