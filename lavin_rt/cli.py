@@ -246,6 +246,7 @@ def _add_bench(commands) -> None:
     startup.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
     startup.set_defaults(main="bench startup")
     _add_bench_quality(kinds)
+    _add_bench_serve(kinds)
 
 
 def _add_bench_quality(kinds) -> None:
@@ -296,6 +297,22 @@ def _add_bench_quality(kinds) -> None:
     quality.set_defaults(main="bench quality")
 
 
+def _add_bench_serve(kinds) -> None:
+    load = kinds.add_parser(
+        "serve",
+        help="a service under many clients: what batches gain, right answers, memory",
+        description="Starts a service of the small model on this machine's CPU and asks by one client and by many.",
+    )
+    load.add_argument("--clients", type=int, default=32, help="at once (default: 32)")
+    load.add_argument("--requests", type=int, default=200, help="in all; 0 for --memory alone (default: 200)")
+    load.add_argument("--alone", type=int, default=40, help="of them, also asked by one client (default: 40)")
+    load.add_argument("--steps", type=int, default=20, help="knots of the schedule (default: 20)")
+    load.add_argument("--check", type=int, default=200, help="answers held against the pipeline's (default: 200)")
+    load.add_argument("--memory", type=int, default=1000, help="more requests, for memory; 0 none (default: 1000)")
+    load.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
+    load.set_defaults(main="bench serve")
+
+
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
     print(f"lavin-rt: warning: {message}", file=sys.stderr)
 
@@ -332,6 +349,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from lavin_bench.pipeline import bench_pipeline as command
             elif options.main == "bench startup":
                 from lavin_bench.startup import bench_startup as command
+            elif options.main == "bench serve":
+                from lavin_bench.serve_load import bench_serve as command
             elif options.main == "bench quality":
                 from lavin_bench.quality import bench_quality as command
             else:

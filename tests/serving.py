@@ -60,3 +60,16 @@ def message(response: httpx.Response) -> str:
     text = response.json()["error"]["message"]
     assert text and "\n" not in text and "/work" not in text and "/tmp" not in text, text
     return text
+
+
+STEPS = {"steps": "4"}
+
+
+def ask(client, task="depth_estimation", query=None, **fields):
+    query = picture() if query is None else query
+    return client.post(f"/v1/tasks/{task}/run", files={"query": query}, data={**STEPS, **fields})
+
+
+def works(client) -> None:
+    """The next request is answered."""
+    assert ask(client).status_code == 200

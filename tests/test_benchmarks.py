@@ -146,9 +146,10 @@ def test_report_fills_the_readme_from_files(tmp_path):
     assert report.fill(filled, tmp_path) == filled
 
 
-def test_the_readme_is_as_the_result_files_say():
-    readme = report.RESULTS.parents[1] / "README.md"
-    assert report.fill(readme.read_text()) == readme.read_text(), "run python -m lavin_bench.report --write README.md"
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md"])
+def test_documents_are_as_the_result_files_say(name):
+    document = report.RESULTS.parents[1] / name
+    assert report.fill(document.read_text()) == document.read_text(), f"run python -m lavin_bench.report --write {name}"
 
 
 def test_operators_that_do_not_exist_are_refused(capsys):

@@ -149,9 +149,17 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobil
 
 
 @pytest.mark.parametrize("page", [PHONE], indirect=True, ids=["dark"])
-def test_on_a_phone(page, shot):
+def test_on_a_phone(page, shot, tmp_path):
     page.get_by_role("button", name="negative").click()
     done(page)
+    page.wait_for_function("document.querySelector('#result').getBoundingClientRect().bottom <= innerHeight + 1")
+    for folded in ("#how", "#own"):
+        page.locator(f"{folded} button").first.click()
+    for side in ("#pair-input", "#pair-target"):
+        drop(page, side, write(tmp_path, "side.png", 1))
+    page.locator("#add-pair").click()
+    page.locator("#status", has_text="1 pair").wait_for(timeout=WAIT)
+    page.locator("#own .thumbnail-item img").first.wait_for(timeout=WAIT)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") not in ("rgb(255, 255, 255)",)
 

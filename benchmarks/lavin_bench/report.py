@@ -138,6 +138,37 @@ def native_table(record: dict[str, Any]) -> str:
     return f"{caption(record['header'])}\n\n{table(columns, rows)}"
 
 
+def serve_table(record: dict[str, Any]) -> str:
+    """A service under one client and under many, right answers and memory."""
+    phases = [*record["one_client"], record["many_clients"]]
+    columns = ["requests", "clients", "a second", "CPU seconds each", "p50, p95", "mean batch", "load average"]
+    rows = [
+        [
+            f"{phase['answered']} of {phase['requests']}",
+            str(phase["clients"]),
+            f"{phase['per_second']:.2f}",
+            f"{phase['cpu_seconds_each']:.2f}",
+            f"{phase['p50_s']:.1f} s, {phase['p95_s']:.1f} s",
+            f"{phase['mean_batch']:.1f}",
+            " to ".join(f"{load:.0f}" for load in phase["load_average"]),
+        ]
+        for phase in phases
+    ]
+    text = (
+        f"{record['setting']}. {caption(record['header'])} {' '.join(record['openmp'])}\n\n{table(columns, rows)}\n"
+        f"Many clients get {record['times_per_second']:.2f} times as much as one, for "
+        f"{1 / record['times_cpu_seconds_each']:.2f} of the CPU time a request. {record['held_against_the_pipeline']} "
+        f"answers held against the pipeline's own differ by {record['worst_grey_levels']} grey levels at most."
+    )
+    if "memory" in record:
+        memory = record["memory"]
+        text += (
+            f" The process takes {memory['mb_after_100']:.0f} MB after 100 requests at speed fastest and "
+            f"{memory['mb_after_all']:.0f} MB after {memory['requests']} more."
+        )
+    return f"{text}\n"
+
+
 def milliseconds(seconds: dict[str, Any]) -> str:
     """Median and spread."""
     median, low, high = (f"{1e3 * seconds[key]:.0f}" for key in ("median", "low", "high"))
@@ -174,6 +205,7 @@ def render(record: dict[str, Any]) -> str:
         "quality": quality_table,
         "quality_speeds": speeds_table,
         "native": native_table,
+        "serve": serve_table,
         "strangers": strangers_table,
     }
     kind = record.get("kind", "forms")

@@ -37,14 +37,28 @@ EXAMPLES = ("depth_estimation", "object_detection", "negative")
 DOWNLOADS = 64
 CACHE_SECONDS = (600, 3600)
 STYLE = """
-.gradio-container {max-width: 1200px !important; margin: auto}
+.gradio-container {max-width: 1200px !important; width: 100%; margin: auto}
 .lavin-status {min-height: 2.6rem; font-size: 1rem}
 .lavin-status progress {width: 100%; height: .7rem}
 .lavin-error {border-left: 4px solid #d33; padding: .5rem .8rem; background: rgba(221, 51, 51, .12); border-radius: 4px}
-#result, #strip {contain: inline-size}
-@media (max-width: 600px) {main.contain, .wrap {min-width: 0} .gradio-container main {padding: 0 .4rem !important}}
+#result, .gallery-container {contain: inline-size}
+.gallery-container .grid-wrap {padding-top: 2.2rem}
+.gallery-container .caption-label {font-size: .7rem; white-space: normal; padding: .1rem .3rem}
+#query img {width: 100%; height: 100%; object-fit: contain}
+#pair-input .icon-wrap, #pair-target .icon-wrap {display: none}
+#pair-input .upload-container .wrap, #pair-target .upload-container .wrap {padding-top: 1.8rem; font-size: .8rem}
+@media (max-width: 600px) {
+  main.contain, .wrap {min-width: 0}
+  .gradio-container main {padding: 0 .4rem !important}
+  #pairs {height: 15rem !important}
+}
 footer .built-with, footer a[href*="gradio"] {display: none !important}
 """
+
+# On a phone what happens next is further down; where it is seen already nothing moves. Pictures get their height first.
+SHOW = (
+    "() => {setTimeout(() => document.querySelector('%s').scrollIntoView({block: 'nearest', behavior: 'smooth'}), 300)}"
+)
 
 
 def upload(**options: Any) -> gr.Image:
@@ -224,8 +238,9 @@ def build(page: Page) -> gr.Blocks:
                 shown = gr.Gallery(
                     gallery,
                     label="Its pairs",
+                    elem_id="pairs",
                     columns=2,
-                    height=340,
+                    height=360,
                     object_fit="contain",
                     buttons=[],
                     interactive=False,
@@ -236,7 +251,7 @@ def build(page: Page) -> gr.Blocks:
                         target = upload(label="Target", height=170, elem_id="pair-target", min_width=130)
                     add = gr.Button("Add this pair", elem_id="add-pair")
                     chosen = gr.Gallery(
-                        label="Pairs so far", columns=4, height=130, fit_columns=False, buttons=[], interactive=False
+                        label="Pairs so far", columns=4, height=150, fit_columns=False, buttons=[], interactive=False
                     )
                     own_name = gr.Textbox(label="Name", placeholder="small letters, digits, - and _", max_length=64)
                     make = gr.Button("Make the task", elem_id="make-task")
@@ -248,7 +263,9 @@ def build(page: Page) -> gr.Blocks:
                 message = gr.HTML(status(""), elem_id="status")
                 with gr.Accordion("How", open=False, elem_id="how"):
                     speed = gr.Radio(list(SPEEDS), value=service.speed, label="Speed")
-                    steps = gr.Slider(4, service.limits.steps, value=20, step=2, label="Steps")
+                    steps = gr.Slider(
+                        4, service.limits.steps, value=20, step=2, label="Steps", info="of speed exact alone"
+                    )
                     guidance = gr.Slider(0, min(10, service.limits.guidance), value=1.5, step=0.1, label="Guidance")
                     seed = gr.Number(0, precision=0, label="Seed", minimum=0, maximum=2**53)
                     pairs = gr.Slider(1, 8, value=4, step=1, label="Pairs")
@@ -271,14 +288,16 @@ def build(page: Page) -> gr.Blocks:
         answered = [message, ticket, result, download, strip, strip_state]
         private = {"api_visibility": "private", "show_progress": "hidden"}
         task.change(page.pairs, task, [shown, pairs], **private)
-        run.click(page.run, asked, answered, **private)
+        run.click(page.run, asked, answered, **private).then(None, js=SHOW % "#result", **private)
         cancel.click(page.cancel, ticket, None, queue=False, **private)
         add.click(page.add_pair, [source, target, pair_state], [pair_state, chosen, source, target, message], **private)
         make.click(page.make, [own_name, pair_state], [message, task, pair_state], **private)
         blocks.load(lambda: gr.update(choices=page.names()), None, task, **private)
         for button, (name, path) in zip(buttons, examples, strict=True):
-            choose = button.click(lambda name=name, path=path: (name, str(path)), None, [task, query], **private)
-            choose.then(page.run, asked, answered, **private)
+            choose = button.click(
+                lambda name=name, path=path: (name, str(path)), None, [task, query], js=SHOW % "#status", **private
+            )
+            choose.then(page.run, asked, answered, **private).then(None, js=SHOW % "#result", **private)
     return blocks
 
 

@@ -211,16 +211,13 @@ class Service:
                 del self._jobs[job.id]
 
     def _most(self, kind: Kind, count: int) -> int:
-        """How many of a kind run together: what memory allows, and where a shape is captured or compiled a power of
-        two, so that there are few shapes.
+        """How many of a kind run together: a power of two that memory allows. What is captured, compiled or cached for
+        a shape, if only by the libraries below, is then there after few runs, and memory grows no further.
         """
         if getattr(kind.entry.source, "posterior", "mean") == "sample":
             return 1  # its draw takes its numbers from the run's one seed
-        executor = self.pipeline.executor
-        most = executor.most_queries(self._shape(kind, count)) or 1
-        if executor.graphs or self.pipeline.compile:
-            most = 1 << (most.bit_length() - 1)
-        return most
+        most = self.pipeline.executor.most_queries(self._shape(kind, count)) or 1
+        return 1 << (most.bit_length() - 1)
 
     def _shape(self, kind: Kind, queries: int):
         frames, keeps = 1 + (kind.frames - 1) // 4, SPEEDS[kind.speed].keeps
