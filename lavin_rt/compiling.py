@@ -36,6 +36,13 @@ def compiling(what: str) -> Iterator[None]:
         # It writes the compiler's command lines without quotes.
         if UNQUOTED.search(folder):
             stack.enter_context(temporary_cache_dir(stack.enter_context(_link_to(folder, what))))
+        if UNQUOTED.search(tempfile.gettempdir()):
+            from torch._inductor import config
+
+            # Headers are preprocessed in the temporary folder, everything else in the cache.
+            stack.enter_context(
+                config.patch({"cpp_cache_precompile_headers": False, "aot_inductor.precompile_headers": False})
+            )
         try:
             yield
         except InputError:
