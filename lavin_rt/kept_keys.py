@@ -16,9 +16,7 @@ SAMPLES = 4096  # of every parameter: two trainings differ everywhere, and 3.4 b
 
 
 def keys_to_keep(network: Denoiser, keys: Tensors) -> KeptKeys:
-    """Those that `Executor.context_keys` made for one context, without what pads their heads, in the plain model's order
-    of columns.
-    """
+    """What `Executor.context_keys` made for one context, in the plain model's order of columns and without padding."""
     size = network.config.head_size
     parts = torch.stack([part[0, ..., :size].cpu() for part in keys])
     if network.impl != "plain":
@@ -57,8 +55,8 @@ def kept_tensors(kept: KeptKeys, network: Denoiser) -> Tensors:
 
 
 def _swapped(keys: torch.Tensor, inner: int, outer: int) -> torch.Tensor:
-    """Every third of a head, `[inner..., outer...]` of it in turn: from rotated pairs in halves to pairs side by side with
-    (2, head size / 6), and back with the two exchanged (see `lavin_kernels.qk_norm_rope`).
+    """Every third of a head with its two dimensions, `[inner, outer]`, exchanged: from pairs side by side, `(j, 2)`, to the
+    plain model's halves, `(2, j)`, or back (see `lavin_kernels.qk_norm_rope`).
     """
     return keys.unflatten(-1, (3, inner, outer)).transpose(-1, -2).flatten(-3)
 
