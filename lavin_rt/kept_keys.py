@@ -55,8 +55,8 @@ def kept_tensors(kept: KeptKeys, network: Denoiser) -> Tensors:
 
 
 def _swapped(keys: torch.Tensor, inner: int, outer: int) -> torch.Tensor:
-    """Every third of a head with its two dimensions, `[inner, outer]`, exchanged: from pairs side by side, `(j, 2)`, to the
-    plain model's halves, `(2, j)`, or back (see `lavin_kernels.qk_norm_rope`).
+    """Every third of a head with its two dimensions, `[inner, outer]`, exchanged: from pairs side by side, `(j, 2)`, to
+    the plain model's halves, `(2, j)`, or back (see `lavin_kernels.qk_norm_rope`).
     """
     return keys.unflatten(-1, (3, inner, outer)).transpose(-1, -2).flatten(-3)
 
