@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from support.checks import refusal
 
 import lavin_rt
-from lavin_rt.checkpoint.load import describe, find_checkpoint, load_dit, load_vae
+from lavin_rt.checkpoint.load import describe, load_dit, load_vae
 from lavin_rt.checkpoint.tensors import SafetensorsFile
-from lavin_rt.find.model import BUNDLED, find_model
+from lavin_rt.find.model import BUNDLED, find_checkpoint, find_model
 
 DIT, VAE = BUNDLED / "weights" / "lavin_dit.safetensors", BUNDLED / "weights" / "stvae.safetensors"
 NAMES = {
