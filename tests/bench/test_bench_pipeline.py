@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
+from support.command import exit_code
 from support.golden import relative_error
 
 from lavin_bench import report
@@ -233,7 +234,7 @@ def test_command(tmp_path, capsys):
     ],
 )
 def test_bad_options_are_one_line(arguments, capsys):
-    assert main(["bench", *arguments]) == 2
+    assert exit_code(["bench", *arguments]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert arguments[-1] in line
 

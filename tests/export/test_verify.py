@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checks import refusal
+from support.command import exit_code
 from support.onnx_exports import exported, golden_checkpoint
 from support.small_artifact import read_manifest, write_manifest
 
@@ -172,13 +173,13 @@ def test_refused_before_any_work(tmp_path, capsys):
     (tmp_path / "full" / "file").write_text("")
     for given, said in (
         (["-o", str(tmp_path / "full")], "not empty"),
-        (["-o", str(tmp_path / "a"), "--dtype", "int8"], "dtype is 'int8'"),
+        (["-o", str(tmp_path / "a"), "--dtype", "int8"], "invalid choice: 'int8'"),
         (["-o", str(tmp_path / "a"), "--steps", "21"], "steps is 21"),
         (["-o", str(tmp_path / "a"), "--steps", "20", "20"], "twice"),
         (["-o", str(tmp_path / "a"), "--clip-frames", "6"], "6"),
         (["-o", str(tmp_path / "a"), "--device", "cuda:77"], "no device"),
     ):
-        assert main(["export", "onnx", "--checkpoint", checkpoint, *given]) == 2
+        assert exit_code(["export", "onnx", "--checkpoint", checkpoint, *given]) == 2
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1, error
     assert find_checkpoint(checkpoint) and not (tmp_path / "a").exists()

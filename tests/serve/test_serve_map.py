@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.command import exit_code
 from support.serving import picture
 
 from lavin_rt.cli.main import main
@@ -71,7 +72,8 @@ def test_a_manifest_is_read_as_written(tmp_path):
 @pytest.mark.parametrize("more", [["--workers", "0"], ["--steps", "5"], ["--speed", "x"], ["--queries", "nowhere"]])
 def test_options_that_do_not_fit(queries, tmp_path, more, capsys):
     pytest.importorskip("ray", reason="needs the extra ray")
-    assert main(["map", "--task", "depth", "--queries", str(queries), "-o", str(tmp_path / "out"), *more]) == 2
+    command = ["map", "--task", "depth", "--queries", str(queries), "-o", str(tmp_path / "out"), *more]
+    assert exit_code(command) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 

@@ -57,7 +57,12 @@ def run(arguments: dict[str, str | list[str] | None], *flags: str, command: str 
     for name, value in arguments.items():
         if value is not None:
             words += [name, *([value] if isinstance(value, str) else value)]
+    return exit_code([*words, *flags])
+
+
+def exit_code(words: list[str]) -> int:
+    """Of a command line, refused by its parser or not."""
     try:
-        return main([*words, *flags])
-    except SystemExit as stop:  # of what the parser refuses
+        return main(words)
+    except SystemExit as stop:
         return stop.code
