@@ -253,3 +253,16 @@ def _cannot_write(path: str | os.PathLike, error: OSError) -> InputError:
     name = " ".join(os.fspath(path).split())
     name = name if len(name) <= 300 else f"{name[:150]}...{name[-100:]}"
     return InputError(f"{name}: cannot be written ({error.strerror or error}); choose a place you can write to")
+
+
+@contextlib.contextmanager
+def utf8_path(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A file's path for a library that takes UTF-8 alone: its own, or one through its open descriptor."""
+    name = os.fspath(path)
+    try:
+        os.fsencode(name).decode()
+    except UnicodeDecodeError:
+        with open(name, "rb") as file:
+            yield f"/proc/self/fd/{file.fileno()}"
+    else:
+        yield name

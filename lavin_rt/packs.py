@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lavin_rt.errors import InputError
+from lavin_rt.files import utf8_path
 from lavin_rt.pictures import images
 from lavin_rt.pictures.encoded import THUMBNAILS, EncodedContext
 
@@ -92,7 +93,7 @@ class TaskPack:
         from safetensors import safe_open
 
         context = EncodedContext.load(path)
-        with safe_open(os.fspath(path), framework="pt") as file:
+        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             described = file.metadata() or {}
             thumbnails = file.get_tensor(THUMBNAILS).clone() if THUMBNAILS in file.keys() else None  # noqa: SIM118
         if thumbnails is not None and (

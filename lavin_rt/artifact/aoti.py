@@ -20,6 +20,7 @@ from lavin_rt.artifact.sizes import bind_sizes
 from lavin_rt.container import folder_fault, temporary_folder
 from lavin_rt.devices import DTYPES
 from lavin_rt.errors import InputError
+from lavin_rt.files import utf8_path
 from lavin_rt.host_state import full_float32
 
 # What the weights file says about tensors whose memory order is not the order of their dimensions.
@@ -117,7 +118,7 @@ def read_weights(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with utf8_path(path) as readable, safe_open(readable, framework="pt", device=str(device)) as file:
             orders = json.loads((file.metadata() or {}).get(PERMUTED, "{}"))
             weights = {name: file.get_tensor(name) for name in list(file.keys())}
             return {name: value.permute(orders.get(name, [*range(value.dim())])) for name, value in weights.items()}

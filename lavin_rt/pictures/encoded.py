@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lavin_rt.errors import InputError
-from lavin_rt.files import written_whole
+from lavin_rt.files import utf8_path, written_whole
 from lavin_rt.pictures import images
 from lavin_rt.pictures.context import check_query_frames
 
@@ -131,7 +131,7 @@ class EncodedContext:
         name = images.source_name(path)
         foreign = f"{name}: not an encoded context of lavin-rt"
         try:
-            with safe_open(os.fspath(path), framework="pt") as file:
+            with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
                 described = file.metadata() or {}
                 if described.get("format") != _FORMAT:
                     raise InputError(f"{foreign} (its metadata do not say so); expected a file saved as one")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavin_kernels.static import check as static
+from lavin_kernels import static
 from lavin_rt.cli.main import main
 from lavin_rt.find.model import BUNDLED, find_checkpoint, find_model
 from lavin_rt.pictures import images
