@@ -113,7 +113,7 @@ def test_unknown_target():
 
 
 def test_every_module_with_cases_is_compiled():
-    folder = Path(static.__file__).parents[1] / "ops"
+    folder = Path(static.__file__).parent / "ops"
     found = {path.stem for path in folder.glob("*.py") if "def static_cases(" in path.read_text()}
     assert found == set(MODULES)
 
