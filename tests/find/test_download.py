@@ -199,7 +199,8 @@ def test_the_default_cache_is_that_of_the_hub_library(tmp_path):
 
 def test_the_default_cache_without_the_hub_library(tmp_path, monkeypatch):
     archive = pack_checkpoint(tmp_path / "weights.tar.gz")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for name in ("huggingface_hub", "huggingface_hub.constants"):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(Path, "home", classmethod(lambda cls: tmp_path / "home"))
     assert find_checkpoint(archive).dit.is_relative_to(tmp_path / "home" / ".cache" / "huggingface" / "assets")
     message = refusal(find_checkpoint, "somebody/something")

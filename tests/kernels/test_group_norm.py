@@ -51,6 +51,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @compiled_test
 def test_under_the_interpreter():
     kernel_checks.run_under_interpreter(__file__)

@@ -107,7 +107,7 @@ def test_a_task_and_its_runs(task):
         kinds = {"steps": kind(4), "seed": kind(5), "guidance": kind(2.0) if kind is not np.int64 else np.float32(2)}
         held = task.run([query()], batch_size=kind(1), **kinds)[0]
         assert torch.equal(held.latents, plain.latents) and held.seed == 5 and type(held.seed) is int
-    again = task.pipeline.task("depth", pairs=torch.tensor(1), seed=np.uint8(0))
+    again = task.engine.task("depth", pairs=torch.tensor(1), seed=np.uint8(0))
     assert torch.equal(again.run([query()], steps=4, seed=5, guidance=2.0)[0].latents, plain.latents)
 
 
@@ -130,14 +130,14 @@ def test_what_is_refused_says_what_it_is(task, value):
 
 
 def test_latents_of_sample(task):
-    dit, latents, noise = task.pipeline.dit, torch.randn(1, 16, 3, 8, 8), torch.randn(1, 16, 1, 8, 8)
+    dit, latents, noise = task.engine.dit, torch.randn(1, 16, 3, 8, 8), torch.randn(1, 16, 1, 8, 8)
     plain = lavin_rt.sample(dit, latents, noise, 4, 1.5)
     held = lavin_rt.sample(dit, latents.numpy(), noise.numpy(), np.int64(4), np.float64(1.5), query_frames=np.int8(1))
     assert torch.equal(held, plain)
 
 
 def test_tiles(task):
-    pipe, latents = task.pipeline, torch.randn(1, 16, 1, 8, 8)
+    pipe, latents = task.engine, torch.randn(1, 16, 1, 8, 8)
     pipe.tile = 4
     plain = pipe.decode(latents)
     pipe.tile = np.int64(4)
@@ -154,11 +154,11 @@ def test_paths_of_any_kind(task, tmp_path):
         task.context.save(kind(tmp_path / "context.safetensors"))
         loaded = lavin_rt.EncodedContext.load(kind(tmp_path / "context.safetensors"))
         assert torch.equal(loaded.latents, task.context.latents)
-        again = task.pipeline.task(kind(tmp_path / "context.safetensors"))
+        again = task.engine.task(kind(tmp_path / "context.safetensors"))
         assert torch.equal(again.context.latents, task.context.latents)
         assert find_task(kind(BUNDLED / "template" / "negative"), []) == BUNDLED / "template" / "negative"
         assert len(task.run([kind(tmp_path / "q.png")], steps=4)) == 1
-        lavin_rt.save_vae(task.pipeline.vae, kind(tmp_path / "stvae.safetensors"))
-        assert lavin_rt.load_vae(kind(tmp_path / "stvae.safetensors")).config == task.pipeline.vae.config
-        lavin_rt.save_dit(task.pipeline.dit, kind(tmp_path / "lavin_dit.safetensors"), size=np.int64(64))
+        lavin_rt.save_vae(task.engine.vae, kind(tmp_path / "stvae.safetensors"))
+        assert lavin_rt.load_vae(kind(tmp_path / "stvae.safetensors")).config == task.engine.vae.config
+        lavin_rt.save_dit(task.engine.dit, kind(tmp_path / "lavin_dit.safetensors"), size=np.int64(64))
         assert lavin_rt.Pipeline.from_pretrained(kind(tmp_path)).size == 64

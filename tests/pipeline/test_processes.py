@@ -93,23 +93,23 @@ def test_a_spawned_worker_loads_its_own(task, kind):
 
 
 def test_what_cannot_run_behind_a_fork_says_so(task, monkeypatch):
-    turns = Turns(task.pipeline.network)
+    turns = Turns(task.engine.network)
     assert not turns.inherited
     turns._process -= 1
     assert turns.inherited and not turns.behind_fork().inherited
-    monkeypatch.setattr(task.pipeline.network, "forkable", False, raising=False)
+    monkeypatch.setattr(task.engine.network, "forkable", False, raising=False)
     with pytest.raises(InputError, match="make it in the worker, or start workers with the method"):
         turns.behind_fork()
 
 
 def test_a_pickled_pipeline_is_where_it_was_loaded_from(task, tmp_path, monkeypatch):
-    pipe = task.pipeline
+    pipe = task.engine
     pipe.tile = 4
     content = pickle.dumps(task)
     monkeypatch.chdir(tmp_path)
     again = pickle.loads(content)
     assert len(content) < 200_000  # the pairs' pictures and latents, no weights
-    assert again.pipeline.source == "lavin-mini" and again.pipeline.tile == 4 and again.pipeline.impl == pipe.impl
+    assert again.engine.source == "lavin-mini" and again.engine.tile == 4 and again.engine.impl == pipe.impl
     found, plain = (one.run([picture()], steps=4, seed=1)[0] for one in (again, task))
     assert torch.equal(found.frames, plain.frames)
     assert again.context.vae_fingerprint == task.context.vae_fingerprint
@@ -117,12 +117,12 @@ def test_a_pickled_pipeline_is_where_it_was_loaded_from(task, tmp_path, monkeypa
 
 def test_weights_that_changed_are_not_silently_others(task):
     with torch.no_grad():
-        task.pipeline.dit.prompt_embed.add_(1)
+        task.engine.dit.prompt_embed.add_(1)
     with pytest.raises(InputError, match="save_dit"):
         pickle.dumps(task)
 
 
 def test_a_pipeline_of_networks_in_memory_cannot_be_pickled(task):
-    pipe = lavin_rt.Pipeline(task.pipeline.dit, task.pipeline.vae)
+    pipe = lavin_rt.Pipeline(task.engine.dit, task.engine.vae)
     with pytest.raises(InputError, match="cannot be pickled"):
         pickle.dumps(pipe)

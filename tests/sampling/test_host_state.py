@@ -85,7 +85,7 @@ HOSTS = {
     "gradients": torch.enable_grad,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "device": lambda: torch.device("meta"),
-    "default device": lambda: setting(torch.set_default_device, torch.get_default_device, "meta"),
+    "default device": lambda: setting(torch.set_default_device, lambda: None, "meta"),  # none is not the CPU by name
     "deterministic": lambda: setting(
         torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled, True
     ),

@@ -167,7 +167,7 @@ def test_auto_tile_leaves_usual_sizes_whole():
     [
         ("decode", (1, 16, 1, 8, 8), {"tile": 3}, "tile is 3, expected 'auto' or a number of latents, at least 4"),
         ("decode", (1, 16, 1, 8, 8), {"tile": "small"}, "tile is 'small'"),
-        ("decode", (1, 16, 5, 4, 4), {"chunk": 2}, "chunk is 2 latent frames, expected at least 3"),
+        ("decode", (1, 16, 5, 4, 4), {"chunk": 2}, "chunk is 2, expected a number of latent frames, at least 3"),
         (
             "encode",
             (1, 3, 1, 70, 64),
