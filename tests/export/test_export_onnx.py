@@ -245,9 +245,9 @@ MEASURE = """
 import dataclasses, json, sys
 from pathlib import Path
 import torch
-from lavin_export.real_size import run_job, write_random_checkpoint
+from lavin_bench.export_size import run_job, write_random_checkpoint
 from lavin_rt.checkpoint.load import load_vae, save_vae
-from lavin_rt.config import PRESETS
+from lavin_rt.dit.config import PRESETS
 
 folder, vae = Path(sys.argv[1]), sys.argv[2]
 if sys.argv[3] == "write":

@@ -51,8 +51,8 @@ SMALL = {
 }
 
 
-@pytest.mark.slow
 @compiled_test
+@pytest.mark.slow
 def test_under_the_interpreter():
     kernel_checks.run_under_interpreter(__file__)
 
