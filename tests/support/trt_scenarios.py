@@ -1,10 +1,11 @@
-"""Checks in a process of their own, one version of TensorRT's bindings in each: `trt_scenarios.py FOLDER NAME`.
+"""Checks in a process of their own, one version of TensorRT's bindings in each: `-m support.trt_scenarios FOLDER NAME`.
 
 Prints one JSON object with what was found; fails with a traceback.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from support import trt_bindings
 
 def main(folder: str, name: str, *arguments: str) -> None:
     trt = trt_bindings.import_bindings(Path(folder))
-    module = __import__(f"trt_{name}")
+    module = importlib.import_module(f"support.trt_{name}")
     print(json.dumps(module.scenario(trt, *arguments)))
 
 
