@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import kernel_checks, sass
 
-import lavin_kernels
+import lavin_kernels.ops
 from lavin_kernels import tuning
 from lavin_kernels.launch import interpreted
 from lavin_kernels.machine_code import Code, attention_counts, count, row_instructions
@@ -58,7 +58,7 @@ def test_no_barrier_lies_where_partitions_are_handed_their_arguments(tmp_path, m
     name, made = "lavin_kernels.ops.joint_attention_gluon", "    k_ready, k_free = _barriers("
     broken = kernel_checks.mutant(name, made, f"    unused = _barriers(GROUPS, 1)\n{made}", tmp_path)
     monkeypatch.setitem(sys.modules, name, broken)
-    monkeypatch.setattr(lavin_kernels, "joint_attention_gluon", broken)
+    monkeypatch.setattr(lavin_kernels.ops, "joint_attention_gluon", broken)
     assert overwritten(config)
 
 
