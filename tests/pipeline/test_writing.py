@@ -267,7 +267,9 @@ def test_a_full_disk_loses_nothing_of_a_file_that_is_written_over(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_signals_undo_what_is_under_way(tmp_path, number):
     code = (
-        "import sys, time, lavin_rt.cli.demo, lavin_rt.cli.main as cli\n"
+        "import signal, sys, time, lavin_rt.cli.demo, lavin_rt.cli.main as cli\n"
+        # A test that runs behind nohup, or in a shell's background, would hand on what is ignored there.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "from lavin_rt.files import written_whole\n"
         "import lavin_rt.cli.info\n"
         "def work(options):\n"

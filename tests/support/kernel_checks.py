@@ -50,7 +50,7 @@ def run_under_interpreter(path: str, marker: str = "") -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marker, path]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
-    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=1500)
     assert result.returncode == 0, f"under the interpreter:\n{result.stdout[-6000:]}\n{result.stderr[-2000:]}"
     return result.stdout
 
