@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-
-from lavin_rt.cli.options import COMPILE_HELP, DTYPES, IMPLS, SPEEDS, Parser, add_checkpoint_options
+from lavin_rt.cli.options import COMPILE_HELP, DTYPES, IMPLS, SPEEDS, Command, Parser, add_checkpoint_options
 
 
 def add_bench(commands) -> None:
@@ -25,7 +23,7 @@ def add_bench(commands) -> None:
     kernels.add_argument(
         "--static", action="store_true", help="no timing: compile for all targets without a GPU, and check the results"
     )
-    kernels.set_defaults(run=_kernels)
+    kernels.set_defaults(load=_kernels)
     tune = kinds.add_parser(
         "tune",
         help="find the best kernel launches of the GPU at hand",
@@ -38,7 +36,7 @@ def add_bench(commands) -> None:
         "-o", "--output", metavar="FILE", help="file to write (default: the installed package's, per device)"
     )
     tune.add_argument("--json", metavar="FILE", help="write all times to this file")
-    tune.set_defaults(run=_tune)
+    tune.set_defaults(load=_tune)
     pipeline = kinds.add_parser(
         "pipeline",
         help="whole samplings and whole calls, beside the way the authors run the model",
@@ -59,7 +57,7 @@ def add_bench(commands) -> None:
     pipeline.add_argument(
         "-o", "--output", metavar="FILE", help="write the figures to this JSON file and the waterfall beside it as SVG"
     )
-    pipeline.set_defaults(run=_pipeline)
+    pipeline.set_defaults(load=_pipeline)
     startup = kinds.add_parser(
         "startup",
         help="from the start of a process to its first picture, part by part",
@@ -82,7 +80,7 @@ def add_bench(commands) -> None:
     startup.add_argument("--compile", action="store_true", help=COMPILE_HELP)
     startup.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
     startup.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
-    startup.set_defaults(run=_startup)
+    startup.set_defaults(load=_startup)
     _add_bench_quality(kinds)
     _add_bench_serve(kinds)
 
@@ -132,7 +130,7 @@ def _add_bench_quality(kinds) -> None:
         "-o", "--output", metavar="FILE", help="write the figures to this JSON file and sheets of pictures beside it"
     )
     add_checkpoint_options(quality)
-    quality.set_defaults(run=_quality)
+    quality.set_defaults(load=_quality)
 
 
 def _add_bench_serve(kinds) -> None:
@@ -148,40 +146,40 @@ def _add_bench_serve(kinds) -> None:
     load.add_argument("--check", type=int, default=200, help="answers held against the pipeline's (default: 200)")
     load.add_argument("--memory", type=int, default=1000, help="more requests, for memory; 0 none (default: 1000)")
     load.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
-    load.set_defaults(run=_serve)
+    load.set_defaults(load=_serve)
 
 
-def _kernels(options: argparse.Namespace) -> None:
+def _kernels() -> Command:
     from lavin_bench.kernels.bench import bench_kernels
 
-    bench_kernels(options)
+    return bench_kernels
 
 
-def _tune(options: argparse.Namespace) -> None:
+def _tune() -> Command:
     from lavin_bench.kernels.tune import bench_tune
 
-    bench_tune(options)
+    return bench_tune
 
 
-def _pipeline(options: argparse.Namespace) -> None:
+def _pipeline() -> Command:
     from lavin_bench.pipeline.bench import bench_pipeline
 
-    bench_pipeline(options)
+    return bench_pipeline
 
 
-def _startup(options: argparse.Namespace) -> None:
+def _startup() -> Command:
     from lavin_bench.pipeline.startup import bench_startup
 
-    bench_startup(options)
+    return bench_startup
 
 
-def _quality(options: argparse.Namespace) -> None:
+def _quality() -> Command:
     from lavin_bench.quality.command import bench_quality
 
-    bench_quality(options)
+    return bench_quality
 
 
-def _serve(options: argparse.Namespace) -> None:
+def _serve() -> Command:
     from lavin_bench.serve_load import bench_serve
 
-    bench_serve(options)
+    return bench_serve

@@ -13,15 +13,10 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from lavin_rt.cli.options import COMPILE_HELP, POSTERIORS, SPEED_HELP, SPEEDS, Parser, add_checkpoint_options
+from lavin_rt.cli.options import COMPILE_HELP, POSTERIORS, SPEED_HELP, SPEEDS, Command, Parser, add_checkpoint_options
 from lavin_rt.cli.services import add_map, add_serve, add_task
 from lavin_rt.errors import InputError
-from lavin_rt.process import (
-    Terminated,
-    settle_threads,
-    sound_streams,
-    terminating,
-)
+from lavin_rt.process import Terminated, settle_threads, sound_streams, terminating
 
 OWN = ("run", "info", "serve", "map", "task")
 COMMANDS = "lavin_rt.commands"
@@ -125,7 +120,7 @@ def _add_run(commands) -> None:
     out.add_argument("--json", action="store_true", help="print a JSON record of the run on stdout, nothing else")
     out.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     add_checkpoint_options(run)
-    run.set_defaults(run=_run)
+    run.set_defaults(load=_run)
 
 
 def _add_info(commands) -> None:
@@ -142,35 +137,19 @@ def _add_info(commands) -> None:
     )
     info.add_argument("--json", action="store_true", help="print JSON")
     add_checkpoint_options(info)
-    info.set_defaults(run=_info)
+    info.set_defaults(load=_info)
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run() -> Command:
     from lavin_rt.cli.run import run
 
-    run(options)
+    return run
 
 
-def _info(options: argparse.Namespace) -> None:
+def _info() -> Command:
     from lavin_rt.cli.info import info
 
-    info(options)
-
-
-def _add_bench_serve(kinds) -> None:
-    load = kinds.add_parser(
-        "serve",
-        help="a service under many clients: what batches gain, right answers, memory",
-        description="Starts a service of the small model on this machine's CPU and asks by one client and by many.",
-    )
-    load.add_argument("--clients", type=int, default=32, help="at once (default: 32)")
-    load.add_argument("--requests", type=int, default=200, help="in all; 0 for --memory alone (default: 200)")
-    load.add_argument("--alone", type=int, default=40, help="of them, also asked by one client (default: 40)")
-    load.add_argument("--steps", type=int, default=20, help="knots of the schedule (default: 20)")
-    load.add_argument("--check", type=int, default=200, help="answers held against the pipeline's (default: 200)")
-    load.add_argument("--memory", type=int, default=1000, help="more requests, for memory; 0 none (default: 1000)")
-    load.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
-    load.set_defaults(main="bench serve")
+    return info
 
 
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
@@ -191,8 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options = parser(others=not arguments or arguments[0] not in OWN).parse_args(arguments)
             finally:
                 sys.stdout.flush()  # of --help
-            settle_threads()
-            options.run(options)
+            command = options.load()
+            settle_threads()  # of PyTorch, which the command has imported
+            command(options)
             sys.stdout.flush()
         except InputError as error:
             return _fail(str(error), 2)

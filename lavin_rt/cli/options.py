@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import NoReturn
+
+Command = Callable[[argparse.Namespace], None]
+"""Runs parsed options. A parser's default `load` gives it, so that its module is imported only when it is asked for."""
 
 # As the modules that do the work know them, which are not imported here: that takes seconds.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -11,10 +15,9 @@ IMPLS = ("auto", "plain", "torch", "triton")
 POSTERIORS = ("mean", "sample")
 SPEEDS = ("exact", "near", "fast", "fastest")
 SPEED_HELP = (
-    "(default: exact) fewer evaluations of the network, of whose context and guidance "
-    "less is computed; changes answers, by how much is unmeasured beside weights other than lavin-mini's"
+    "near, fast and fastest evaluate the network less often and compute less of its context and guidance; answers "
+    "change, by how much is unmeasured beside weights other than lavin-mini's (default: exact)"
 )
-
 COMPILE_HELP = (
     "run the network through torch.compile: the first picture of every shape waits for it, on a CPU 25 to 75 seconds, "
     "for a gain of some per cent on all others"

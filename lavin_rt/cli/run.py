@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lavin_rt.artifact.manifest import Manifest
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.header import open_checkpoint, picture_size
 from lavin_rt.console import Progress, print_json
@@ -153,7 +152,7 @@ def check_task(
 def trained_size(model: Checkpoint | Artifact) -> int:
     """The size of the pictures that a model was trained on, pixels a side; reads no weights."""
     if isinstance(model, Artifact):
-        return Manifest.read(model.folder).size
+        return model.manifest.size
     return picture_size(open_checkpoint(model.dit))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lavin_rt.cli.options import SPEEDS, Parser, add_checkpoint_options
+from lavin_rt.cli.options import SPEEDS, Command, Parser, add_checkpoint_options
 
 
 def add_serve(commands) -> None:
@@ -39,7 +39,7 @@ def add_serve(commands) -> None:
     serve.add_argument("--speed", default="exact", choices=SPEEDS, help="of requests that name none (default: exact)")
     serve.add_argument("--compile", action="store_true", help="run the network through torch.compile, at a wait first")
     add_checkpoint_options(serve)
-    serve.set_defaults(run=_serve)
+    serve.set_defaults(load=_serve)
 
 
 def add_map(commands) -> None:
@@ -62,7 +62,7 @@ def add_map(commands) -> None:
     how.add_argument("--steps", type=int, help="knots of the schedule, even, 4 to 136 (default: 20)")
     how.add_argument("--guidance", type=float, default=1.5, help="guidance scale; 1.0 is faster (default: 1.5)")
     how.add_argument("--seed", type=int, default=0, help="of pairs and noise; query i uses SEED + i (default: 0)")
-    how.add_argument("--speed", default="exact", choices=SPEEDS, help="(default: exact)")
+    how.add_argument("--speed", default="exact", choices=SPEEDS, help="as lavin-rt run takes it (default: exact)")
     how.add_argument("--keep-size", action="store_true", help="return pictures at each query's own size")
     how.add_argument("--format", default="png", choices=("png", "webp", "jpg"), help="of the pictures (default: png)")
     machines = fleet.add_argument_group("workers")
@@ -74,7 +74,7 @@ def add_map(commands) -> None:
     fleet.add_argument("--json", action="store_true", help="print a JSON record on stdout, nothing else")
     fleet.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     add_checkpoint_options(fleet)
-    fleet.set_defaults(run=_map)
+    fleet.set_defaults(load=_map)
 
 
 def add_task(commands) -> None:
@@ -105,12 +105,12 @@ def add_task(commands) -> None:
     )
     _add_checkpoint(add)
     add_checkpoint_options(add)
-    add.set_defaults(run=_add)
+    add.set_defaults(load=_add)
     show = kinds.add_parser("show", help="what is in a task pack", description="Says what is in a task pack.")
     show.add_argument("pack", metavar="FILE", help="a task pack or an encoded context")
     show.add_argument("-o", "--output", metavar="PICTURE", help="also write its pairs as a sheet")
     show.add_argument("--json", action="store_true", help="print JSON")
-    show.set_defaults(run=_show)
+    show.set_defaults(load=_show)
 
 
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:
@@ -121,25 +121,25 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _serve(options: argparse.Namespace) -> None:
+def _serve() -> Command:
     from lavin_rt.serve.command import serve
 
-    serve(options)
+    return serve
 
 
-def _map(options: argparse.Namespace) -> None:
+def _map() -> Command:
     from lavin_rt.serve.fleet import run_map
 
-    run_map(options)
+    return run_map
 
 
-def _add(options: argparse.Namespace) -> None:
+def _add() -> Command:
     from lavin_rt.cli.task import add
 
-    add(options)
+    return add
 
 
-def _show(options: argparse.Namespace) -> None:
+def _show() -> Command:
     from lavin_rt.cli.task import show
 
-    show(options)
+    return show

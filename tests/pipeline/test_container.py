@@ -157,6 +157,20 @@ def test_the_command_line_takes_as_many_threads_as_it_may_keep_busy(monkeypatch)
         torch.set_num_threads(before)
 
 
+def test_a_command_has_no_more_threads_than_it_may_keep_busy():
+    """From the first: PyTorch comes with the command, and only then can be told."""
+    code = (
+        "import sys, lavin_rt.container\n"
+        "lavin_rt.container.processors = lambda: 1\n"
+        "from lavin_rt.cli.main import main\n"
+        "assert 'torch' not in sys.modules and main(['info', '--json']) == 0\n"
+        "print(sys.modules['torch'].get_num_threads())"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "1"
+
+
 def test_the_address_space_that_a_process_may_have(monkeypatch):
     most = 2**46
     monkeypatch.setattr(resource, "getrlimit", lambda _: (most, most))
