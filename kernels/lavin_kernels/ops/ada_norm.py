@@ -232,6 +232,46 @@ def _gated_residual_ada_rms_norm(
     return reference.gated_residual_ada_rms_norm(residual, update, split, gate, scale, eps)
 
 
+def _check_rows(name: str, rows: torch.Tensor) -> None:
+    validate.rows(name, rows, (None, None))
+    if rows.shape[1] < 8:
+        raise ValueError(f"{name} has width {rows.shape[1]}; expected at least 8")
+
+
+def _check_residual(residual: torch.Tensor, update: torch.Tensor, split: int) -> None:
+    _check_rows("residual", residual)
+    validate.tensor("update", update, residual.shape, device=residual.device)
+    validate.alike("update", update, "residual", residual)
+    validate.split(split, residual.shape[0])
+
+
+def static_cases(capability: int) -> list[StaticCase]:
+    """The three launches at the model's shape, 10,240 + 3,072 rows (512 px, 4 pairs, two branches) of 2304.
+
+    Scales and gates are float32, as the modulation table is; they are 18 KB that stay in the caches.
+    """
+    rows, width = 13_312, 2304
+    main, tail = pieces(width)
+    kernels = [
+        ("ada_rms_norm", _ada_rms_norm_kernel, 2),
+        ("gated_residual", _gated_residual_kernel, 3),
+        ("gated_residual_ada_rms_norm", _gated_residual_ada_rms_norm_kernel, 4),
+    ]
+    return [
+        row_case(
+            name,
+            kernel,
+            dtype,
+            {"D": width, "MAIN": main, "TAIL": tail},
+            row_warps(width, tuning.default_config(name, capability, dtype)["num_warps"], LANE_ELEMENTS),
+            row_operands * rows * width * dtype.itemsize,
+            {name: "*fp32" for name in ("gate_ptr", "scale_ptr") if name in kernel.arg_names},
+        )
+        for name, kernel, row_operands in kernels
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+
+
 def ada_rms_norm(rows: torch.Tensor, split: int, scale: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """Adaptive RMSNorm, `rms(rows) * (1 + scale[stream])` (LaVin-DiT, arXiv 2411.11505, section 3.3).
 
@@ -312,43 +352,3 @@ def gated_residual_ada_rms_norm(
     validate.tensor("gate", gate, (2, residual.shape[1]), device=residual.device)
     validate.tensor("scale", scale, (2, residual.shape[1]), device=residual.device)
     return _gated_residual_ada_rms_norm(residual, update, split, gate, scale, eps)
-
-
-def _check_rows(name: str, rows: torch.Tensor) -> None:
-    validate.rows(name, rows, (None, None))
-    if rows.shape[1] < 8:
-        raise ValueError(f"{name} has width {rows.shape[1]}; expected at least 8")
-
-
-def _check_residual(residual: torch.Tensor, update: torch.Tensor, split: int) -> None:
-    _check_rows("residual", residual)
-    validate.tensor("update", update, residual.shape, device=residual.device)
-    validate.alike("update", update, "residual", residual)
-    validate.split(split, residual.shape[0])
-
-
-def static_cases(capability: int) -> list[StaticCase]:
-    """The three launches at the model's shape, 10,240 + 3,072 rows (512 px, 4 pairs, two branches) of 2304.
-
-    Scales and gates are float32, as the modulation table is; they are 18 KB that stay in the caches.
-    """
-    rows, width = 13_312, 2304
-    main, tail = pieces(width)
-    kernels = [
-        ("ada_rms_norm", _ada_rms_norm_kernel, 2),
-        ("gated_residual", _gated_residual_kernel, 3),
-        ("gated_residual_ada_rms_norm", _gated_residual_ada_rms_norm_kernel, 4),
-    ]
-    return [
-        row_case(
-            name,
-            kernel,
-            dtype,
-            {"D": width, "MAIN": main, "TAIL": tail},
-            row_warps(width, tuning.default_config(name, capability, dtype)["num_warps"], LANE_ELEMENTS),
-            row_operands * rows * width * dtype.itemsize,
-            {name: "*fp32" for name in ("gate_ptr", "scale_ptr") if name in kernel.arg_names},
-        )
-        for name, kernel, row_operands in kernels
-        for dtype in (torch.bfloat16, torch.float32)
-    ]

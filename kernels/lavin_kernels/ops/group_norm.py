@@ -236,32 +236,6 @@ def _group_norm_silu(
     return reference_vae.group_norm_silu(x, weight, bias, groups, eps)
 
 
-def group_norm_silu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float = 1e-6
-) -> torch.Tensor:
-    """`silu(group_norm(x))`, the statistics of a group over its channels, all frames, rows and columns.
-
-    Computed in float32 and rounded once. The result of an item does not depend on the others in the batch, bit by bit,
-    and is the same in every run. On a CPU the reference runs instead.
-
-    Args:
-        x: `[N, C, T, H, W]` in `torch.channels_last_3d` memory; bfloat16, float16 or float32 (float64 on a CPU).
-        weight, bias: `[C]` in the dtype of `x` or float32.
-        groups: divides C.
-        eps: added to the variances.
-
-    Returns:
-        `[N, C, T, H, W]` in the dtype and the memory of `x`.
-
-    Raises:
-        TypeError: an argument is no tensor or has a dtype that is not listed, or `groups` is no int.
-        ValueError: rank, an empty size, device, another memory format, or a number of groups that does not divide C.
-    """
-    check_volume("x", x)
-    check_affine(x, weight, bias, groups)
-    return _group_norm_silu(x, weight, bias, groups, eps)
-
-
 def check_volume(name: str, value: torch.Tensor) -> None:
     """Checks a channels-last tensor, `[N, C, frames, rows, columns]`.
 
@@ -326,3 +300,29 @@ def static_case(
     name = f"{kernel.fn.__name__.removeprefix('_').removesuffix('_kernel')}/{tile['C']}"
     types = dict.fromkeys(("moments_ptr", "coefficients_ptr"), "*fp32")
     return row_case(name, kernel, dtype, tile, num_warps, size, types)
+
+
+def group_norm_silu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float = 1e-6
+) -> torch.Tensor:
+    """`silu(group_norm(x))`, the statistics of a group over its channels, all frames, rows and columns.
+
+    Computed in float32 and rounded once. The result of an item does not depend on the others in the batch, bit by bit,
+    and is the same in every run. On a CPU the reference runs instead.
+
+    Args:
+        x: `[N, C, T, H, W]` in `torch.channels_last_3d` memory; bfloat16, float16 or float32 (float64 on a CPU).
+        weight, bias: `[C]` in the dtype of `x` or float32.
+        groups: divides C.
+        eps: added to the variances.
+
+    Returns:
+        `[N, C, T, H, W]` in the dtype and the memory of `x`.
+
+    Raises:
+        TypeError: an argument is no tensor or has a dtype that is not listed, or `groups` is no int.
+        ValueError: rank, an empty size, device, another memory format, or a number of groups that does not divide C.
+    """
+    check_volume("x", x)
+    check_affine(x, weight, bias, groups)
+    return _group_norm_silu(x, weight, bias, groups, eps)

@@ -217,54 +217,6 @@ def _joint_attention_with_lse(
     return reference.joint_attention_with_lse(q, k, v, _branches(table, cond_lens, x_lens, kept_lens), head_size, scale)
 
 
-def joint_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    branches: Branches,
-    head_size: int,
-    scale: float | None = None,
-) -> torch.Tensor:
-    """Full (non-causal) attention of every branch over all its rows, cond and x together, with grouped heads.
-
-    Scores and sums are float32; the weights are rounded to the dtype of the rows before they meet the values, as in the
-    other fused attentions; float32 rows are multiplied in float32. On a CPU the reference runs instead.
-
-    Args:
-        q: `[rows, heads, >= head_size]` branch-contiguous, or the x rows alone; bfloat16, float16 or float32 (float64
-            on a CPU). Rows and heads may be strided, the last dimension may not.
-        k, v: `[branches.keys, kv_heads, >= head_size]` branch-contiguous, the kept rows of a branch before its own, in
-            the dtype of q; query head i reads key/value head `i // (heads / kv_heads)`.
-        branches: the row ranges, run-time values: other lengths do not compile another kernel, kept rows do once.
-        head_size: size of one head, a multiple of 8 up to 128; what is stored beyond it is ignored.
-        scale: softmax scale, above 0; `head_size ** -0.5` by default.
-
-    Returns:
-        `[query rows, heads * head_size]` in stream-major order, ready for the output projection.
-
-    Raises:
-        TypeError: an argument is of a type or dtype that is not listed, or dtypes differ.
-        ValueError: ranks, sizes, devices, strides, a head size or a scale outside of what is listed, or branches that
-            do not cover the rows of k.
-    """
-    return _joint_attention(*_checked(q, k, v, branches, head_size, scale))
-
-
-def joint_attention_with_lse(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    branches: Branches,
-    head_size: int,
-    scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`joint_attention` and the natural log-sum-exp of its scaled scores, `[query rows, heads]` float32, stream-major.
-
-    Two results over disjoint keys can be merged by it. Arguments and errors are those of `joint_attention`.
-    """
-    return _joint_attention_with_lse(*_checked(q, k, v, branches, head_size, scale))
-
-
 def _checked(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, branches: Branches, head_size: int, scale: float | None
 ) -> tuple:
@@ -368,3 +320,51 @@ def static_case(config: tuning.Launch, dtype: torch.dtype, x_only: bool) -> Stat
         dtype=dtype,
         options={key: config[key] for key in ("maxnreg",) if key in config},
     )
+
+
+def joint_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    branches: Branches,
+    head_size: int,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Full (non-causal) attention of every branch over all its rows, cond and x together, with grouped heads.
+
+    Scores and sums are float32; the weights are rounded to the dtype of the rows before they meet the values, as in the
+    other fused attentions; float32 rows are multiplied in float32. On a CPU the reference runs instead.
+
+    Args:
+        q: `[rows, heads, >= head_size]` branch-contiguous, or the x rows alone; bfloat16, float16 or float32 (float64
+            on a CPU). Rows and heads may be strided, the last dimension may not.
+        k, v: `[branches.keys, kv_heads, >= head_size]` branch-contiguous, the kept rows of a branch before its own, in
+            the dtype of q; query head i reads key/value head `i // (heads / kv_heads)`.
+        branches: the row ranges, run-time values: other lengths do not compile another kernel, kept rows do once.
+        head_size: size of one head, a multiple of 8 up to 128; what is stored beyond it is ignored.
+        scale: softmax scale, above 0; `head_size ** -0.5` by default.
+
+    Returns:
+        `[query rows, heads * head_size]` in stream-major order, ready for the output projection.
+
+    Raises:
+        TypeError: an argument is of a type or dtype that is not listed, or dtypes differ.
+        ValueError: ranks, sizes, devices, strides, a head size or a scale outside of what is listed, or branches that
+            do not cover the rows of k.
+    """
+    return _joint_attention(*_checked(q, k, v, branches, head_size, scale))
+
+
+def joint_attention_with_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    branches: Branches,
+    head_size: int,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`joint_attention` and the natural log-sum-exp of its scaled scores, `[query rows, heads]` float32, stream-major.
+
+    Two results over disjoint keys can be merged by it. Arguments and errors are those of `joint_attention`.
+    """
+    return _joint_attention_with_lse(*_checked(q, k, v, branches, head_size, scale))

@@ -283,57 +283,6 @@ def launch_rows(
     return q
 
 
-def qk_norm_rope(
-    cond: torch.Tensor,
-    x: torch.Tensor,
-    branches: Branches,
-    positions: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    head_size: int,
-    eps: float = 1e-6,
-    padded_head_size: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """RMSNorm over all heads of q and of k, 3D rotary positions, and the change to branch-contiguous order.
-
-    LaVin-DiT, arXiv 2411.11505, section 3.3: thirds of a head rotate with the frame, row and column of their token, in
-    half-split pairs. q and k come with the two elements of a pair side by side: products of q and k are the same in any
-    order of columns that both have, and so a thread that reads a pair whole also writes it whole. One pass over the
-    joined rows in float32, rounded once. On a CPU the reference runs instead.
-
-    Args:
-        cond: `[cond rows, Q + 2 KV]`, the joined q, k, v of the cond stream, or `[cond rows, 2 KV]` where nothing needs
-            its queries (the last block). `Q = heads * head_size`, `KV = kv_heads * head_size`; bfloat16, float16 or
-            float32 (float64 on a CPU); rows may be strided.
-        x: `[x rows, Q + 2 KV]` of the x stream, likewise.
-        branches: the row ranges of both streams; they cover all rows.
-        positions: `[rows, 3]` int32, (frame, row, column) of every stream-major row.
-        cos, sin: `[positions, head_size / 6]` float32 (float64 on a CPU), of the angles
-            `p * 10000 ** (-2 j / (head_size / 3))` for position p and pair j. A position that the tables do not hold
-            gives NaN on the kernel path and an IndexError on a CPU.
-        q_weight: `[2, Q]`, one row per stream. k_weight: `[2, KV]`. In the dtype of the rows or another of those.
-        head_size: size of one head, divisible by 6; by 24 for the kernel.
-        eps: added to the means of squares.
-        padded_head_size: width at which heads are stored, the rest zero; `head_size` by default.
-
-    Returns:
-        q `[rows, heads, padded]` in branch-contiguous order, or the x rows alone, in their order, where `cond` has no
-        queries; k and v `[rows, kv_heads, padded]` in branch-contiguous order; contiguous, in the dtype of `x`. Columns
-        `2 j` and `2 j + 1` of a third of q or k are its columns `j` and `j + head_size / 6`.
-
-    Raises:
-        TypeError: an argument of another type or dtype.
-        ValueError: rank, sizes, device, a last dimension that is not contiguous, a head size that the widths are not
-            multiples of, a padded head size below it, or branches that do not cover exactly the rows.
-    """
-    padded = head_size if padded_head_size is None else padded_head_size
-    check(cond, x, branches, positions, cos, sin, q_weight, k_weight, head_size, padded)
-    ranges = list(branches.cond_lens), list(branches.x_lens), branches.table, branches.branch_rows
-    return _qk_norm_rope(cond, x, *ranges, positions, cos, sin, q_weight, k_weight, head_size, eps, padded)
-
-
 def check(
     cond: torch.Tensor,
     x: torch.Tensor,
@@ -390,3 +339,54 @@ def static_cases(capability: int) -> list[StaticCase]:
         warps = row_warps((heads + 2 * kv_heads) * head_size, launch["num_warps"], LANE_ELEMENTS)
         cases.append(row_case("qk_norm_rope", _qk_norm_rope_kernel, dtype, constexprs, warps, bytes, types))
     return cases
+
+
+def qk_norm_rope(
+    cond: torch.Tensor,
+    x: torch.Tensor,
+    branches: Branches,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    head_size: int,
+    eps: float = 1e-6,
+    padded_head_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """RMSNorm over all heads of q and of k, 3D rotary positions, and the change to branch-contiguous order.
+
+    LaVin-DiT, arXiv 2411.11505, section 3.3: thirds of a head rotate with the frame, row and column of their token, in
+    half-split pairs. q and k come with the two elements of a pair side by side: products of q and k are the same in any
+    order of columns that both have, and so a thread that reads a pair whole also writes it whole. One pass over the
+    joined rows in float32, rounded once. On a CPU the reference runs instead.
+
+    Args:
+        cond: `[cond rows, Q + 2 KV]`, the joined q, k, v of the cond stream, or `[cond rows, 2 KV]` where nothing needs
+            its queries (the last block). `Q = heads * head_size`, `KV = kv_heads * head_size`; bfloat16, float16 or
+            float32 (float64 on a CPU); rows may be strided.
+        x: `[x rows, Q + 2 KV]` of the x stream, likewise.
+        branches: the row ranges of both streams; they cover all rows.
+        positions: `[rows, 3]` int32, (frame, row, column) of every stream-major row.
+        cos, sin: `[positions, head_size / 6]` float32 (float64 on a CPU), of the angles
+            `p * 10000 ** (-2 j / (head_size / 3))` for position p and pair j. A position that the tables do not hold
+            gives NaN on the kernel path and an IndexError on a CPU.
+        q_weight: `[2, Q]`, one row per stream. k_weight: `[2, KV]`. In the dtype of the rows or another of those.
+        head_size: size of one head, divisible by 6; by 24 for the kernel.
+        eps: added to the means of squares.
+        padded_head_size: width at which heads are stored, the rest zero; `head_size` by default.
+
+    Returns:
+        q `[rows, heads, padded]` in branch-contiguous order, or the x rows alone, in their order, where `cond` has no
+        queries; k and v `[rows, kv_heads, padded]` in branch-contiguous order; contiguous, in the dtype of `x`. Columns
+        `2 j` and `2 j + 1` of a third of q or k are its columns `j` and `j + head_size / 6`.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: rank, sizes, device, a last dimension that is not contiguous, a head size that the widths are not
+            multiples of, a padded head size below it, or branches that do not cover exactly the rows.
+    """
+    padded = head_size if padded_head_size is None else padded_head_size
+    check(cond, x, branches, positions, cos, sin, q_weight, k_weight, head_size, padded)
+    ranges = list(branches.cond_lens), list(branches.x_lens), branches.table, branches.branch_rows
+    return _qk_norm_rope(cond, x, *ranges, positions, cos, sin, q_weight, k_weight, head_size, eps, padded)

@@ -167,6 +167,18 @@ def _spatial_norm_silu(
     return reference_vae.spatial_norm_silu(x, weight, bias, groups, conv_y, conv_b, eps)
 
 
+def static_cases(capability: int) -> list[StaticCase]:
+    """The launch at the decoder's widths, for one picture of 512 x 512 and its latent of 64 x 64."""
+    cases = []
+    for channels, side in ((128, 512), (256, 256), (512, 64)):
+        for dtype in (torch.bfloat16, torch.float32):
+            launch = tuning.default_config("spatial_norm_silu", capability, dtype)
+            size = (2 * side * side + 2 * 64 * 64) * channels * dtype.itemsize
+            tile = _cell_tile(channels, side // 64, launch)
+            cases.append(static_case(_spatial_norm_silu_kernel, dtype, tile, launch["num_warps"], size))
+    return cases
+
+
 def spatial_norm_silu(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -213,15 +225,3 @@ def spatial_norm_silu(
     pixel_source(x.shape[3], conv_y.shape[3])
     pixel_source(x.shape[4], conv_y.shape[4])
     return _spatial_norm_silu(x, weight, bias, groups, conv_y, conv_b, eps)
-
-
-def static_cases(capability: int) -> list[StaticCase]:
-    """The launch at the decoder's widths, for one picture of 512 x 512 and its latent of 64 x 64."""
-    cases = []
-    for channels, side in ((128, 512), (256, 256), (512, 64)):
-        for dtype in (torch.bfloat16, torch.float32):
-            launch = tuning.default_config("spatial_norm_silu", capability, dtype)
-            size = (2 * side * side + 2 * 64 * 64) * channels * dtype.itemsize
-            tile = _cell_tile(channels, side // 64, launch)
-            cases.append(static_case(_spatial_norm_silu_kernel, dtype, tile, launch["num_warps"], size))
-    return cases

@@ -46,6 +46,18 @@ def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return _launch(gate_up) if runs_kernel(gate_up.device) else reference.swiglu(gate_up)
 
 
+def static_cases(capability: int) -> list[StaticCase]:
+    """The launch at the model's shape: 10,240 + 3,072 rows (512 px, 4 pairs, two branches), inner width 6144."""
+    rows, inner = 13_312, 6144
+    cases = []
+    for dtype in (torch.bfloat16, torch.float32):
+        launch = tuning.default_config("swiglu", capability, dtype)
+        constexprs = {"INNER": inner, "BLOCK": launch["block"]}
+        bytes = 3 * rows * inner * dtype.itemsize
+        cases.append(row_case("swiglu", _swiglu_kernel, dtype, constexprs, launch["num_warps"], bytes))
+    return cases
+
+
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up` of the joined projection (LaVin-DiT, arXiv 2411.11505; SwiGLU, arXiv 2002.05202).
 
@@ -63,15 +75,3 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up has width {gate_up.shape[1]}; expected an even one, gate and up side by side")
     return _swiglu(gate_up)
-
-
-def static_cases(capability: int) -> list[StaticCase]:
-    """The launch at the model's shape: 10,240 + 3,072 rows (512 px, 4 pairs, two branches), inner width 6144."""
-    rows, inner = 13_312, 6144
-    cases = []
-    for dtype in (torch.bfloat16, torch.float32):
-        launch = tuning.default_config("swiglu", capability, dtype)
-        constexprs = {"INNER": inner, "BLOCK": launch["block"]}
-        bytes = 3 * rows * inner * dtype.itemsize
-        cases.append(row_case("swiglu", _swiglu_kernel, dtype, constexprs, launch["num_warps"], bytes))
-    return cases
