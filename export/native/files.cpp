@@ -10,7 +10,6 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstdlib>
 #include <cstring>
 #include <iomanip>
 #include <random>
@@ -194,25 +193,21 @@ void check_writable(const fs::path& path) {
 }
 
 std::string temporary_folder_fault() {
-  std::string folder = "/tmp";  // as torch chooses it
-  for (const char* name : {"TMPDIR", "TMP", "TEMP", "TEMPDIR"}) {
-    if (const char* value = std::getenv(name)) {
-      folder = value;
-      break;
-    }
-  }
+  fs::path folder;
   std::string reason;
   struct statvfs status {};
   try {
+    folder = fs::temp_directory_path();  // where torch unpacks compiled code
     const Partial probe(folder);
     if (::statvfs(folder.c_str(), &status) == 0) {
       if (status.f_flag & ST_NOEXEC) reason = "programs may not run there (noexec)";
       if (status.f_bavail < 16) reason = std::strerror(ENOSPC);
     }
   } catch (const fs::filesystem_error& failure) {
+    if (folder.empty()) folder = failure.path1();
     reason = failure.code().message();
   }
-  return reason.empty() ? "" : "the temporary folder " + one_line(folder) + ": " + reason;
+  return reason.empty() ? "" : "the temporary folder " + one_line(folder.string()) + ": " + reason;
 }
 
 }  // namespace lavin
