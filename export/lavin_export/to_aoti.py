@@ -125,7 +125,7 @@ def compile_denoiser(artifact: ArtifactWriter, device: torch.device, cpu: str) -
         ranges["batch"] = list(BATCH)
         shapes = denoiser_part.dynamic_shapes({**denoiser_part.RANGES, "batch": BATCH})
     else:
-        network = denoiser_part.Denoiser(dit)
+        network = denoiser_part.BranchDenoiser(dit)
     del dit
     if device.type == "cpu":
         inner_first_(network)

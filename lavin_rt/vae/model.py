@@ -131,8 +131,8 @@ class STVAE(nn.Module):
     Args:
         config: the network's shape.
         impl: how to compute the one function: "plain" (3D convolutions on every input, upsampling before what follows
-            it), "torch" (the exact savings described in `vae_layers`, with the plain operators) or "triton" (the same
-            with the kernels of `lavin_kernels`). `in_form` gives the others.
+            it), "torch" (the exact savings described in `lavin_rt.vae.layers`, with the plain operators) or "triton"
+            (the same with the kernels of `lavin_kernels`). `in_form` gives the others.
     """
 
     def __init__(self, config: VAEConfig, impl: str = "torch"):
@@ -250,7 +250,7 @@ class STVAE(nn.Module):
         Args:
             latents: `[N, latent channels, t, h, w]`, any float dtype and device.
             tile: side of a tile in latent rows and columns (8 pixels each), at least 4, or "auto": `auto_tile` of
-                `vae_tiling`, which cuts pictures of more than 1024 pixels a side.
+                `lavin_rt.vae.tiling`, which cuts pictures of more than 1024 pixels a side.
             chunk: latent frames per piece (4 frames each), at least 3.
             batch: items per pass, exact; all by default.
 

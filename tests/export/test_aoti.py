@@ -50,10 +50,10 @@ def test_weights_keep_their_order_in_memory(tmp_path):
 
 
 def test_matrices_are_reordered_and_keep_their_values(golden_dit):
-    from lavin_export.networks.denoiser import Denoiser
+    from lavin_export.networks.denoiser import BranchDenoiser
     from lavin_export.to_aoti import inner_first_
 
-    network = Denoiser(golden_dit("dit_a"))
+    network = BranchDenoiser(golden_dit("dit_a"))
     before = {name: parameter.clone() for name, parameter in network.named_parameters()}
     inner_first_(network)
     assert all(torch.equal(parameter, before[name]) for name, parameter in network.named_parameters())
@@ -90,7 +90,7 @@ def test_a_weight_slightly_off_is_found(tmp_path, part, weight):
 
     from lavin_export.errors import VerificationError
     from lavin_export.networks import vae as vae_parts
-    from lavin_export.networks.denoiser import Denoiser
+    from lavin_export.networks.denoiser import BranchDenoiser
     from lavin_export.to_aoti import inner_first_, write_weights
     from lavin_export.verify.artifact import check_compiled_weights
     from lavin_rt.checkpoint.load import load_dit, load_vae
@@ -98,7 +98,7 @@ def test_a_weight_slightly_off_is_found(tmp_path, part, weight):
     checkpoint = golden_checkpoint(tmp_path / "checkpoint")
     vae = load_vae(checkpoint.vae, dtype=torch.float32)
     networks = {
-        "denoiser": Denoiser(load_dit(checkpoint.dit, dtype=torch.float32)),
+        "denoiser": BranchDenoiser(load_dit(checkpoint.dit, dtype=torch.float32)),
         "vae_encoder_clip5": vae_parts.Encoder(vae, 5),
         "vae_decoder": vae_parts.Decoder(vae),
     }

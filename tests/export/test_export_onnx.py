@@ -38,7 +38,7 @@ DITS = ["dit_a", "dit_b", "dit_c"]
 def test_denoiser_module(golden_dit, name, case):
     """The module that is traced, before any export."""
     case, dit = golden_cases(name)[case], golden_dit(name)
-    module = denoiser.Denoiser(dit)
+    module = denoiser.BranchDenoiser(dit)
     velocities = []
     for latents, t, cond in zip(*(case[key].split(1) for key in ("latents", "t", "cond_latents")), strict=True):
         table = modulation_table(dit, t)
@@ -48,7 +48,7 @@ def test_denoiser_module(golden_dit, name, case):
 
 def test_denoiser_sources_are_all_that_a_step_needs(golden_dit):
     dit = golden_dit("dit_c")
-    module = denoiser.Denoiser(dit)
+    module = denoiser.BranchDenoiser(dit)
     sources = denoiser.sources(dit.config)
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     assert shapes == {name: source.shape for name, source in sources.items()}

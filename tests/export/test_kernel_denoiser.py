@@ -7,7 +7,7 @@ import torch
 from support.golden import relative_error
 from support.kernel_checks import INTERPRETED, run_under_interpreter
 
-from lavin_export.networks.denoiser import Denoiser, dynamic_shapes, example_inputs
+from lavin_export.networks.denoiser import BranchDenoiser, dynamic_shapes, example_inputs
 from lavin_export.networks.kernel_denoiser import KernelDenoiser
 
 
@@ -29,7 +29,7 @@ def test_graph_with_kernels_is_captured(golden_dit):
             str(node.target).removesuffix(".default") for node in program.graph.nodes if "lavin." in str(node.target)
         ]
         inputs = example_inputs(dit.config, sizes=(1, 1, 5, 8, 4))
-        error = relative_error(program.module()(*inputs), Denoiser(dit)(*inputs))
+        error = relative_error(program.module()(*inputs), BranchDenoiser(dit)(*inputs))
     names = {"lavin.qk_norm_rope_pairs": 2, "lavin.joint_attention": 2, "lavin.swiglu": 2, "lavin.ada_rms_norm": 1}
     names["lavin.gated_residual_ada_rms_norm"] = 4
     assert {name: called.count(name) for name in set(called)} == names
@@ -41,4 +41,4 @@ def test_kernels_compute_several_branches(golden_dit):
     dit = golden_dit("dit_c")
     inputs = example_inputs(dit.config, sizes=(3, 1, 2, 4, 2))
     with torch.no_grad():
-        assert relative_error(KernelDenoiser(dit)(*inputs), Denoiser(dit)(*inputs)) < 1e-5
+        assert relative_error(KernelDenoiser(dit)(*inputs), BranchDenoiser(dit)(*inputs)) < 1e-5

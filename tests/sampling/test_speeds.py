@@ -18,8 +18,6 @@ from lavin_rt.sampling.executor import Executor
 from lavin_rt.sampling.sampler import sample
 from lavin_rt.sampling.speeds import SPEEDS, Speed
 
-OFFICIAL = {0, 9, 13, 16}
-
 
 @pytest.fixture(scope="module")
 def tiers() -> dict[str, torch.Tensor]:

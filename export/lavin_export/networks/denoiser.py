@@ -43,7 +43,7 @@ class Stream(nn.Module):
         self.down = fixed(mlp.down[stream])
 
 
-class Denoiser(nn.Module):
+class BranchDenoiser(nn.Module):
     """Velocity of one guidance branch.
 
     Parameters are views of the given model's (no copy), one per stream, named `blocks.N.cond.qkv` and so on; `sources`
@@ -201,7 +201,9 @@ def example_inputs(
     device: torch.device | str = "cpu",
     sizes: tuple[int, int, int, int, int] = (2, 2, 3, 4, 6),
 ) -> tuple[torch.Tensor, ...]:
-    """Random inputs to trace or try a `Denoiser` with; sizes are (batch, target frames, cond frames, height, width)."""
+    """Random inputs to trace or try a `BranchDenoiser` with; sizes are (batch, target frames, cond frames, height,
+    width).
+    """
     batch, target, cond, height, width = sizes
     generator = torch.Generator().manual_seed(0)
 
@@ -230,14 +232,14 @@ def specification(config: DiTConfig, dtype: str) -> tuple[list[TensorSpec], list
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a parameter of `Denoiser` comes from: official tensors, joined along their first dimension."""
+    """Where a parameter of `BranchDenoiser` comes from: official tensors, joined along their first dimension."""
 
     shape: tuple[int, ...]
     places: tuple[Place, ...]
 
 
 def sources(config: DiTConfig) -> dict[str, Source]:
-    """The official tensors behind every parameter of a `Denoiser`; buffers have none."""
+    """The official tensors behind every parameter of a `BranchDenoiser`; buffers have none."""
     found: dict[str, list[Place]] = {}
     for place in resident_layout(config):
         name = parameter_name(place, config)
@@ -250,7 +252,7 @@ def sources(config: DiTConfig) -> dict[str, Source]:
 
 
 def parameter_name(place: Place, config: DiTConfig) -> str | None:
-    """The parameter of a `Denoiser` that holds an official tensor (or begins with it), None where it needs none."""
+    """The parameter of a `BranchDenoiser` that holds, or begins with, an official tensor; None where there is none."""
     first, *rest = place.parameter.split(".")
     if first in ("cond_embedder", "x_embedder"):
         return place.parameter

@@ -25,7 +25,7 @@ BATCH = (1, 16)  # branches in a call; `lavin_kernels` leaves a graph room for a
 
 class KernelDenoiser(nn.Module):
     """Velocity of branches of one kind through the operators of `lavin_kernels`; arguments and result as of
-    `lavin_export.networks.denoiser.Denoiser`.
+    `lavin_export.networks.denoiser.BranchDenoiser`.
 
     On a CPU the operators' references run, which know no more than one branch here (batch 1) unless Triton's
     interpreter runs the kernels themselves.

@@ -16,7 +16,7 @@ WeightsOf = Callable[[str], torch.Tensor]
 
 
 def denoiser_weights(file: SafetensorsFile, config: DiTConfig, dtype: torch.dtype) -> WeightsOf:
-    """Reads a parameter or buffer of a `Denoiser` from a checkpoint's file by its name."""
+    """Reads a parameter or buffer of a `BranchDenoiser` from a checkpoint's file by its name."""
     sources = denoiser_part.sources(config)
 
     def weight(name: str) -> torch.Tensor:

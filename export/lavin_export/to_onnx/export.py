@@ -12,7 +12,7 @@ import torch
 
 from lavin_export.networks import denoiser as denoiser_part
 from lavin_export.networks import vae as vae_parts
-from lavin_export.networks.denoiser import Denoiser
+from lavin_export.networks.denoiser import BranchDenoiser
 from lavin_export.networks.weights import denoiser_weights
 from lavin_export.options import common_options
 from lavin_export.to_onnx import graph as onnx_graph
@@ -122,7 +122,7 @@ def write_denoiser(
     specification = denoiser_part.specification(config, artifact.dtype_name)
     inputs, outputs, ranges = specification
     with torch.device("meta"):
-        module = Denoiser(JDiT(config).to(dtype))
+        module = BranchDenoiser(JDiT(config).to(dtype))
     examples = [tensor.to("meta") for tensor in denoiser_part.example_inputs(config, dtype)]
     graph = onnx_graph.trace(module, examples, denoiser_part.dynamic_shapes(), inputs, outputs, cuda)
     onnx_graph.write(graph, folder / "denoiser.onnx", denoiser_weights(artifact.file, config, dtype), progress)

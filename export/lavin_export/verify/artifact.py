@@ -20,7 +20,7 @@ from torch import nn
 
 from lavin_export.errors import VerificationError
 from lavin_export.networks import vae as vae_parts
-from lavin_export.networks.denoiser import Denoiser
+from lavin_export.networks.denoiser import BranchDenoiser
 from lavin_export.verify.onnx_weights import check_weights, widened
 from lavin_export.writer import ArtifactWriter
 from lavin_rt.artifact.aoti import read_weights
@@ -176,7 +176,7 @@ def _denoiser(part: Part, dit: JDiT) -> nn.Module:
         from lavin_export.networks.kernel_denoiser import KernelDenoiser
 
         return KernelDenoiser(dit)
-    return Denoiser(dit)
+    return BranchDenoiser(dit)
 
 
 def _same_bits(found: torch.Tensor, wanted: torch.Tensor) -> bool:
