@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -178,16 +177,9 @@ def test_a_compiled_step_is_cached_across_processes(tmp_path):
         "found = counters['aot_autograd'], counters['inductor']\n"
         "print(sum(count[kind] for count in found for kind in count if kind.endswith('cache_hit')))"
     )
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    folder = Path(__file__).parent
-    hits = [
-        int(
-            subprocess.run(
-                [sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, check=True
-            ).stdout
-        )
-        for _ in range(2)
-    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    hits = [int(subprocess.run(command, env=environment, capture_output=True, check=True).stdout) for _ in range(2)]
     assert hits[0] == 0 and hits[1] >= 1
 
 
