@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Processes that share the tests, each with one thread; a file's tests stay together.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: help demo test check-slow lint format readme gpu-check fuzz clean
 
@@ -29,10 +32,10 @@ format: $(READY) ## rewrite the code in the house's style
 	$(BIN)/ruff format .
 
 test: lint ## the quick tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check-slow: $(READY) ## the tests that take their time
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 readme: $(READY) ## the tables of the documents, from the records
 	$(BIN)/python -m lavin_bench.report --write benchmarks/README.md

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.command import checkpoint, setup  # noqa: F401, fixtures
 from support.golden import GOLDEN, ROOT
+from support.once import made_once
 
 from lavin_rt.checkpoint.load import load_dit
 from lavin_rt.dit.model import JDiT
@@ -49,15 +50,18 @@ def configure() -> Callable[..., subprocess.CompletedProcess]:
 @pytest.fixture(scope="session")
 def native_build(configure, tmp_path_factory) -> Path:
     """The folder of the native runner and of the programs that test it, built once."""
-    build = tmp_path_factory.mktemp("native")
-    configured = configure(build, "-DLAVIN_TESTS=ON")
-    if missing := re.search("lavin-native lacks .*", configured.stderr):
-        pytest.skip(missing[0])
-    assert configured.returncode == 0, configured.stderr
-    command = ["cmake", "--build", str(build), "-j2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
-    return build
+
+    def build(folder: Path) -> None:
+        configured = configure(folder, "-DLAVIN_TESTS=ON")
+        if missing := re.search("lavin-native lacks .*", configured.stderr):
+            shutil.rmtree(folder)
+            pytest.skip(missing[0])
+        assert configured.returncode == 0, configured.stderr
+        command = ["cmake", "--build", str(folder), "-j2"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
+
+    return made_once(tmp_path_factory, "native", build)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

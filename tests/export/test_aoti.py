@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    return artifact(tmp_path_factory.getbasetemp())
+    return artifact(tmp_path_factory)
 
 
 def test_weights_keep_their_order_in_memory(tmp_path):

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    return artifact(tmp_path_factory.getbasetemp())
+    return artifact(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

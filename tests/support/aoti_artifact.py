@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from lavin_rt.artifact.manifest import Manifest, file_sha256
 from lavin_rt.find.model import find_checkpoint
 from support.golden import GOLDEN, golden_cases
+from support.once import made_once
 
 
 def golden_checkpoint(folder: Path):
@@ -24,16 +24,18 @@ def golden_checkpoint(folder: Path):
     return find_checkpoint(folder)
 
 
-@functools.cache
-def artifact(root: Path) -> Path:
+def artifact(temporary: pytest.TempPathFactory) -> Path:
     """The artifact's folder; about a minute and a half."""
-    from lavin_export.to_aoti import export_aoti
-
     if shutil.which("g++") is None:
         pytest.skip("no g++ on this machine")
-    checkpoint = golden_checkpoint(root / "golden-checkpoint")
-    # Compiled code asks how many threads there are when it runs, whatever it was compiled with.
-    return export_aoti(checkpoint, root / "golden-aoti", device="cpu", steps=[20, 6])
+
+    def export(folder: Path) -> None:
+        from lavin_export.to_aoti import export_aoti
+
+        # Compiled code asks how many threads there are when it runs, whatever it was compiled with.
+        export_aoti(golden_checkpoint(folder / "checkpoint"), folder / "artifact", device="cpu", steps=[20, 6])
+
+    return made_once(temporary, "golden-aoti", export) / "artifact"
 
 
 def changed(source: Path, folder: Path, change: Callable[[Path, dict], None]) -> Path:
