@@ -35,7 +35,7 @@ NEITHER = [
     np.array([3]),
     torch.tensor([3]),
     3j,
-    object(),
+    pytest.param(object(), id="object"),
 ]
 
 
