@@ -19,6 +19,7 @@ from lavin_rt.dit.model import JDiT
 from lavin_rt.errors import InputError
 from lavin_rt.find.model import find_checkpoint
 from lavin_rt.mini.train import dit as train_dit
+from lavin_rt.mini.train import latents
 from lavin_rt.mini.train.__main__ import main
 from lavin_rt.mini.train.compiled import Compiled
 from lavin_rt.mini.train.dit import Plan, Shape, TransformerRun, flow_loss, initialise_, shapes_of, task_shares
@@ -29,7 +30,7 @@ from lavin_rt.mini.train.vae import make_vae, part_taps_, scale_to_unit_, vae_lo
 from lavin_rt.mini.world.pieces import CLIPS, PICTURES, Amounts, Arrivals, Piece, make_piece
 from lavin_rt.mini.world.tasks import TASKS
 from lavin_rt.vae.config import VAEConfig
-from lavin_rt.vae.model import scale_latents
+from lavin_rt.vae.model import STVAE, scale_latents
 
 SHORT = dataclasses.replace(plan_of(12), tokens=64, log_every=200)
 
@@ -231,6 +232,26 @@ def test_every_pair_is_encoded(pieces, vae, tmp_path):
     with torch.no_grad():
         expected = scale_latents(vae.encode(pixels).mode())[0]
     assert (pictures.latents[row] - expected).norm() < 2e-3 * expected.norm()
+
+
+def test_pieces_are_encoded_once(pieces, vae, tmp_path, monkeypatch):
+    path = tmp_path / "pictures.npz"
+    pieces[PICTURES].save(path)
+    first, second = (_encoded(path, vae) for _ in range(2))
+    monkeypatch.setattr(latents, "encode", None)
+    assert torch.equal(_encoded(path, vae), first) and torch.equal(second, first)
+    next(tmp_path.glob("*.npy")).write_bytes(b"half")
+    with pytest.raises(TypeError):  # encodes again
+        _encoded(path, vae)
+    monkeypatch.undo()
+    assert torch.equal(_encoded(path, vae), first)
+    other = make_vae(vae.config, seed=1)
+    assert not torch.equal(_encoded(path, other), first) and len(list(tmp_path.glob("*.npy"))) == 2
+
+
+def _encoded(path: Path, vae: STVAE) -> torch.Tensor:
+    pictures, _ = encode_pieces(Made([path], done=True), vae, torch.device("cpu"), 0)
+    return pictures.latents
 
 
 def test_folding_a_scale_into_the_vae_leaves_its_pictures(vae):

@@ -10,8 +10,10 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from lavin_rt.files import written_whole
 from lavin_rt.mini.world.pieces import CLIPS, PICTURES, Piece, PieceMaker
 from lavin_rt.vae.model import STVAE, scale_latents
 
@@ -159,14 +161,32 @@ def encode_pieces(
 ) -> tuple[LatentPool | None, LatentPool | None]:
     """Latents of pictures and of clips, of all pieces that arrive (see `PieceMaker.arriving`).
 
-    On a GPU in float16 arithmetic, and in float32 where that overflows.
+    On a GPU in float16 arithmetic, and in float32 where that overflows. On a CPU, which takes an hour for what a GPU
+    does in a minute, a piece's latents are kept beside it.
     """
-    fast = copy.deepcopy(vae).half() if device.type == "cuda" else vae
+    once = device.type == "cpu"
+    fast = vae if once else copy.deepcopy(vae).half()
+    fingerprint = vae.fingerprint[:8]
     collected = {PICTURES: _Collector(), CLIPS: _Collector()}
     for path, piece in loaded(maker.arriving(patience)):
-        latents = encode(fast, torch.from_numpy(piece.frames), device)
-        if not bool(latents.isfinite().all()):
-            print(f"warning: {path.name} overflowed in float16; encoded again in float32", flush=True)
-            latents = encode(vae, torch.from_numpy(piece.frames), device).clamp(-60, 60)
+        kept = path.with_suffix(f".{fingerprint}.npy")
+        latents = _read_latents(kept, len(piece.frames)) if once else None
+        if latents is None:
+            latents = encode(fast, torch.from_numpy(piece.frames), device)
+            if not bool(latents.isfinite().all()):
+                print(f"warning: {path.name} overflowed in float16; encoded again in float32", flush=True)
+                latents = encode(vae, torch.from_numpy(piece.frames), device).clamp(-60, 60)
+            if once:
+                with written_whole(kept) as partial, partial.open("wb") as file:
+                    np.save(file, latents.numpy())
         collected[maker.kind(path)].add(latents, piece)
     return collected[PICTURES].pool(), collected[CLIPS].pool()
+
+
+def _read_latents(path: Path, frames: int) -> torch.Tensor | None:
+    """What an earlier run kept of a piece of so many frames, if it is whole."""
+    try:
+        latents = torch.from_numpy(np.load(path))
+    except (OSError, ValueError, EOFError):
+        return None
+    return latents if len(latents) == frames else None
