@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from lavin_rt.sampling.speeds import SPEEDS
+
 TASKS = ("depth", "negative", "edge_detection", "denoising", "inpainting", "normal_estimation")
 SIZES = (32, 48, 64)
-SPEEDS = ("exact", "near", "fast", "fastest")
 GROWTH = 0.03
 KINDS = 8  # that a fresh process answers too
 
@@ -34,7 +35,7 @@ def plan(calls: int, seed: int = 0) -> list[dict[str, Any]]:
         {
             "task": draw.choice(TASKS),
             "size": draw.choice(SIZES),
-            "speed": draw.choice(SPEEDS),
+            "speed": draw.choice(tuple(SPEEDS)),
             "queries": draw.choice((1, 1, 2)),
             "guidance": draw.choice((1.0, 1.5)),
             "seed": draw.randrange(3),

@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("sm   row-wise kernel                        warps  instructions a program")
     for capability in options.capability:
         for module in ROW_KERNELS:
-            for case in importlib.import_module(f"lavin_kernels.{module}").static_cases(capability):
+            for case in importlib.import_module(f"lavin_kernels.ops.{module}").static_cases(capability):
                 if case.dtype == torch.bfloat16:
                     print(f"{capability:<5}{case.name:<39}{case.num_warps:>5}{row_instructions(case, capability):>24}")
 

@@ -1,16 +1,25 @@
 """The table of picture files through the native runner's reader: what Python reads, or refused as Python refuses."""
 
+import re
 import subprocess
 
 import numpy as np
 import pytest
 from PIL import Image
 from support import picture_files
+from support.golden import ROOT
 
 from lavin_rt.errors import InputError
 from lavin_rt.pictures import images
 
 pytestmark = pytest.mark.slow
+
+
+def test_both_know_the_same_names_of_pictures():
+    """A template's other files are passed over, by both the same."""
+    source = (ROOT / "export" / "native" / "context.cpp").read_text()
+    [names] = re.findall(r"kPictures\[\] = \{([^}]*)\}", source)
+    assert tuple(re.findall(r'"([^"]+)"', names)) == images.PICTURE_SUFFIXES
 
 
 def test_the_table_is_read_as_in_python(native_build, tmp_path):

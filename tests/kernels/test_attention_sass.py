@@ -11,7 +11,7 @@ import torch
 from support import kernel_checks, sass
 
 import lavin_kernels.ops
-from lavin_kernels import tuning
+from lavin_kernels import machine_code, tuning
 from lavin_kernels.launch import interpreted
 from lavin_kernels.machine_code import Code, attention_counts, count, row_instructions
 
@@ -82,3 +82,9 @@ def test_hazards_are_found_where_waits_are_missing():
     _, text = attention_counts(tuning.default_config("joint_attention", 90, torch.bfloat16), 90)
     broken = "\n".join(line for line in text.splitlines() if "WARPGROUP.DEPBAR" not in line)
     assert len(sass.hazards(Code.of(broken))) > 100
+
+
+def test_the_command_counts_every_row_wise_kernel(capsys):
+    machine_code.main(["--capability", "90"])
+    _, rows = capsys.readouterr().out.split("row-wise")
+    assert all(any(name in line for line in rows.splitlines()) for name in ("ada_norm", "qk_norm", "swiglu"))

@@ -42,7 +42,7 @@ def test_the_weights_are_half_precision_and_small():
 
 
 def test_every_task_of_the_weights_has_templates_that_differ():
-    """The shipped weights were trained on sixteen of the tasks that the trainer knows."""
+    """Of the tasks in the world, the shipped weights know sixteen: fourteen trained, two kept apart."""
     names = sorted(path.name for path in TEMPLATES.iterdir())
     assert len(names) == 16 and set(names) <= set(TASKS)
     for task in map(TASKS.get, names):

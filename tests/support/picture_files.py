@@ -1,6 +1,6 @@
 """A table of picture files with the corners of their formats, made by this script, and what each has to be read as.
 
-`python tests/picture_files.py FOLDER` writes them.
+`python tests/support/picture_files.py FOLDER` writes them.
 """
 
 from __future__ import annotations
