@@ -49,6 +49,7 @@ def test_answer(golden_dit, name, case):
     assert (from_pixels(pixels)[0].int() - case["image"].int()).abs().max() <= 1
 
 
+@pytest.mark.slow
 def test_compiled_is_the_same_function():
     dit = randomize_(JDiT(DiTConfig(hidden_size=48, depth=2, num_heads=2, kv_group=2))).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)

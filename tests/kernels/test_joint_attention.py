@@ -35,6 +35,7 @@ BRANCHES = ((37, 21), (16, 9))  # two branches of 53 and 30 rows: odd, and more 
 
 if not interpreted():
 
+    @pytest.mark.slow
     def test_in_the_interpreter():
         output = run_under_interpreter(__file__)
         counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
