@@ -23,6 +23,8 @@ def info(options: argparse.Namespace) -> None:
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     record: dict = {"machine": machine(device, dtype)}
+    if options.size is not None or options.pairs is not None:
+        record["the published model, estimated"] = published(options, device, dtype)
     checks, model = [], None
     if options.self_check:
         from lavin_rt.sampling.self_check import check_known_answers
@@ -132,6 +134,32 @@ def memory(files: Checkpoint) -> dict:
             for stage in stages
         },
         "at most": f"{gigabytes(last.peak_allocated)} GB allocated, {gigabytes(last.peak_reserved)} GB reserved",
+    }
+
+
+def published(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
+    """What the published model would take, from a probe of some seconds.
+
+    Raises:
+        InputError: a size or a number of pairs that it does not take.
+    """
+    from lavin_rt.checkpoint.header import RELEASED_SIZE
+    from lavin_rt.estimate import estimate
+    from lavin_rt.pictures.images import parse_size
+    from lavin_rt.task import task_shape
+
+    size = parse_size(RELEASED_SIZE if options.size is None else options.size)
+    pairs = 4 if options.pairs is None else options.pairs
+    if pairs < 1:
+        raise InputError(f"--pairs is {pairs}; expected 1 or more")
+    found = estimate(task_shape(1, pairs, 1, size, guided=True), device, dtype, options.impl)
+    return {
+        "for": f"{size[0]}x{size[1]}, {pairs} pairs, {str(dtype).removeprefix('torch.')}",
+        "download": f"{gigabytes(found.download)} GB",
+        "memory": f"{gigabytes(found.memory)} GB of {gigabytes(found.at_hand)} GB at hand",
+        "context, once a task": f"{found.context:.3g} s",
+        "schedule, once": f"{found.prepare:.3g} s",
+        "a picture": f"{found.query:.3g} s, {found.evaluations} evaluations of {found.evaluation:.3g} s",
     }
 
 

@@ -136,6 +136,9 @@ def _add_info(commands) -> None:
         help="compute known answers; with a checkpoint, also its packed step against its plain model",
     )
     info.add_argument("--json", action="store_true", help="print JSON")
+    cost = info.add_argument_group("what the published 3.4 B model would take here, before it is downloaded")
+    cost.add_argument("--size", help="N or HEIGHTxWIDTH: estimate a picture of this size (default: 512, with --pairs)")
+    cost.add_argument("--pairs", type=int, help="and so many pairs (default: 4, with --size)")
     add_checkpoint_options(info)
     info.set_defaults(load=_info)
 
