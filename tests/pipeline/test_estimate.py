@@ -21,11 +21,9 @@ SMALL = DiTConfig(hidden_size=144, depth=6, num_heads=2, kv_group=2)
 CODER = VAEConfig(block_out_channels=(32, 32, 32, 32), layers_per_block=1)
 
 
-def small(size: int, depth: int = 6, dtype: torch.dtype = torch.float32):
-    config = DiTConfig(hidden_size=144, depth=depth, num_heads=2, kv_group=2)
-    return estimates.estimate(
-        task_shape(1, 2, 1, (size, size), guided=True), CPU, dtype, config=config, vae_config=CODER
-    )
+def small(size: int, dtype: torch.dtype = torch.float32) -> estimates.Estimate:
+    shape = task_shape(1, 2, 1, (size, size), guided=True)
+    return estimates.estimate(shape, CPU, dtype, config=SMALL, vae_config=CODER)
 
 
 def test_bytes_are_those_of_the_networks():
