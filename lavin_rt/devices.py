@@ -45,14 +45,33 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that a name means; `"auto"` is bfloat16 on CUDA with compute capability 8.0 or newer, else float32."""
+    """The dtype that a name means; `"auto"` is bfloat16 where that is the fast one, else float32."""
     if dtype == "auto":
-        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if fast_in_bfloat16(device) else torch.float32
     resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if resolved is None or resolved not in DTYPES.values():
         raise InputError(f"dtype is {str(dtype)!r}; expected auto, {', '.join(DTYPES)}")
     return resolved
+
+
+def fast_in_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrices are multiplied faster than float32 ones: on CUDA from compute capability 8.0 on, on a
+    CPU with tiles (AMX) or dot products of it, if PyTorch may use them.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # A CPU's reports know nothing of ATEN_CPU_CAPABILITY, which may forbid what they tell of.
+    allowed = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return device.type == "cpu" and allowed and _cpu_has("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+
+
+def slow_dtype(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether float32 is faster than this: float16 on a CPU that has no tiles for it."""
+    return dtype == torch.float16 and device.type == "cpu" and not _cpu_has("_is_amx_fp16_supported")
+
+
+def _cpu_has(*reports: str) -> bool:
+    return any(getattr(torch.cpu, report, bool)() for report in reports)
 
 
 def current_device(device: torch.device) -> AbstractContextManager[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from lavin_rt.artifact.load import load as load_artifact
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.header import RELEASED_SIZE, open_checkpoint, picture_size
 from lavin_rt.checkpoint.load import load_dit, load_vae
-from lavin_rt.devices import DTYPES, resolve_device, resolve_dtype
+from lavin_rt.devices import DTYPES, resolve_device, resolve_dtype, slow_dtype
 from lavin_rt.dit.model import JDiT
 from lavin_rt.dit.packed import check_impl
 from lavin_rt.engine import VAE, Engine
@@ -98,7 +99,8 @@ class Pipeline(Engine):
             checkpoint: a folder with `lavin_dit.safetensors` and `stvae.pt` or `stvae.safetensors`, the published
                 archive, an artifact's folder, a hub id of either, or what `find_model` found; None is the small model
                 that comes with the package.
-            device, dtype, impl: `"auto"` picks once, by what the machine has; an artifact has settled dtype and impl.
+            device, dtype, impl: `"auto"` picks once, by what the machine has (bfloat16 on GPUs and on CPUs that
+                multiply it fast, else float32); an artifact has settled dtype and impl.
             revision: of a hub id.
             strict: treat unexpected tensors as an error instead of a warning.
             trust: run the code in an artifact that came from a hub.
@@ -123,6 +125,8 @@ class Pipeline(Engine):
             return pipe
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
+        if slow_dtype(dtype, device):
+            warnings.warn("float16 is slower than float32 on this CPU, which has no instructions for it", stacklevel=2)
         check_impl(impl)
         file = open_checkpoint(os.path.abspath(files.dit))  # read again later, perhaps from another working folder
         dit = load_dit(file, device=device, dtype=dtype, strict=strict, progress=progress)

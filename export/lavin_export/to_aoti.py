@@ -65,7 +65,8 @@ def export_aoti(
         checkpoint: what `find_checkpoint` found.
         output: the artifact's folder; must not exist, or be empty.
         device: "auto", "cpu", or a CUDA device of the kind that it shall run on.
-        dtype: that the networks compute in; "auto" as in `resolve_dtype`.
+        dtype: that the networks compute in; "auto" as in `resolve_dtype`, but float32 for a CPU: the one that runs it
+            may be another.
         steps: schedules to tabulate the modulation of.
         clip_frames: frame counts `1 + 4 k` of clips to compile the VAE for, besides pictures.
         cpu: "native" (this machine's processor), "avx512" or "avx2" (any x86-64 processor with these).
@@ -81,7 +82,7 @@ def export_aoti(
         VerificationError: a result beyond its error budget.
     """
     device = resolve_device(device)
-    dtype = resolve_dtype(dtype, device)
+    dtype = resolve_dtype("float32" if dtype == "auto" and device.type == "cpu" else dtype, device)
     if cpu not in CPUS:
         raise InputError(f"cpu is {cpu!r}; expected one of {', '.join(CPUS)}")
     if cpu != "native" and platform.machine() != "x86_64":

@@ -35,7 +35,12 @@ def add_checkpoint_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("checkpoint and machine")
     group.add_argument("--revision", help="revision of a Hugging Face id")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    group.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights and arithmetic (default: auto)")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=DTYPES,
+        help="of weights and arithmetic (default: auto, bfloat16 where it is fast, else float32)",
+    )
     group.add_argument("--impl", default="auto", choices=IMPLS, help="what computes (default: auto)")
     group.add_argument("--strict", action="store_true", help="stop on unexpected tensors instead of warning")
     group.add_argument("--trust", action="store_true", help="run the code in an artifact that comes from a hub")

@@ -26,7 +26,7 @@ from lavin_rt.sampling import speeds
 
 
 def test_a_run(setup, capsys):
-    assert run(setup, "--grid") == 0
+    assert run(setup, "--grid", "--dtype", "float32") == 0
     out, err = capsys.readouterr()
     assert out.startswith(f"{setup['-o']}  seed 0\nloading ") and "impl torch, cpu, float32" in out
     assert err == ""
@@ -36,7 +36,7 @@ def test_a_run(setup, capsys):
 
 
 def test_json_record(setup, capsys):
-    assert run({**setup, "--seed": "5"}, "--json") == 0
+    assert run({**setup, "--seed": "5", "--dtype": "float32"}, "--json") == 0
     out, err = capsys.readouterr()
     record = json.loads(out)
     assert err == ""

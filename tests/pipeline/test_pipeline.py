@@ -197,7 +197,6 @@ def test_bad_queries(pipe, pairs):
 
 
 def test_devices_and_dtypes():
-    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
     assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
     assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match="dtype is 'int8'"):
