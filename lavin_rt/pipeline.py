@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ import torch
 from lavin_rt.artifact.load import ArtifactNetwork, ArtifactVAE
 from lavin_rt.artifact.load import load as load_artifact
 from lavin_rt.checkpoint.files import Checkpoint
-from lavin_rt.checkpoint.header import RELEASED_SIZE, open_checkpoint, picture_size
+from lavin_rt.checkpoint.header import RELEASED_SIZE, picture_size
 from lavin_rt.checkpoint.load import load_dit, load_vae
 from lavin_rt.devices import DTYPES, resolve_device, resolve_dtype, slow_dtype
 from lavin_rt.dit.model import JDiT
@@ -22,7 +23,7 @@ from lavin_rt.dit.packed import check_impl
 from lavin_rt.engine import VAE, Engine
 from lavin_rt.errors import InputError
 from lavin_rt.files import Progress
-from lavin_rt.find.model import Artifact, find_model, settled, template_roots
+from lavin_rt.find.model import Artifact, find_model, opened, template_roots
 from lavin_rt.host_state import own_state
 from lavin_rt.kept_keys import check_kept_keys
 from lavin_rt.pictures import context as contexts
@@ -112,7 +113,7 @@ class Pipeline(Engine):
         files = checkpoint
         if not isinstance(files, Checkpoint | Artifact):
             files = find_model(files, revision, trust, progress=progress)
-        files = settled(files)
+        files = opened(files)
         roots = template_roots(files)
         if isinstance(files, Artifact):
             if impl != "auto" or compile:
@@ -128,11 +129,11 @@ class Pipeline(Engine):
         if slow_dtype(dtype, device):
             warnings.warn("float16 is slower than float32 on this CPU, which has no instructions for it", stacklevel=2)
         check_impl(impl)
-        file = open_checkpoint(os.path.abspath(files.dit))  # read again later, perhaps from another working folder
-        dit = load_dit(file, device=device, dtype=dtype, strict=strict, progress=progress)
+        dit = load_dit(files.read_header(), device=device, dtype=dtype, strict=strict, progress=progress)
         vae = load_vae(files.vae, device=device, dtype=dtype, strict=strict)
-        size = picture_size(file)
+        size = picture_size(files.read_header())
         pipe = cls(dit, vae, impl, compile, graphs, tile, chunk, roots, files.source, size)
+        files = dataclasses.replace(files, header=None)  # where it is loaded again, it may be another
         pipe._origin = files, {"device": str(pipe.device), "dtype": dtype, "impl": pipe.impl, "compile": compile}
         pipe._as_loaded = pipe._weights()
         return pipe

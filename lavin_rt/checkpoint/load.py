@@ -303,7 +303,7 @@ class Description:
 
 def describe(files: Checkpoint) -> Description:
     """Reads and checks the transformer's header; an `InputError` for whatever `load_dit` would refuse."""
-    file = open_checkpoint(files.dit)
+    file = files.read_header()
     config = dit_config(file)
     places = official_layout(config)
     unexpected = check_tensors(file, config, places)

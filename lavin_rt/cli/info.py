@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import platform
 
@@ -31,10 +32,11 @@ def info(options: argparse.Namespace) -> None:
 
         checks += check_known_answers(device)
     if options.checkpoint:
-        model = find_model(options.checkpoint, revision=options.revision, trust=getattr(options, "trust", False))
+        model = find_model(options.checkpoint, options.revision, options.trust)
         if isinstance(model, Artifact):
             record["artifact"] = artifact(model, device, options.self_check)
         else:
+            model = dataclasses.replace(model, header=model.read_header())
             record["checkpoint"], more = checkpoint(options, model, device, dtype)
             record["memory on a GPU"] = memory(model)
             checks += more
@@ -110,7 +112,7 @@ def checkpoint(
         return record, []
     from lavin_rt.sampling.self_check import check_checkpoint
 
-    dit = load_dit(files.dit, device=device, dtype=dtype, strict=options.strict)
+    dit = load_dit(files.read_header(), device=device, dtype=dtype, strict=options.strict)
     return record, [check_checkpoint(dit, impl)]
 
 
@@ -118,14 +120,14 @@ def memory(files: Checkpoint) -> dict:
     """What a first and a second picture take on a GPU in bfloat16, as predicted (`lavin_rt.memory`),
     with the released autoencoder's shape.
     """
-    from lavin_rt.checkpoint.header import open_checkpoint, picture_size
-    from lavin_rt.checkpoint.load import describe
+    from lavin_rt.checkpoint.header import dit_config, picture_size
     from lavin_rt.memory import PAIRS, predict
     from lavin_rt.task import task_shape
     from lavin_rt.vae.config import VAEConfig
 
-    size = picture_size(open_checkpoint(files.dit))
-    stages = predict(describe(files).config, VAEConfig(), task_shape(1, PAIRS, 1, (size, size), guided=True))
+    header = files.read_header()
+    size = picture_size(header)
+    stages = predict(dit_config(header), VAEConfig(), task_shape(1, PAIRS, 1, (size, size), guided=True))
     last = stages[-1]
     return {
         "for": f"{size}x{size}, {PAIRS} pairs, bfloat16",

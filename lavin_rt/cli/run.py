@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lavin_rt.checkpoint.files import Checkpoint
-from lavin_rt.checkpoint.header import open_checkpoint, picture_size
+from lavin_rt.checkpoint.header import picture_size
 from lavin_rt.console import Progress, print_json
 from lavin_rt.errors import InputError
 from lavin_rt.files import check_writable
-from lavin_rt.find.model import BUNDLED_NAMES, Artifact, find_model, template_roots
+from lavin_rt.find.model import BUNDLED_NAMES, Artifact, find_model, opened, template_roots
 from lavin_rt.pictures import colours, images
 from lavin_rt.pictures import context as contexts
 from lavin_rt.pictures.encoded import EncodedContext
@@ -68,7 +68,7 @@ def _run(options: argparse.Namespace) -> None:
     progress = Progress(quiet=options.quiet or options.json)
     began = time.perf_counter()
     with progress.bar("loading", "B") as loading:
-        checkpoint = find_model(options.checkpoint, options.revision, options.trust, progress=loading)
+        checkpoint = opened(find_model(options.checkpoint, options.revision, options.trust, progress=loading))
         check_task(options, checkpoint, size, queries, lengths, outputs)
         if checkpoint.source == BUNDLED_NAMES[1]:
             note(options, BUNDLED_NOTE)
@@ -153,7 +153,7 @@ def trained_size(model: Checkpoint | Artifact) -> int:
     """The size of the pictures that a model was trained on, pixels a side; reads no weights."""
     if isinstance(model, Artifact):
         return model.manifest.size
-    return picture_size(open_checkpoint(model.dit))
+    return picture_size(model.read_header())
 
 
 def read_query(query: Path, clip: bool, frames: int | None) -> torch.Tensor:

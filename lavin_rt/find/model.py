@@ -100,14 +100,19 @@ def find_model(
     return Artifact(manifest, fetched=True, source=source)
 
 
-def settled(files: Checkpoint | Artifact) -> Checkpoint | Artifact:
-    """The same files by absolute paths, which stay right when the working folder changes."""
+def opened(files: Checkpoint | Artifact) -> Checkpoint | Artifact:
+    """The same files by absolute paths, which stay right when the working folder changes, and a checkpoint's header
+    read.
+
+    Raises:
+        InputError: as `lavin_rt.checkpoint.header.open_checkpoint`.
+    """
     if isinstance(files, Artifact):
         folder = Path(os.path.abspath(files.folder))
         return dataclasses.replace(files, manifest=dataclasses.replace(files.manifest, folder=folder))
     dit, vae = (Path(os.path.abspath(path)) for path in (files.dit, files.vae))
     templates = None if files.templates is None else Path(os.path.abspath(files.templates))
-    return dataclasses.replace(files, dit=dit, vae=vae, templates=templates)
+    return dataclasses.replace(files, dit=dit, vae=vae, templates=templates, header=files.read_header())
 
 
 def template_roots(files: Checkpoint | Artifact) -> list[Path]:

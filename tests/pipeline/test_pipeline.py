@@ -16,8 +16,10 @@ import lavin_rt
 from lavin_rt.artifact import manifest
 from lavin_rt.checkpoint.load import load_vae
 from lavin_rt.checkpoint.tensors import SafetensorsFile
+from lavin_rt.cli.main import main
 from lavin_rt.devices import resolve_device, resolve_dtype
 from lavin_rt.errors import InputError
+from lavin_rt.find.model import BUNDLED
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.task import draw_noise
 
@@ -252,10 +254,14 @@ def counted(monkeypatch, owner, name: str) -> list:
     return calls
 
 
-def test_a_header_is_read_once(monkeypatch):
-    opened = counted(monkeypatch, SafetensorsFile, "open")
-    lavin_rt.Pipeline.from_pretrained(device="cpu")
-    assert [Path(path).name for path in opened].count("lavin_dit.safetensors") == 1
+def test_a_header_is_read_once(monkeypatch, tmp_path):
+    opened, output = counted(monkeypatch, SafetensorsFile, "open"), str(tmp_path / "depth.png")
+    query = str(next((BUNDLED / "template").glob("depth*/*_input*")))
+    run = ["run", "--task", "depth", "--query", query, "-o", output, "--steps", "4", "--device", "cpu"]
+    for read in (lambda: Pipeline.from_pretrained(device="cpu"), lambda: main(run), lambda: main(["info", "mini"])):
+        opened.clear()
+        read()
+        assert [Path(path).name for path in opened].count("lavin_dit.safetensors") == 1
 
 
 def test_a_manifest_is_read_once(tmp_path, monkeypatch):
