@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
 
 from lavin_kernels.static_case import StaticCase
 
+P = ParamSpec("P")
+R = TypeVar("R")
 # Read once, as `@triton.jit` does when a kernel is defined; a compiled graph could not read it.
 _INTERPRETED = triton.knobs.runtime.interpret
 
@@ -23,6 +26,25 @@ def interpreted() -> bool:
 def runs_kernel(device: torch.device) -> bool:
     """Whether tensors of a device go to the kernel (CUDA, or a CPU under Triton's interpreter) or to the reference."""
     return device.type == "cuda" or (device.type == "cpu" and interpreted())
+
+
+def operator(
+    name: str, reference: Callable[..., Any], mutates_args: Iterable[str] = ()
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Makes the operator `lavin::NAME` of a function that launches kernels.
+
+    Where the device of its first argument runs none, the reference is called instead, with the same arguments.
+    """
+
+    def register(launch: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(launch)  # PyTorch reads the operator's schema and the kernels that it launches off `launch`
+        def run(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            function: Callable[..., Any] = launch if runs_kernel(first.device) else reference
+            return function(first, *args, **kwargs)
+
+        return torch.library.triton_op(f"lavin::{name}", run, mutates_args=mutates_args)
+
+    return register
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:

@@ -3,10 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
 from lavin_kernels import tuning, validate
-from lavin_kernels.launch import pieces, row_case, row_warps, runs_kernel, wrap_triton
+from lavin_kernels.launch import operator, pieces, row_case, row_warps, wrap_triton
 from lavin_kernels.reference import dit as reference
 from lavin_kernels.static_case import StaticCase
 
@@ -155,7 +154,8 @@ def _tiles(kernel: str, rows: torch.Tensor) -> dict[str, int]:
     return {"D": width, "MAIN": main, "TAIL": tail, "num_warps": row_warps(width, num_warps, LANE_ELEMENTS)}
 
 
-def _launch_ada_rms_norm(rows: torch.Tensor, split: int, scale: torch.Tensor, eps: float) -> torch.Tensor:
+@operator("ada_rms_norm", reference.ada_rms_norm)
+def _ada_rms_norm(rows: torch.Tensor, split: int, scale: torch.Tensor, eps: float) -> torch.Tensor:
     out = rows.new_empty(rows.shape)
     if rows.shape[0]:
         wrap_triton(_ada_rms_norm_kernel)[(rows.shape[0],)](
@@ -164,72 +164,34 @@ def _launch_ada_rms_norm(rows: torch.Tensor, split: int, scale: torch.Tensor, ep
     return out
 
 
-def _launch_gated_residual(
+@operator("gated_residual", reference.gated_residual)
+def _gated_residual(
     residual: torch.Tensor, update: torch.Tensor, split: int, gate: torch.Tensor, eps: float
 ) -> torch.Tensor:
     out = residual.new_empty(residual.shape)
     if residual.shape[0]:
         wrap_triton(_gated_residual_kernel)[(residual.shape[0],)](
-            residual,
-            update,
-            gate,
-            out,
-            split,
-            residual.stride(0),
-            update.stride(0),
-            gate.stride(0),
+            *(residual, update, gate, out, split),
+            *(rows.stride(0) for rows in (residual, update, gate)),
             eps,
             **_tiles("gated_residual", residual),
         )
     return out
 
 
-def _launch_gated_residual_ada_rms_norm(
+@operator("gated_residual_ada_rms_norm", reference.gated_residual_ada_rms_norm)
+def _gated_residual_ada_rms_norm(
     residual: torch.Tensor, update: torch.Tensor, split: int, gate: torch.Tensor, scale: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, normed = residual.new_empty(residual.shape), residual.new_empty(residual.shape)
     if residual.shape[0]:
         wrap_triton(_gated_residual_ada_rms_norm_kernel)[(residual.shape[0],)](
-            residual,
-            update,
-            gate,
-            scale,
-            out,
-            normed,
-            split,
-            residual.stride(0),
-            update.stride(0),
-            gate.stride(0),
-            scale.stride(0),
+            *(residual, update, gate, scale, out, normed, split),
+            *(rows.stride(0) for rows in (residual, update, gate, scale)),
             eps,
             **_tiles("gated_residual_ada_rms_norm", residual),
         )
     return out, normed
-
-
-@triton_op("lavin::ada_rms_norm", mutates_args=())
-def _ada_rms_norm(rows: torch.Tensor, split: int, scale: torch.Tensor, eps: float) -> torch.Tensor:
-    if runs_kernel(rows.device):
-        return _launch_ada_rms_norm(rows, split, scale, eps)
-    return reference.ada_rms_norm(rows, split, scale, eps)
-
-
-@triton_op("lavin::gated_residual", mutates_args=())
-def _gated_residual(
-    residual: torch.Tensor, update: torch.Tensor, split: int, gate: torch.Tensor, eps: float
-) -> torch.Tensor:
-    if runs_kernel(residual.device):
-        return _launch_gated_residual(residual, update, split, gate, eps)
-    return reference.gated_residual(residual, update, split, gate, eps)
-
-
-@triton_op("lavin::gated_residual_ada_rms_norm", mutates_args=())
-def _gated_residual_ada_rms_norm(
-    residual: torch.Tensor, update: torch.Tensor, split: int, gate: torch.Tensor, scale: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if runs_kernel(residual.device):
-        return _launch_gated_residual_ada_rms_norm(residual, update, split, gate, scale, eps)
-    return reference.gated_residual_ada_rms_norm(residual, update, split, gate, scale, eps)
 
 
 def _check_rows(name: str, rows: torch.Tensor) -> None:

@@ -7,10 +7,9 @@ to groups (a few hundred kilobytes), then normalisation, affine map and SiLU.
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
 from lavin_kernels import tuning, validate
-from lavin_kernels.launch import row_case, runs_kernel, wrap_triton
+from lavin_kernels.launch import operator, row_case, wrap_triton
 from lavin_kernels.reference import vae as reference_vae
 from lavin_kernels.static_case import StaticCase
 
@@ -192,13 +191,7 @@ def group_coefficients(x: torch.Tensor, weight: torch.Tensor, groups: int, eps: 
     )
     coefficients = x.new_empty((items, 2, channels), dtype=torch.float32)
     wrap_triton(_group_moments_kernel)[(items * groups,)](
-        moments,
-        weight,
-        coefficients,
-        pixels,
-        chunk,
-        chunks,
-        eps,
+        *(moments, weight, coefficients, pixels, chunk, chunks, eps),
         **_group_tile(channels, groups),
         num_warps=_COMBINED_WARPS,
     )
@@ -211,7 +204,10 @@ def _group_tile(channels: int, groups: int) -> dict[str, int]:
     return {"C": channels, "GROUPS": groups, "BLOCK_ROWS": rows, "BLOCK_C": block}
 
 
-def _launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
+@operator("group_norm_silu", reference_vae.group_norm_silu)
+def _group_norm_silu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
+) -> torch.Tensor:
     coefficients = group_coefficients(x, weight, groups, eps)
     out = torch.empty_like(x)
     pixels = x.shape[2] * x.shape[3] * x.shape[4]
@@ -225,15 +221,6 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: i
         x, coefficients, bias, out, pixels, chunk, chunks, **tile, num_warps=launch["num_warps"]
     )
     return out
-
-
-@triton_op("lavin::group_norm_silu", mutates_args=())
-def _group_norm_silu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
-) -> torch.Tensor:
-    if runs_kernel(x.device):
-        return _launch(x, weight, bias, groups, eps)
-    return reference_vae.group_norm_silu(x, weight, bias, groups, eps)
 
 
 def check_volume(name: str, value: torch.Tensor) -> None:

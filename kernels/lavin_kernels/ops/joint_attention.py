@@ -1,15 +1,15 @@
 """Variable-length, non-causal attention with grouped heads over the joint sequence of every branch, in one launch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
-from torch.library import triton_op
 
 from lavin_kernels import tuning, validate
 from lavin_kernels.branches import Branches
-from lavin_kernels.launch import interpreted, on_device, runs_kernel
+from lavin_kernels.launch import interpreted, on_device, operator
 from lavin_kernels.ops.joint_attention_triton import joint_attention_kernel
 from lavin_kernels.reference import dit as reference
 from lavin_kernels.static_case import StaticCase
@@ -140,11 +140,7 @@ def _launch(
     launch = ("num_warps", "num_stages") if traced else ("num_warps", "num_stages", "maxnreg")
     with on_device(q):
         kernel[grid](
-            *parts,
-            out,
-            lse,
-            table,
-            branches,
+            *(*parts, out, lse, table, branches),
             *(stride // 8 for part in parts for stride in part.stride()[:2]),
             scale,
             **shape,
@@ -161,25 +157,24 @@ def _blocks(config: tuning.Launch, variant: str, x_only: bool) -> tuple[int, int
     return 128 if variant == "gluon" and x_only else config["block_m"], config["block_n"]
 
 
-def _kept(cond_lens: Sequence[int], kept_lens: Sequence[int] | None) -> Sequence[int]:
-    """Kept rows of every branch."""
-    return kept_lens or [0] * len(cond_lens)
+def _launch_branches(q, k, v, table, cond_lens, x_lens, head_size, scale, kept_lens, with_lse):
+    kept_lens = kept_lens or [0] * len(cond_lens)
+    lens = [sum(rows) for rows in zip(cond_lens, x_lens, kept_lens, strict=True)]
+    shortest = min((rows for rows in lens if rows), default=0)  # keys of a branch that has any
+    return _launch(q, k, v, table, shortest, head_size, scale, with_lse, sum(kept_lens))
 
 
-def _shortest(cond_lens: Sequence[int], x_lens: Sequence[int], kept_lens: Sequence[int]) -> int:
-    """Keys of the branch that has the fewest, of those that have any."""
-    lens = (sum(rows) for rows in zip(cond_lens, x_lens, kept_lens, strict=True))
-    return min((rows for rows in lens if rows), default=0)
+def _with_branches(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """A reference with the operator's arguments; row maps of branches are none of attention's business."""
+
+    def run(q, k, v, table, cond_lens, x_lens, head_size, scale, kept_lens=None):
+        branches = Branches(tuple(cond_lens), tuple(x_lens), table, table.new_empty(0), tuple(kept_lens or ()))
+        return reference(q, k, v, branches, head_size, scale)
+
+    return run
 
 
-def _branches(
-    table: torch.Tensor, cond_lens: Sequence[int], x_lens: Sequence[int], kept_lens: Sequence[int] | None
-) -> Branches:
-    """The branches again, without the row maps that attention does not need."""
-    return Branches(tuple(cond_lens), tuple(x_lens), table, table.new_empty(0), tuple(kept_lens or ()))
-
-
-@triton_op("lavin::joint_attention", mutates_args=())
+@operator("joint_attention", _with_branches(reference.joint_attention))
 def _joint_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -191,14 +186,10 @@ def _joint_attention(
     scale: float,
     kept_lens: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    if runs_kernel(q.device):
-        kept = _kept(cond_lens, kept_lens)
-        shortest = _shortest(cond_lens, x_lens, kept)
-        return _launch(q, k, v, table, shortest, head_size, scale, with_lse=False, kept=sum(kept))[0]
-    return reference.joint_attention(q, k, v, _branches(table, cond_lens, x_lens, kept_lens), head_size, scale)
+    return _launch_branches(q, k, v, table, cond_lens, x_lens, head_size, scale, kept_lens, with_lse=False)[0]
 
 
-@triton_op("lavin::joint_attention_with_lse", mutates_args=())
+@operator("joint_attention_with_lse", _with_branches(reference.joint_attention_with_lse))
 def _joint_attention_with_lse(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -210,11 +201,7 @@ def _joint_attention_with_lse(
     scale: float,
     kept_lens: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if runs_kernel(q.device):
-        kept = _kept(cond_lens, kept_lens)
-        shortest = _shortest(cond_lens, x_lens, kept)
-        return _launch(q, k, v, table, shortest, head_size, scale, with_lse=True, kept=sum(kept))
-    return reference.joint_attention_with_lse(q, k, v, _branches(table, cond_lens, x_lens, kept_lens), head_size, scale)
+    return _launch_branches(q, k, v, table, cond_lens, x_lens, head_size, scale, kept_lens, with_lse=True)
 
 
 def _checked(

@@ -3,11 +3,10 @@
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
 from lavin_kernels import tuning, validate
 from lavin_kernels.branches import Branches
-from lavin_kernels.launch import pieces, row_case, row_warps, runs_kernel, wrap_triton
+from lavin_kernels.launch import operator, pieces, row_case, row_warps, runs_kernel, wrap_triton
 from lavin_kernels.reference import dit as reference
 from lavin_kernels.static_case import StaticCase
 
@@ -221,8 +220,12 @@ def _tiles(heads: int, kv_heads: int, head_size: int, padded: int, group: int) -
     }
 
 
+def _reference(cond, x, cond_lens, x_lens, table, branch_rows, *rest):
+    return reference.qk_norm_rope(cond, x, Branches(tuple(cond_lens), tuple(x_lens), table, branch_rows), *rest)
+
+
 # A new order of columns is a new name: compile caches know an operator by it, and would go on with what they have.
-@triton_op("lavin::qk_norm_rope_pairs", mutates_args=())
+@operator("qk_norm_rope_pairs", _reference)
 def _qk_norm_rope(
     cond: torch.Tensor,
     x: torch.Tensor,
@@ -239,11 +242,6 @@ def _qk_norm_rope(
     eps: float,
     padded: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not runs_kernel(x.device):
-        branches = Branches(tuple(cond_lens), tuple(x_lens), table, branch_rows)
-        return reference.qk_norm_rope(
-            cond, x, branches, positions, cos, sin, q_weight, k_weight, head_size, eps, padded
-        )
     rows, kv_heads = cond.shape[0] + x.shape[0], k_weight.shape[1] // head_size
     k, v = x.new_empty(rows, kv_heads, padded), x.new_empty(rows, kv_heads, padded)
     tables = (branch_rows, branch_rows, positions, cos, sin)

@@ -1,16 +1,20 @@
 """`qk_norm_rope` into buffers of keys and values that outlive a step, behind the rows that were kept there."""
 
 import torch
-from torch.library import triton_op
 
 from lavin_kernels import validate
 from lavin_kernels.branches import Branches
-from lavin_kernels.launch import runs_kernel
+from lavin_kernels.launch import operator
 from lavin_kernels.ops.qk_norm_rope import check, launch_rows
 from lavin_kernels.reference import dit as reference
 
 
-@triton_op("lavin::qk_norm_rope_pairs_into", mutates_args={"k", "v"})
+def _reference(cond, x, k, v, cond_lens, x_lens, kept_lens, table, branch_rows, key_rows, *rest):
+    branches = Branches(tuple(cond_lens), tuple(x_lens), table, branch_rows, tuple(kept_lens), key_rows)
+    return reference.qk_norm_rope_into(cond, x, k, v, branches, *rest)
+
+
+@operator("qk_norm_rope_pairs_into", _reference, mutates_args=("k", "v"))
 def _qk_norm_rope_into(
     cond: torch.Tensor,
     x: torch.Tensor,
@@ -30,12 +34,8 @@ def _qk_norm_rope_into(
     head_size: int,
     eps: float,
 ) -> torch.Tensor:
-    if runs_kernel(x.device):
-        return launch_rows(
-            cond, x, k, v, branch_rows, key_rows, positions, cos, sin, q_weight, k_weight, head_size, eps
-        )
-    branches = Branches(tuple(cond_lens), tuple(x_lens), table, branch_rows, tuple(kept_lens), key_rows)
-    return reference.qk_norm_rope_into(cond, x, k, v, branches, positions, cos, sin, q_weight, k_weight, head_size, eps)
+    tables = (branch_rows, key_rows, positions, cos, sin)
+    return launch_rows(cond, x, k, v, *tables, q_weight, k_weight, head_size, eps)
 
 
 def qk_norm_rope_into(
@@ -76,8 +76,7 @@ def qk_norm_rope_into(
         validate.alike(name, part, "x", x)
         if not part.is_contiguous():
             raise ValueError(f"{name} has strides {part.stride()}; expected a contiguous tensor")
-    key_rows = branches.key_rows if branches.kept_lens else branches.branch_rows
-    return _qk_norm_rope_into(
-        *(cond, x, k, v, list(branches.cond_lens), list(branches.x_lens), list(branches.kept_lens)),
-        *(branches.table, branches.branch_rows, key_rows, positions, cos, sin, q_weight, k_weight, head_size, eps),
-    )
+    key_rows = branches.branch_rows if branches.key_rows is None else branches.key_rows
+    ranges = list(branches.cond_lens), list(branches.x_lens), list(branches.kept_lens)
+    tables = branches.table, branches.branch_rows, key_rows, positions, cos, sin
+    return _qk_norm_rope_into(cond, x, k, v, *ranges, *tables, q_weight, k_weight, head_size, eps)

@@ -3,10 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
 from lavin_kernels import tuning, validate
-from lavin_kernels.launch import runs_kernel, wrap_triton
+from lavin_kernels.launch import operator, wrap_triton
 from lavin_kernels.ops.group_norm import channel_tile, check_affine, check_volume, group_coefficients, silu, static_case
 from lavin_kernels.reference import vae as reference_vae
 from lavin_kernels.reference.vae import frame_source, pixel_source
@@ -102,7 +101,8 @@ def _spatial_norm_silu_kernel(
         column = tl.where(column == column_ratio, 0, column)
 
 
-def _launch(
+@operator("spatial_norm_silu", reference_vae.spatial_norm_silu)
+def _spatial_norm_silu(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -124,21 +124,9 @@ def _launch(
     band = max(1, min(row_ratio, launch["rows"], programs // launch["programs"]))
     grid = (cell_blocks, latent_rows * triton.cdiv(row_ratio, band), items * frames)
     wrap_triton(_spatial_norm_silu_kernel)[grid](
-        x,
-        coefficients,
-        bias,
-        conv_y,
-        conv_b,
-        out,
-        frames,
-        latent_frames,
-        frame_ratio,
-        lead,
-        latent_rows,
-        row_ratio,
-        latent_columns,
-        column_ratio,
-        band,
+        *(x, coefficients, bias, conv_y, conv_b, out),
+        *(frames, latent_frames, frame_ratio, lead),
+        *(latent_rows, row_ratio, latent_columns, column_ratio, band),
         **tile,
         num_warps=launch["num_warps"],
     )
@@ -150,21 +138,6 @@ def _cell_tile(channels: int, column_ratio: int, launch: tuning.Launch) -> dict[
     run = next(length for length in (16, 8, 4, 2, 1) if length <= launch["run"] and column_ratio % length == 0)
     tile = channel_tile(channels, launch["tile"])
     return {**tile, "RUN": run, "BLOCK_P": max(1, tile["BLOCK_P"] // run)}
-
-
-@triton_op("lavin::spatial_norm_silu", mutates_args=())
-def _spatial_norm_silu(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    groups: int,
-    conv_y: torch.Tensor,
-    conv_b: torch.Tensor,
-    eps: float,
-) -> torch.Tensor:
-    if runs_kernel(x.device):
-        return _launch(x, weight, bias, groups, conv_y, conv_b, eps)
-    return reference_vae.spatial_norm_silu(x, weight, bias, groups, conv_y, conv_b, eps)
 
 
 def static_cases(capability: int) -> list[StaticCase]:

@@ -3,10 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
 from lavin_kernels import tuning, validate
-from lavin_kernels.launch import row_case, runs_kernel, wrap_triton
+from lavin_kernels.launch import operator, row_case, wrap_triton
 from lavin_kernels.reference import dit as reference
 from lavin_kernels.static_case import StaticCase
 
@@ -29,7 +28,8 @@ def _swiglu_kernel(gate_up_ptr, out_ptr, row_stride, INNER: tl.constexpr, BLOCK:
     tl.store(out_ptr + row * INNER + columns, gate * tl.sigmoid(gate) * up, mask=mask)
 
 
-def _launch(gate_up: torch.Tensor) -> torch.Tensor:
+@operator("swiglu", reference.swiglu)
+def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, inner)
     if rows * inner:
@@ -39,11 +39,6 @@ def _launch(gate_up: torch.Tensor) -> torch.Tensor:
             gate_up, out, gate_up.stride(0), INNER=inner, BLOCK=block, num_warps=launch["num_warps"]
         )
     return out
-
-
-@triton_op("lavin::swiglu", mutates_args=())
-def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    return _launch(gate_up) if runs_kernel(gate_up.device) else reference.swiglu(gate_up)
 
 
 def static_cases(capability: int) -> list[StaticCase]:
