@@ -1,8 +1,8 @@
 """Plain PyTorch meaning of every operator of the diffusion transformer: the oracle of tests and benchmarks.
 
-The public functions of `lavin_kernels` have these signatures, and call these functions for tensors on a CPU.
-Statistics, rotary positions and softmax are computed in float32 (float64 for float64 tensors), results are in the dtype
-of the rows. Stream 0 is "cond", stream 1 is "x".
+Functions of the same names in `lavin_kernels` say what the arguments and results are, check them, and call these for
+tensors on a CPU. Statistics, rotary positions and softmax are computed in float32 (float64 for float64 tensors), and
+results are in the dtype of the rows. Stream 0 is "cond", stream 1 is "x".
 """
 
 from __future__ import annotations
@@ -21,35 +21,14 @@ def _scale_streams_(rows: torch.Tensor, split: int, factor: torch.Tensor) -> tor
 
 
 def ada_rms_norm(rows: torch.Tensor, split: int, scale: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """Adaptive RMSNorm, `rms(rows) * (1 + scale[stream])` (LaVin-DiT, arXiv 2411.11505, section 3.3; no learned
-    weight).
-
-    Args:
-        rows: `[rows, D]`, stream-major; the x stream starts at row `split`.
-        split: rows of the cond stream, 0 <= split <= rows.
-        scale: `[2, D]`, one row per stream; any stride between the two, e.g. of a modulation table.
-        eps: added to the mean of squares.
-
-    Returns:
-        `[rows, D]` in the dtype of `rows`.
-    """
+    """`rms(rows) * (1 + scale[stream])`, without a learned weight."""
     return _scale_streams_(F.rms_norm(rows, rows.shape[-1:], eps=eps), split, 1 + scale)
 
 
 def gated_residual(
     residual: torch.Tensor, update: torch.Tensor, split: int, gate: torch.Tensor, eps: float = 1e-6
 ) -> torch.Tensor:
-    """Sandwich-normed residual, `residual + gate[stream] * rms(update)`.
-
-    Args:
-        residual, update: `[rows, D]`, stream-major.
-        split: rows of the cond stream.
-        gate: `[2, D]`, one row per stream, tanh already applied.
-        eps: added to the mean of squares.
-
-    Returns:
-        `[rows, D]` in the dtype of `residual`.
-    """
+    """`residual + gate[stream] * rms(update)`."""
     return _scale_streams_(F.rms_norm(update, update.shape[-1:], eps=eps), split, gate).add_(residual)
 
 
@@ -61,17 +40,7 @@ def gated_residual_ada_rms_norm(
     scale: torch.Tensor,
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`gated_residual` and the `ada_rms_norm` that follows it, both results.
-
-    Args:
-        residual, update: `[rows, D]`, stream-major.
-        split: rows of the cond stream.
-        gate, scale: `[2, D]`, one row per stream.
-        eps: added to both means of squares.
-
-    Returns:
-        `(residual + gate * rms(update), rms(of that) * (1 + scale))`, both `[rows, D]`.
-    """
+    """`gated_residual` and the `ada_rms_norm` that follows it, both results."""
     residual = gated_residual(residual, update, split, gate, eps)
     return residual, ada_rms_norm(residual, split, scale, eps)
 
@@ -102,27 +71,7 @@ def qk_norm_rope(
     eps: float = 1e-6,
     padded_head_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """RMSNorm over all heads of q and of k, 3D rotary positions, and the change to branch-contiguous order.
-
-    Args:
-        cond: `[cond rows, Q + 2 KV]`, the joined q, k, v of the cond stream, or `[cond rows, 2 KV]` where nothing
-            needs its queries (the last block). `Q = heads * head_size`, `KV = kv_heads * head_size`. Rows may be
-            strided.
-        x: `[x rows, Q + 2 KV]` of the x stream.
-        branches: the row ranges.
-        positions: `[rows, 3]` int32, (frame, row, column) of every stream-major row.
-        cos, sin: `[positions, head_size / 6]` float32, of `p * 10000 ** (-2 j / (head_size / 3))` for position p and
-            pair j.
-        q_weight: `[2, Q]`, one row per stream. k_weight: `[2, KV]`.
-        head_size: size of one head, divisible by 6.
-        eps: added to the means of squares.
-        padded_head_size: width at which heads are stored, the rest zero; `head_size` by default.
-
-    Returns:
-        q `[rows, heads, padded]` in branch-contiguous order, or the x rows alone where `cond` has no queries;
-        k and v `[rows, kv_heads, padded]` in branch-contiguous order. The two elements of a pair that rotates are side
-        by side in q and k.
-    """
+    """RMSNorm over all heads of q and of k, 3D rotary positions, and the change to branch-contiguous order."""
     cond_parts, x_parts = _normed_rotated(cond, x, positions, cos, sin, q_weight, k_weight, head_size, eps)
     q = _query_rows(cond_parts[0], x_parts[0], branches)
     k, v = (_branch_contiguous(*parts, branches) for parts in zip(cond_parts[1:], x_parts[1:], strict=True))
@@ -145,15 +94,7 @@ def qk_norm_rope_into(
     head_size: int,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """`qk_norm_rope` that writes keys and values into buffers which outlive the step, behind the rows kept there.
-
-    Args:
-        k, v: `[branches.keys, kv_heads, padded]`; the rows that `branches.kept_lens` counts are left as they are.
-        The others: as of `qk_norm_rope`.
-
-    Returns:
-        q `[rows, heads, padded]` in branch-contiguous order, or the x rows alone where `cond` has no queries.
-    """
+    """`qk_norm_rope` that writes keys and values into buffers which outlive the step, behind the rows kept there."""
     cond_parts, x_parts = _normed_rotated(cond, x, positions, cos, sin, q_weight, k_weight, head_size, eps)
     for target, of_cond, of_x in zip((k, v), cond_parts[1:], x_parts[1:], strict=True):
         end = 0
@@ -207,19 +148,7 @@ def joint_attention(
     head_size: int,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Full (non-causal) attention of every branch over all its rows, cond and x together, with grouped heads.
-
-    Args:
-        q: `[rows, heads, >= head_size]` branch-contiguous, or the x rows alone.
-        k, v: `[branches.keys, kv_heads, >= head_size]` branch-contiguous, kept rows first; query head i reads key/value
-            head `i // (heads / kv_heads)`.
-        branches: the row ranges.
-        head_size: size of one head; what is stored beyond it is ignored.
-        scale: softmax scale, `head_size ** -0.5` by default.
-
-    Returns:
-        `[query rows, heads * head_size]` in stream-major order, ready for the output projection.
-    """
+    """Full (non-causal) attention of every branch over all its rows, cond and x together, with grouped heads."""
     outputs = []
     for part_q, part_k, part_v in _branch_parts(q, k, v, branches, head_size):
         outputs.append(grouped_attention(part_q, part_k, part_v, scale)[0].transpose(0, 1).flatten(1))
@@ -247,9 +176,7 @@ def joint_attention_with_lse(
     head_size: int,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`joint_attention` and the natural log-sum-exp of its scaled scores, `[query rows, heads]` float32,
-    stream-major.
-    """
+    """`joint_attention` and the natural log-sum-exp of its scaled scores, stream-major."""
     scale = head_size**-0.5 if scale is None else scale
     lses = []
     for part_q, part_k, _ in _branch_parts(q, k, v, branches, head_size):
@@ -276,16 +203,7 @@ def _stream_major(parts: list[torch.Tensor], branches: Branches) -> torch.Tensor
 
 
 def stream_linear(rows: torch.Tensor, split: int, weight: torch.Tensor) -> torch.Tensor:
-    """Bias-free linear of each stream with its own weight.
-
-    Args:
-        rows: `[rows, K]`, stream-major.
-        split: rows of the cond stream.
-        weight: `[2, N, K]`, cond then x.
-
-    Returns:
-        `[rows, N]`.
-    """
+    """Bias-free linear of each stream with its own weight."""
     wants_gradient = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
     if torch.compiler.is_compiling() or wants_gradient:
         return torch.cat([F.linear(rows[:split], weight[0]), F.linear(rows[split:], weight[1])])

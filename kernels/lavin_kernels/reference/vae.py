@@ -1,7 +1,7 @@
 """Plain PyTorch meaning of the video autoencoder's two fused operators: the oracle of tests and benchmarks.
 
-The public functions of `lavin_kernels` have these signatures, and call these functions for tensors on a CPU. Statistics
-are computed in float32 (float64 for float64 tensors), results are in the dtype of `x`.
+Functions of the same names in `lavin_kernels` say what the arguments and results are, check them, and call these for
+tensors on a CPU. Statistics are computed in float32 (float64 for float64 tensors), results are in the dtype of `x`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,7 @@ import torch.nn.functional as F
 def group_norm_silu(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float = 1e-6
 ) -> torch.Tensor:
-    """`silu(group_norm(x))`, the statistics of a group over its channels, all frames, rows and columns.
-
-    Args:
-        x: `[N, C, T, H, W]`, best in `torch.channels_last_3d` memory.
-        weight, bias: `[C]`.
-        groups: divides C.
-        eps: added to the variances.
-
-    Returns:
-        `[N, C, T, H, W]` in the dtype and the memory format of `x`.
-    """
+    """`silu(group_norm(x))`, the statistics of a group over its channels, all frames, rows and columns."""
     return F.silu(F.group_norm(x, groups, weight, bias, eps), inplace=True)
 
 
@@ -36,22 +26,10 @@ def spatial_norm_silu(
     conv_b: torch.Tensor,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """`silu(group_norm(x) * up(conv_y) + up(conv_b))`, the decoder's norm conditioned on the latent (LaVin-DiT, section
-    3.2).
+    """`silu(group_norm(x) * up(conv_y) + up(conv_b))`, `up` as `frame_source` and `pixel_source` say.
 
-    `up` is nearest upsampling to the size of `x`; which latent element an element of `x` reads, `frame_source` and
-    `pixel_source` say. A 1x1 convolution commutes with nearest upsampling, so `conv_y` and `conv_b` are convolved at
-    the latent's size and nothing of the size of `x` is made of them.
-
-    Args:
-        x: `[N, C, T, H, W]`, best in `torch.channels_last_3d` memory.
-        weight, bias: `[C]`, of the group norm.
-        groups: divides C.
-        conv_y, conv_b: `[N, C, t, h, w]`, the latent after its two convolutions, bias included.
-        eps: added to the variances.
-
-    Returns:
-        `[N, C, T, H, W]` in the dtype and the memory format of `x`.
+    A 1x1 convolution commutes with nearest upsampling, so `conv_y` and `conv_b` are convolved at the latent's size and
+    nothing of the size of `x` is made of them.
 
     Raises:
         ValueError: sizes of `x` that are no whole multiples of the latent's (see `frame_source`), or `conv_b` unlike
