@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from lavin_rt.process import check_output_wanted
 
 log = logging.getLogger("lavin_rt")  # captures, compilations, evictions and retries, at debug level
+
+
+def loading_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What of a command line's options `Pipeline.from_pretrained` takes, the checkpoint aside."""
+    names = ("device", "dtype", "impl", "compile", "revision", "strict", "trust")
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
 def print_json(record: dict) -> None:

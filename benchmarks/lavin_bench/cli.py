@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lavin_rt.cli.options import COMPILE_HELP, DTYPES, IMPLS, SPEEDS, Command, Parser, add_checkpoint_options
+from lavin_rt.cli.options import COMPILE_HELP, IMPLS, SPEEDS, Parser, add_checkpoint, add_checkpoint_options, add_device
 
 
 def add_bench(commands) -> None:
@@ -16,14 +16,13 @@ def add_bench(commands) -> None:
     )
     kernels.add_argument("--operator", default="", help="only operators whose name contains this")
     kernels.add_argument("--full", action="store_true", help="all sizes and pairs, with and without the null branch")
-    kernels.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    kernels.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights and arithmetic (default: auto)")
+    add_device(kernels)
     kernels.add_argument("--repeats", type=int, default=15, help="samples per variant (default: 15)")
     kernels.add_argument("--json", metavar="FILE", help="write the figures to this file")
     kernels.add_argument(
         "--static", action="store_true", help="no timing: compile for all targets without a GPU, and check the results"
     )
-    kernels.set_defaults(load=_kernels)
+    kernels.set_defaults(run="lavin_bench.kernels.bench:bench_kernels")
     tune = kinds.add_parser(
         "tune",
         help="find the best kernel launches of the GPU at hand",
@@ -36,7 +35,7 @@ def add_bench(commands) -> None:
         "-o", "--output", metavar="FILE", help="file to write (default: the installed package's, per device)"
     )
     tune.add_argument("--json", metavar="FILE", help="write all times to this file")
-    tune.set_defaults(load=_tune)
+    tune.set_defaults(run="lavin_bench.kernels.tune:bench_tune")
     pipeline = kinds.add_parser(
         "pipeline",
         help="whole samplings and whole calls, beside the way the authors run the model",
@@ -44,8 +43,7 @@ def add_bench(commands) -> None:
     )
     pipeline.add_argument("--size", type=int, nargs="+", default=[], help="pixels (default: 256 512; on a CPU 128)")
     pipeline.add_argument("--pairs", type=int, nargs="+", default=[], help="pairs (default: 1 4 8; on a CPU 4)")
-    pipeline.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    pipeline.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights and arithmetic (default: auto)")
+    add_device(pipeline)
     pipeline.add_argument("--repeats", type=int, help="samples per variant (default: 7)")
     pipeline.add_argument(
         "--error-steps", type=int, default=20, help="knots of the samplings that errors are taken of (default: 20)"
@@ -57,7 +55,7 @@ def add_bench(commands) -> None:
     pipeline.add_argument(
         "-o", "--output", metavar="FILE", help="write the figures to this JSON file and the waterfall beside it as SVG"
     )
-    pipeline.set_defaults(load=_pipeline)
+    pipeline.set_defaults(run="lavin_bench.pipeline.bench:bench_pipeline")
     startup = kinds.add_parser(
         "startup",
         help="from the start of a process to its first picture, part by part",
@@ -74,13 +72,12 @@ def add_bench(commands) -> None:
     )
     startup.add_argument("--size", type=int, help="pixels (default: 512; for the small model 128)")
     startup.add_argument("--pairs", type=int, default=4, help="pairs of the context (default: 4)")
-    startup.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    startup.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights and arithmetic (default: auto)")
+    add_device(startup)
     startup.add_argument("--impl", default="auto", choices=IMPLS, help="what computes (default: auto)")
     startup.add_argument("--compile", action="store_true", help=COMPILE_HELP)
     startup.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
     startup.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
-    startup.set_defaults(load=_startup)
+    startup.set_defaults(run="lavin_bench.pipeline.startup:bench_startup")
     _add_bench_quality(kinds)
     _add_bench_serve(kinds)
 
@@ -91,10 +88,7 @@ def _add_bench_quality(kinds) -> None:
         help="how well a pipeline does the tasks of lavin-mini, on held-out scenes",
         description="Measures answers to held-out queries of lavin-mini's tasks, beside what needs no model.",
     )
-    quality.add_argument(
-        "--checkpoint",
-        help="folder, archive, hub id or artifact (default: mini, the small model that comes with the package)",
-    )
+    add_checkpoint(quality)
     quality.add_argument(
         "--against",
         nargs="?",
@@ -130,7 +124,7 @@ def _add_bench_quality(kinds) -> None:
         "-o", "--output", metavar="FILE", help="write the figures to this JSON file and sheets of pictures beside it"
     )
     add_checkpoint_options(quality)
-    quality.set_defaults(load=_quality)
+    quality.set_defaults(run="lavin_bench.quality.command:bench_quality")
 
 
 def _add_bench_serve(kinds) -> None:
@@ -146,40 +140,4 @@ def _add_bench_serve(kinds) -> None:
     load.add_argument("--check", type=int, default=200, help="answers held against the pipeline's (default: 200)")
     load.add_argument("--memory", type=int, default=1000, help="more requests, for memory; 0 none (default: 1000)")
     load.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
-    load.set_defaults(load=_serve)
-
-
-def _kernels() -> Command:
-    from lavin_bench.kernels.bench import bench_kernels
-
-    return bench_kernels
-
-
-def _tune() -> Command:
-    from lavin_bench.kernels.tune import bench_tune
-
-    return bench_tune
-
-
-def _pipeline() -> Command:
-    from lavin_bench.pipeline.bench import bench_pipeline
-
-    return bench_pipeline
-
-
-def _startup() -> Command:
-    from lavin_bench.pipeline.startup import bench_startup
-
-    return bench_startup
-
-
-def _quality() -> Command:
-    from lavin_bench.quality.command import bench_quality
-
-    return bench_quality
-
-
-def _serve() -> Command:
-    from lavin_bench.serve_load import bench_serve
-
-    return bench_serve
+    load.set_defaults(run="lavin_bench.serve_load:bench_serve")

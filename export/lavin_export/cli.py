@@ -44,7 +44,7 @@ def add_export(commands: Any) -> None:
         command = kinds.add_parser(name, help=purpose, description=f"Exports a checkpoint as {purpose}.")
         command.module = module
         add_common(command)
-        command.set_defaults(load=lambda: export)
+        command.set_defaults(run="lavin_export.cli:export")
     verify = kinds.add_parser(
         "verify",
         help="hold an artifact against its checkpoint",
@@ -56,7 +56,7 @@ def add_export(commands: Any) -> None:
     verify.add_argument("--device", default="auto", help="auto (the artifact's), cpu, cuda, ... (default: auto)")
     verify.add_argument("--json", action="store_true", help="print errors and budgets as JSON")
     verify.add_argument("-q", "--quiet", action="store_true", help="print errors only")
-    verify.set_defaults(load=lambda: export)
+    verify.set_defaults(run="lavin_export.cli:export")
 
 
 def export(options: argparse.Namespace) -> None:

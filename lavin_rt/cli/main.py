@@ -12,8 +12,17 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
+from pkgutil import resolve_name
 
-from lavin_rt.cli.options import COMPILE_HELP, POSTERIORS, SPEED_HELP, SPEEDS, Command, Parser, add_checkpoint_options
+from lavin_rt.cli.options import (
+    COMPILE_HELP,
+    POSTERIORS,
+    Parser,
+    add_checkpoint,
+    add_checkpoint_options,
+    add_record_options,
+    add_sampling_options,
+)
 from lavin_rt.cli.services import add_map, add_serve, add_task
 from lavin_rt.errors import InputError
 from lavin_rt.process import Terminated, settle_threads, sound_streams, terminating
@@ -90,20 +99,10 @@ def _add_run(commands) -> None:
     what.add_argument(
         "--frames", type=int, metavar="N", help="cut longer clips, of queries and task, to their first N frames"
     )
-    what.add_argument(
-        "--checkpoint",
-        metavar="PATH|HUB-ID|ARTIFACT",
-        help="folder with lavin_dit.safetensors and stvae.pt, weights.tar.gz, exported artifact, or Hugging Face id "
-        "(default: mini, the small model that comes with the package)",
-    )
+    add_checkpoint(what)
     how = run.add_argument_group("how to do it")
-    how.add_argument("--pairs", type=int, default=4, help="pairs chosen from the task's folder (default: 4)")
+    add_sampling_options(how)
     how.add_argument("--repeats", action="store_true", help="choose pairs with repeats, as the published scripts do")
-    how.add_argument("--size", help="N or HEIGHTxWIDTH, multiples of 16 (default: what the model was trained at)")
-    how.add_argument("--speed", default="exact", choices=SPEEDS, help=SPEED_HELP)
-    how.add_argument("--steps", type=int, help="knots of the schedule at speed exact, even, 4 to 136 (default: 20)")
-    how.add_argument("--guidance", type=float, default=1.5, help="guidance scale; 1.0 is faster (default: 1.5)")
-    how.add_argument("--seed", type=int, default=0, help="of pairs and noise; query i uses SEED + i (default: 0)")
     how.add_argument("--posterior", default="mean", choices=POSTERIORS, help="of the VAE (default: mean)")
     how.add_argument("--batch-size", type=int, help="queries that run together (default: up to 4, as memory allows)")
     how.add_argument("--tile", type=int, help="VAE tile in pixels for pictures too large for memory; approximate")
@@ -114,13 +113,11 @@ def _add_run(commands) -> None:
     )
     how.add_argument("--no-graphs", action="store_true", help="on CUDA, run steps without CUDA graphs; the same bits")
     out = run.add_argument_group("output")
-    out.add_argument("--keep-size", action="store_true", help="return pictures at each query's own size")
     out.add_argument("--grid", action="store_true", help="also write OUT-grid: context, query and result side by side")
     out.add_argument("--save-context", metavar="FILE", help="keep the encoded context as a .safetensors file")
-    out.add_argument("--json", action="store_true", help="print a JSON record of the run on stdout, nothing else")
-    out.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    add_record_options(out)
     add_checkpoint_options(run)
-    run.set_defaults(load=_run)
+    run.set_defaults(run="lavin_rt.cli.run:run")
 
 
 def _add_info(commands) -> None:
@@ -140,19 +137,7 @@ def _add_info(commands) -> None:
     cost.add_argument("--size", help="N or HEIGHTxWIDTH: estimate a picture of this size (default: 512, with --pairs)")
     cost.add_argument("--pairs", type=int, help="and so many pairs (default: 4, with --size)")
     add_checkpoint_options(info)
-    info.set_defaults(load=_info)
-
-
-def _run() -> Command:
-    from lavin_rt.cli.run import run
-
-    return run
-
-
-def _info() -> Command:
-    from lavin_rt.cli.info import info
-
-    return info
+    info.set_defaults(run="lavin_rt.cli.info:info")
 
 
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
@@ -173,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options = parser(others=not arguments or arguments[0] not in OWN).parse_args(arguments)
             finally:
                 sys.stdout.flush()  # of --help
-            command = options.load()
+            command = resolve_name(options.run)
             settle_threads()  # of PyTorch, which the command has imported
             command(options)
             sys.stdout.flush()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.header import picture_size
-from lavin_rt.console import Progress, print_json
+from lavin_rt.console import Progress, loading_options, print_json
 from lavin_rt.errors import InputError
 from lavin_rt.files import check_writable
 from lavin_rt.find.model import BUNDLED_NAMES, Artifact, find_model, opened, template_roots
@@ -74,15 +74,10 @@ def _run(options: argparse.Namespace) -> None:
             note(options, BUNDLED_NOTE)
         pipe = Pipeline.from_pretrained(
             checkpoint,
-            device=options.device,
-            dtype=options.dtype,
-            impl=options.impl,
-            compile=options.compile,
+            **loading_options(options),
             graphs=not options.no_graphs,
             tile=options.tile and options.tile // 8,
             chunk=options.chunk,
-            strict=options.strict,
-            trust=options.trust,
             progress=loading,
         )
     loaded = time.perf_counter()

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-
-from lavin_rt.cli.options import SPEEDS, Command, Parser, add_checkpoint_options
+from lavin_rt.cli.options import (
+    SPEEDS,
+    Parser,
+    add_checkpoint,
+    add_checkpoint_options,
+    add_record_options,
+    add_sampling_options,
+    add_size,
+)
 
 
 def add_serve(commands) -> None:
@@ -14,7 +20,7 @@ def add_serve(commands) -> None:
         description="Serves a page and an HTTP interface; needs pip install 'lavin-rt[serve]'.",
         epilog="example: lavin-rt serve --checkpoint weights/ --port 8000",
     )
-    _add_checkpoint(serve)
+    add_checkpoint(serve)
     serve.add_argument(
         "--tasks", nargs="+", default=[], metavar="PACK|DIR", help="more tasks: packs or template folders"
     )
@@ -39,7 +45,7 @@ def add_serve(commands) -> None:
     serve.add_argument("--speed", default="exact", choices=SPEEDS, help="of requests that name none (default: exact)")
     serve.add_argument("--compile", action="store_true", help="run the network through torch.compile, at a wait first")
     add_checkpoint_options(serve)
-    serve.set_defaults(load=_serve)
+    serve.set_defaults(run="lavin_rt.serve.command:serve")
 
 
 def add_map(commands) -> None:
@@ -55,15 +61,9 @@ def add_map(commands) -> None:
         "--queries", required=True, metavar="FOLDER|GLOB|PARQUET", help="pictures, here or at an address fsspec knows"
     )
     fleet.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for pictures and manifest.parquet")
-    _add_checkpoint(fleet)
+    add_checkpoint(fleet)
     how = fleet.add_argument_group("how to do it")
-    how.add_argument("--pairs", type=int, default=4, help="pairs chosen from the task's folder (default: 4)")
-    how.add_argument("--size", help="N or HEIGHTxWIDTH, multiples of 16 (default: what the model was trained at)")
-    how.add_argument("--steps", type=int, help="knots of the schedule, even, 4 to 136 (default: 20)")
-    how.add_argument("--guidance", type=float, default=1.5, help="guidance scale; 1.0 is faster (default: 1.5)")
-    how.add_argument("--seed", type=int, default=0, help="of pairs and noise; query i uses SEED + i (default: 0)")
-    how.add_argument("--speed", default="exact", choices=SPEEDS, help="as lavin-rt run takes it (default: exact)")
-    how.add_argument("--keep-size", action="store_true", help="return pictures at each query's own size")
+    add_sampling_options(how)
     how.add_argument("--format", default="png", choices=("png", "webp", "jpg"), help="of the pictures (default: png)")
     machines = fleet.add_argument_group("workers")
     machines.add_argument("--workers", type=int, default=1, help="pipelines at work (default: 1)")
@@ -71,10 +71,9 @@ def add_map(commands) -> None:
     machines.add_argument("--cpus-per-worker", type=float, default=1.0, help="CPU cores of each (default: 1)")
     machines.add_argument("--batch-size", type=int, default=4, help="queries a worker runs together (default: 4)")
     machines.add_argument("--address", help="of a Ray cluster, auto for the one at hand (default: this machine alone)")
-    fleet.add_argument("--json", action="store_true", help="print a JSON record on stdout, nothing else")
-    fleet.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    add_record_options(fleet)
     add_checkpoint_options(fleet)
-    fleet.set_defaults(load=_map)
+    fleet.set_defaults(run="lavin_rt.serve.fleet:run_map")
 
 
 def add_task(commands) -> None:
@@ -98,48 +97,16 @@ def add_task(commands) -> None:
     add.add_argument("--name", help="of the task (default: the file's)")
     add.add_argument("--words", default="", help="what it does, for people")
     add.add_argument("--pairs", type=int, help="chosen from a folder (default: up to 8 of those there are)")
-    add.add_argument("--size", help="N or HEIGHTxWIDTH, multiples of 16 (default: what the model was trained at)")
+    add_size(add)
     add.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
     add.add_argument(
         "--keep-keys", action="store_true", help="also keep the pairs' keys and values, for --speed fastest"
     )
-    _add_checkpoint(add)
+    add_checkpoint(add)
     add_checkpoint_options(add)
-    add.set_defaults(load=_add)
+    add.set_defaults(run="lavin_rt.cli.task:add")
     show = kinds.add_parser("show", help="what is in a task pack", description="Says what is in a task pack.")
     show.add_argument("pack", metavar="FILE", help="a task pack or an encoded context")
     show.add_argument("-o", "--output", metavar="PICTURE", help="also write its pairs as a sheet")
     show.add_argument("--json", action="store_true", help="print JSON")
-    show.set_defaults(load=_show)
-
-
-def _add_checkpoint(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--checkpoint",
-        metavar="PATH|HUB-ID|ARTIFACT",
-        help="folder, weights.tar.gz, exported artifact, or Hugging Face id (default: mini)",
-    )
-
-
-def _serve() -> Command:
-    from lavin_rt.serve.command import serve
-
-    return serve
-
-
-def _map() -> Command:
-    from lavin_rt.serve.fleet import run_map
-
-    return run_map
-
-
-def _add() -> Command:
-    from lavin_rt.cli.task import add
-
-    return add
-
-
-def _show() -> Command:
-    from lavin_rt.cli.task import show
-
-    return show
+    show.set_defaults(run="lavin_rt.cli.task:show")

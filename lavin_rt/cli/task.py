@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from lavin_rt.console import Progress, print_json
+from lavin_rt.console import Progress, loading_options, print_json
 from lavin_rt.errors import InputError
 from lavin_rt.find.model import find_model, template_roots
 from lavin_rt.packs import TaskPack, check_name
@@ -29,15 +29,7 @@ def add(options: argparse.Namespace) -> None:
     checkpoint = find_model(options.checkpoint, options.revision, options.trust)
     pairs = find_pairs(options, template_roots(checkpoint))
     with Progress(quiet=False).bar("loading", "B") as loading:
-        pipe = Pipeline.from_pretrained(
-            checkpoint,
-            device=options.device,
-            dtype=options.dtype,
-            impl=options.impl,
-            strict=options.strict,
-            trust=options.trust,
-            progress=loading,
-        )
+        pipe = Pipeline.from_pretrained(checkpoint, **loading_options(options), progress=loading)
     pack = TaskPack.of(pipe.task(pairs, size=size), name, options.words, options.keep_keys)
     pack.save(options.output)
     print(f"{options.output}  {described(pack)}")

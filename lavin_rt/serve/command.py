@@ -10,7 +10,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from lavin_rt.console import Progress
+from lavin_rt.console import Progress, loading_options
 from lavin_rt.errors import InputError, missing_extra
 from lavin_rt.serve.limits import Limits
 
@@ -54,17 +54,7 @@ def serve(options: argparse.Namespace) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     with listen(options.host, options.port) as listening:
         with Progress(quiet=False).bar("loading", "B") as loading:
-            pipeline = Pipeline.from_pretrained(
-                options.checkpoint,
-                device=options.device,
-                dtype=options.dtype,
-                impl=options.impl,
-                compile=options.compile,
-                revision=options.revision,
-                strict=options.strict,
-                trust=options.trust,
-                progress=loading,
-            )
+            pipeline = Pipeline.from_pretrained(options.checkpoint, **loading_options(options), progress=loading)
         service = Service(pipeline, limits, options.tasks, options.speed)
         hosts = LOOPBACK if here and token is None and not options.no_token else None
         server = Server(make_app(service, token, hosts, page=not options.no_page), service.engine, options.grace)

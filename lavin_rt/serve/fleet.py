@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lavin_rt.console import print_json
+from lavin_rt.console import loading_options, print_json
 from lavin_rt.errors import InputError, missing_extra
 from lavin_rt.pictures import images
 from lavin_rt.sampling.speeds import SPEEDS
@@ -174,15 +174,7 @@ class Worker:
         from lavin_rt.pipeline import Pipeline
 
         self.options, self.folder = argparse.Namespace(**options), folder
-        pipeline = Pipeline.from_pretrained(
-            self.options.checkpoint,
-            device=self.options.device,
-            dtype=self.options.dtype,
-            impl=self.options.impl,
-            revision=self.options.revision,
-            strict=self.options.strict,
-            trust=self.options.trust,
-        )
+        pipeline = Pipeline.from_pretrained(self.options.checkpoint, **loading_options(self.options))
         size = None if self.options.size is None else images.parse_size(self.options.size)
         self.task = pipeline.task(self.options.task, pairs=self.options.pairs, size=size, seed=self.options.seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import pickle
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from support.command import run, write_picture, write_template
 
 from lavin_rt import devices, pipeline
 from lavin_rt.cli import options
-from lavin_rt.cli.main import main
+from lavin_rt.cli.main import main, parser
 from lavin_rt.dit import packed
 from lavin_rt.sampling import speeds
 
@@ -336,6 +338,17 @@ def test_help_does_not_wait_for_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "lavin-rt run --checkpoint" in " ".join(result.stdout.split())
+
+
+def test_every_command_is_there():
+    """Every parser without commands below it names the function that runs it."""
+    found, parsers = [], [parser()]
+    while parsers:
+        one = parsers.pop()
+        inner = [action for action in one._actions if isinstance(action, argparse._SubParsersAction)]
+        parsers += [child for action in inner for child in action.choices.values()]
+        found += [] if inner else [one.get_default("run")]
+    assert len(found) >= 15 and all(callable(resolve_name(name)) for name in found)
 
 
 def test_choices_are_what_the_modules_know():

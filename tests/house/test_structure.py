@@ -67,7 +67,7 @@ MODULES = {
 
 def imports(source: str, modules=MODULES) -> set[tuple[str, str]]:
     """(module, name) of everything that a source imports from the house, wherever in it, and of the private names that
-    it takes of an imported module; "" for a module itself.
+    it takes of an imported module; "" for a module itself. Texts `module:name` are imports too, of commands.
     """
     tree, found, bound = ast.parse(source), set(), {}
     for node in ast.walk(tree):
@@ -79,6 +79,9 @@ def imports(source: str, modules=MODULES) -> set[tuple[str, str]]:
                 found.add((inner, "") if inner in modules else (node.module, alias.name))
                 if inner in modules:
                     bound[alias.asname or alias.name] = inner
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            module, _, name = node.value.partition(":")
+            found |= {(module, name)} if name.isidentifier() and module in modules else set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound:
             found |= {(bound[node.value.id], node.attr)} if node.attr.startswith("_") else set()
@@ -141,6 +144,7 @@ def test_the_rule_sees_what_it_forbids():
     assert "not below" in faults("lavin_rt.dit.model", imports(lazy))[0]
     assert "not below" in faults("lavin_rt.dit.model", imports("import lavin_rt.vae.layers"))[0]
     assert "private" in faults("lavin_rt.task", imports("from lavin_rt.errors import _hidden"))[0]
+    assert "not below" in faults("lavin_rt.serve.app", imports("run('lavin_rt.cli.run:run')"))[0]
     taken = "from lavin_rt.pictures import images\nimages._hidden()"
     assert "private" in faults("lavin_rt.task", imports(taken))[0]
     assert "not below" in faults("lavin_rt.cli.main", imports("from lavin_bench.kernels import bench"))[0]

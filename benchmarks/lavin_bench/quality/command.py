@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from lavin_bench.quality.sheet import context_sheet, tasks_sheet
 from lavin_bench.quality.speeds import bench_own_pairs, bench_speeds
 from lavin_bench.record import write_record
 from lavin_bench.timing import header, header_line, use_threads
+from lavin_rt.console import loading_options
 from lavin_rt.devices import current_device
 from lavin_rt.dit.model import JDiT
 from lavin_rt.errors import InputError
@@ -44,16 +44,15 @@ def bench_quality(options: argparse.Namespace) -> None:
         raise InputError(f"--seed is {options.seed}; expected a whole number from 0 on")
     tasks = [find_task(name) for name in options.tasks or TASKS]
 
-    def load(checkpoint: str | None, **settled: Any) -> Pipeline:
-        revision = options.revision if checkpoint == options.checkpoint else None
-        given = {"device": options.device, "revision": revision, "strict": options.strict}
-        return Pipeline.from_pretrained(checkpoint, **given, trust=options.trust, **settled)
-
-    pipe, exact = load(options.checkpoint, dtype=options.dtype, impl=options.impl, compile=options.compile), None
+    given = loading_options(options)
+    pipe, exact = Pipeline.from_pretrained(options.checkpoint, **given), None
     if options.against is not None:
         if not options.against and not isinstance(pipe.dit, JDiT):
             raise InputError(f"{pipe.source} is an artifact; say what to hold it against: --against CHECKPOINT")
-        exact = load(options.against or options.checkpoint, dtype="float32")
+        given |= {"dtype": "float32", "impl": "auto", "compile": False}
+        if options.against not in ("", options.checkpoint):
+            given["revision"] = None
+        exact = Pipeline.from_pretrained(options.against or options.checkpoint, **given)
     size = pipe.size if options.size is None else options.size
     if size < 16 or size % 16:
         raise InputError(f"--size is {size}; expected a positive multiple of 16")

@@ -25,6 +25,7 @@ from lavin_bench.quality.queries import TaskQueries
 from lavin_bench.quality.speeds_report import front, summary
 from lavin_bench.record import write_record
 from lavin_bench.timing import header, use_threads
+from lavin_rt.console import loading_options
 from lavin_rt.devices import current_device
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
@@ -207,9 +208,7 @@ def bench_own_pairs(options: argparse.Namespace) -> None:
     if options.output:
         check_writable(options.output)
     use_threads(options.threads)
-    given = {"device": options.device, "dtype": options.dtype, "impl": options.impl, "compile": options.compile}
-    more = {"revision": options.revision, "strict": options.strict, "trust": options.trust}
-    pipe = Pipeline.from_pretrained(options.checkpoint, **given, **more)
+    pipe = Pipeline.from_pretrained(options.checkpoint, **loading_options(options))
     found = contexts.read_template(contexts.find_task(options.task, pipe.template_roots))
     if len(found) < 2:
         raise InputError(
