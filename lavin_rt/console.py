@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import logging
 import sys
@@ -18,6 +20,13 @@ def loading_options(options: argparse.Namespace) -> dict[str, Any]:
     """What of a command line's options `Pipeline.from_pretrained` takes, the checkpoint aside."""
     names = ("device", "dtype", "impl", "compile", "revision", "strict", "trust")
     return {name: getattr(options, name) for name in names if hasattr(options, name)}
+
+
+def installed_version(package: str) -> str | None:
+    """None where it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
 
 
 def print_json(record: dict) -> None:

@@ -1,5 +1,7 @@
 """What a user is told when something they gave cannot be used."""
 
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Something given by the user cannot be used: one line with what was found, what was expected and what to do.
@@ -30,3 +32,15 @@ class Cancelled(RuntimeError):
 def missing_extra(package: str, extra: str, purpose: str) -> InputError:
     """The error for an optional package that is not installed."""
     return InputError(f"{purpose} needs the package {package}, which is not installed: pip install 'lavin-rt[{extra}]'")
+
+
+def one_line(value: object, most: int | None = None) -> str:
+    """A text on one line, at most its first so many characters; of an error that says nothing, its class."""
+    text = " ".join(str(value).split())[:most]
+    return text or (type(value).__name__ if isinstance(value, BaseException) else "")
+
+
+def listed(names: Iterable[str], most: int = 6) -> str:
+    """Names on one line, those beyond the first so many counted."""
+    names = [name if name.isprintable() else repr(name) for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -24,7 +24,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-from lavin_rt.errors import InputError
+from lavin_rt.errors import InputError, one_line
 
 Progress = Callable[[int, int], None]
 """`(bytes done, bytes in all)`, called while files are read or unpacked."""
@@ -250,7 +250,7 @@ def _status(path: str | os.PathLike) -> os.stat_result | None:
 
 
 def _cannot_write(path: str | os.PathLike, error: OSError) -> InputError:
-    name = " ".join(os.fspath(path).split())
+    name = one_line(os.fspath(path))
     name = name if len(name) <= 300 else f"{name[:150]}...{name[-100:]}"
     return InputError(f"{name}: cannot be written ({error.strerror or error}); choose a place you can write to")
 

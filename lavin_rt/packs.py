@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lavin_rt.errors import InputError
+from lavin_rt.errors import InputError, one_line
 from lavin_rt.files import utf8_path
 from lavin_rt.pictures import images
 from lavin_rt.pictures.encoded import THUMBNAILS, EncodedContext
@@ -35,7 +35,7 @@ def check_name(name: str) -> str:
     """
     if not NAME.fullmatch(name):
         raise InputError(
-            f"name {' '.join(name.split())[:80]!r}: expected small letters, digits, - and _, beginning with a letter "
+            f"name {one_line(name, 80)!r}: expected small letters, digits, - and _, beginning with a letter "
             "or a digit, 64 at most"
         )
     return name
@@ -72,7 +72,7 @@ class TaskPack:
             size = tuple(max(1, round(edge * scale)) for edge in task.size)
             thumbnails = torch.cat([images.resize(clip[:1], (size[0], size[1])) for clip in task.frames.frames])
         context = task.with_keys() if keep_keys else task.context
-        return cls(context, check_name(name), " ".join(words.split()), thumbnails)
+        return cls(context, check_name(name), one_line(words), thumbnails)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the file, whole or not at all.
@@ -106,7 +106,7 @@ class TaskPack:
             )
         default = re.sub(r"[^a-z0-9_-]+", "-", Path(path).stem.lower()).strip("-_")[:64] or "task"
         name = check_name(described.get("name", default))
-        return cls(context, name, " ".join(described.get("words", "").split())[:WORDS], thumbnails)
+        return cls(context, name, one_line(described.get("words", ""), WORDS), thumbnails)
 
 
 def first_pairs(context: EncodedContext, pairs: int) -> EncodedContext:

@@ -206,7 +206,7 @@ class Pipeline(Engine):
             chosen = contexts.given_pairs(context)
         clips = contexts.ContextFrames.prepare(chosen, size, frames)
         images.check_clip_frames(clips.frames_per_clip, "context")
-        latent_frames = 1 + (clips.frames_per_clip - 1) // 4
+        latent_frames = images.latent_frames(clips.frames_per_clip)
         self.executor.check_memory(task_shape(1, clips.pairs, latent_frames, size, guided=False))
         # Not the generator of the noise, which may well have the same seed.
         generator = torch.Generator().manual_seed(seed ^ 0x5DEECE66D) if posterior == "sample" else None

@@ -294,7 +294,7 @@ class Task:
     @property
     def _clip_frames(self) -> int:
         """Latent frames of the query and of its target."""
-        return 1 + (self.context.frames_per_clip - 1) // 4
+        return images.latent_frames(self.context.frames_per_clip)
 
     def _shape(self, queries: int, guidance: float, speed: Speed = SPEEDS["exact"]) -> Shape:
         queries, guided = check_batch_size(queries), check_guidance(guidance) != 1.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
 import platform
 import statistics
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lavin_rt.console import installed_version
 from lavin_rt.errors import InputError
 
 CALLS_IN_GRAPH = 8
@@ -191,13 +191,6 @@ def cpu_name() -> str:
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def commit() -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from lavin_rt.errors import InputError, missing_extra
+from lavin_rt.errors import InputError, missing_extra, one_line
 
 OLDEST = (10, 15)
 
@@ -71,7 +71,7 @@ def make_logger(trt: ModuleType) -> Any:
         def log(self, severity, message):
             kept = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR, trt.ILogger.WARNING)
             if severity in kept:
-                self.lines.append((severity.name.lower(), " ".join(message.split())))
+                self.lines.append((severity.name.lower(), one_line(message)))
 
         @property
         def errors(self) -> list[str]:

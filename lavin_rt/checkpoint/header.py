@@ -17,7 +17,7 @@ import torch
 from lavin_rt.checkpoint.names import WRAPPERS, Place, official_name
 from lavin_rt.checkpoint.tensors import FLOAT_DTYPES, SafetensorsFile
 from lavin_rt.dit.config import PRESETS, DiTConfig
-from lavin_rt.errors import InputError
+from lavin_rt.errors import InputError, listed
 
 RELEASED = PRESETS["lavin-dit-3.4b"]
 RELEASED_SIZE = 512
@@ -175,13 +175,6 @@ def quantized_message(path: Path, names: list[str]) -> str:
         "quantized checkpoints cannot be used, get the original; what was merely cast to float8 can be cast back and "
         "saved, as exact as it is"
     )
-
-
-def listed(names: Iterable[str], limit: int = 6) -> str:
-    """Names on one line, those beyond `limit` counted."""
-    names = [name if name.isprintable() else repr(name) for name in names]
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def common_dtype(file: SafetensorsFile, places: Iterable[Place]) -> torch.dtype:

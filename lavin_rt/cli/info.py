@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import platform
 
 import torch
 
 from lavin_rt.checkpoint.files import Checkpoint
-from lavin_rt.console import print_json
+from lavin_rt.console import installed_version, print_json
 from lavin_rt.devices import gigabytes, resolve_device, resolve_dtype
 from lavin_rt.dit.config import PRESETS
 from lavin_rt.dit.packed import resolve_impl
@@ -58,10 +57,10 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict:
     """Versions and the device that a run would take."""
     released = PRESETS["lavin-dit-3.4b"]
     described = {
-        "lavin-rt": importlib.metadata.version("lavin-rt"),
+        "lavin-rt": installed_version("lavin-rt"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": installed_version("triton") or "not installed",
         "device": f"{device} ({_device_name(device)})",
         "dtype": str(dtype).removeprefix("torch."),
         "impl": resolve_impl("auto", device, released),
@@ -178,13 +177,6 @@ def show(record: dict) -> None:
         for name, value in values.items():
             text = ", ".join(map(str, value)) if isinstance(value, list) else value
             print(f"  {name:<{width}}  {'none' if text in ('', None) else text}")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _device_name(device: torch.device) -> str:

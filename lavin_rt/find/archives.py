@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from lavin_rt.errors import InputError
+from lavin_rt.errors import InputError, one_line
 from lavin_rt.files import Progress, written_whole
 
 CHUNK = 2**20
@@ -59,8 +59,9 @@ def unpack(
             raise
         # `OSError` is left to `written_whole`, but for the one that gzip derives from it.
         except (EOFError, ValueError, OverflowError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{archive} is damaged, truncated or no .tar.gz ({reason}); download it again") from None
+            raise InputError(
+                f"{archive} is damaged, truncated or no .tar.gz ({one_line(error)}); download it again"
+            ) from None
         if check is not None:
             check(partial)
 

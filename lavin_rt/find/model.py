@@ -13,7 +13,7 @@ from lavin_rt.artifact.manifest import KINDS_OF_CODE, Manifest, artifact_values
 from lavin_rt.artifact.manifest import NAME as MANIFEST
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.tensors import INDEX_SUFFIX
-from lavin_rt.errors import InputError, missing_extra
+from lavin_rt.errors import InputError, listed, missing_extra, one_line
 from lavin_rt.files import Progress, check_writable
 from lavin_rt.find.archives import unpack
 
@@ -293,11 +293,9 @@ def _folders(root: Path, levels: int) -> Iterator[Path]:
             row = sorted(child for folder in row for child in folder.iterdir() if child.is_dir())
 
 
-def _contents(folder: Path, limit: int = 6) -> str:
+def _contents(folder: Path) -> str:
     """What a folder holds, for a message."""
-    names = sorted(child.name + "/" * child.is_dir() for child in folder.iterdir())
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) + more) or "nothing"
+    return listed(sorted(child.name + "/" * child.is_dir() for child in folder.iterdir())) or "nothing"
 
 
 def _cached_place(archive: Path, cache: str | os.PathLike | None) -> Path:
@@ -347,6 +345,5 @@ def _fetch(
         )
     # What else a network can do comes as exceptions of several HTTP libraries, by huggingface_hub's version.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        advice = f"could not be fetched ({reason}): try again, or give a folder with {EXPECTED}"
+        advice = f"could not be fetched ({one_line(error, 200)}): try again, or give a folder with {EXPECTED}"
     raise InputError(f"{hub} {advice}")

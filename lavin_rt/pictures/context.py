@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lavin_rt.errors import InputError
+from lavin_rt.errors import InputError, listed
 from lavin_rt.pictures import images
 from lavin_rt.scalars import whole
 
@@ -236,5 +236,4 @@ def _entries(folder: Path) -> Iterator[Path]:
 
 
 def _names(paths: Sequence[Path | str], most: int = 5) -> str:
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(images.source_name(os.path.basename(path)) for path in paths[:most]) + more
+    return listed((images.source_name(os.path.basename(path)) for path in paths), most)

@@ -155,7 +155,7 @@ class EncodedContext:
             posterior, fingerprint = described["posterior"], described["vae_fingerprint"]
         except (KeyError, ValueError) as error:
             raise InputError(f"{name}: damaged metadata ({error}); encode it again") from error
-        shape = [1, 16, 2 * pairs * (1 + (frames_per_clip - 1) // 4), size[0] // 8, size[1] // 8]
+        shape = [1, 16, 2 * pairs * images.latent_frames(frames_per_clip), size[0] // 8, size[1] // 8]
         if pairs < 1 or list(latents.shape) != shape or not latents.is_floating_point() or not latents.isfinite().all():
             found = f"{str(latents.dtype).removeprefix('torch.')} {list(latents.shape)}"
             raise InputError(f"{name}: latents are {found}, expected finite numbers {shape}; encode it again")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
-from lavin_rt.errors import InputError
+from lavin_rt.errors import InputError, one_line
 from lavin_rt.files import check_writable, is_vacant, written_whole
 from lavin_rt.pictures import colours
 from lavin_rt.scalars import whole
@@ -129,6 +129,11 @@ def check_clip_frames(frames: int, source: str = "clip") -> None:
             f"{source}: {frames} frames; a clip has 1 + 4k frames, frames={below} (--frames {below}) cuts it, "
             f"the next are {below} and {below + 4}"
         )
+
+
+def latent_frames(frames: int) -> int:
+    """Latent frames of a clip of `1 + 4 k` frames."""
+    return 1 + (frames - 1) // 4
 
 
 def parse_size(size: str | int | Sequence[int]) -> tuple[int, int]:
@@ -303,13 +308,13 @@ def _reading(source: Any) -> Iterator[Image.Image]:
         raise InputError(f"{name}: no such picture; check the name") from None
     except Image.DecompressionBombError as error:
         raise InputError(
-            f"{name}: larger than pictures are read without asking ({_one_line(error)}); if it is meant to be, "
+            f"{name}: larger than pictures are read without asking ({one_line(error)}); if it is meant to be, "
             "--allow-huge (PIL.Image.MAX_IMAGE_PIXELS = None) reads it"
         ) from None
     except UnidentifiedImageError:
         raise InputError(f"{name}: not a picture that can be read; expected PNG, JPEG, WebP, ...") from None
     except Exception as error:  # Damaged files make decoders raise all sorts: SyntaxError, EOFError, struct.error, ...
-        reason = getattr(error, "strerror", None) or _one_line(error) or type(error).__name__
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise InputError(f"{name}: cannot be read as a picture ({reason}); give a sound file") from error
 
 
@@ -365,13 +370,9 @@ def _array_frames(array: np.ndarray | torch.Tensor, *expected: str) -> torch.Ten
 def source_name(source: Any) -> str:
     """What a source is called in messages."""
     if isinstance(source, str | os.PathLike):
-        return _one_line(os.fspath(source))
+        return one_line(os.fspath(source))
     if isinstance(source, Image.Image):
-        return _one_line(getattr(source, "filename", "")) or f"{source.mode} PIL image"
+        return one_line(getattr(source, "filename", "")) or f"{source.mode} PIL image"
     if isinstance(source, list | tuple):
         return f"list of {len(source)} frames"
     return "array" if isinstance(source, np.ndarray | torch.Tensor) else type(source).__name__
-
-
-def _one_line(value: Any) -> str:
-    return " ".join(str(value).split())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lavin_rt.console import loading_options, print_json
-from lavin_rt.errors import InputError, missing_extra
+from lavin_rt.errors import InputError, missing_extra, one_line
 from lavin_rt.pictures import images
 from lavin_rt.sampling.speeds import SPEEDS
 from lavin_rt.task import check_seed
@@ -200,7 +200,7 @@ class Worker:
             except UnidentifiedImageError:
                 row.update(status="failed", error="not a picture that can be read; expected PNG, JPEG, WebP, ...")
             except Exception as error:  # whatever a file system or a decoder raises is this one row's
-                row.update(status="failed", error=_line(error))
+                row.update(status="failed", error=one_line(error, 400))
         try:
             self._run(good, clips, files)
         except Exception:  # which row it was is found by running each alone; its error is written down there
@@ -208,7 +208,7 @@ class Worker:
                 try:
                     self._run([row], [clip], files)
                 except Exception as error:
-                    row.update(status="failed", error=_line(error))
+                    row.update(status="failed", error=one_line(error, 400))
         seconds = (time.monotonic() - began) / max(1, len(good))
         for row in good:
             row.update(seconds=round(seconds, 4), batch=len(good))
@@ -221,7 +221,7 @@ class Worker:
         if not rows:
             return
         options: dict[str, Any] = {"speed": self.options.speed}
-        frames = 1 + (self.task.context.frames_per_clip - 1) // 4
+        frames = images.latent_frames(self.task.context.frames_per_clip)
         if self.task.context.posterior == "sample" and len(rows) > 1:
             raise InputError("a context of the posterior's sample runs one by one")
         if self.task.context.posterior == "sample":
@@ -252,7 +252,7 @@ def read_manifest(folder: str, there: set[str]) -> list[dict[str, Any]]:
         with _filesystem(folder).open(posixpath.join(_path(folder), MANIFEST)) as file:
             table = pyarrow.parquet.read_table(file)
     except (OSError, pyarrow.ArrowInvalid) as error:
-        raise InputError(f"{MANIFEST} in the output folder cannot be read ({_line(error)}); move it away") from None
+        raise InputError(f"{MANIFEST} in the output folder cannot be read ({one_line(error)}); move it away") from None
     if not set(COLUMNS) <= set(table.column_names):
         raise InputError(f"{MANIFEST} in the output folder is of something else; give another folder")
     return table.select(list(COLUMNS)).to_pylist()
@@ -284,7 +284,7 @@ def _filesystem(address: str):
     try:
         return fsspec.core.url_to_fs(address)[0]
     except (ImportError, ValueError) as error:
-        raise InputError(f"{address}: {_line(error)}") from None
+        raise InputError(f"{address}: {one_line(error, 400)}") from None
 
 
 def _path(address: str) -> str:
@@ -308,7 +308,3 @@ def _write_whole(files, path: str, content: bytes) -> None:
 
 def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{error}".split())[:400] or type(error).__name__

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lavin_rt.errors import InputError
+from lavin_rt.errors import InputError, one_line
 from lavin_rt.packs import TaskPack, check_name, first_pairs
 from lavin_rt.pictures import context as contexts
 from lavin_rt.pictures import images
@@ -119,7 +119,7 @@ class Library:
             self._expire()
             entry = self._entries.get(name)
             if entry is None:
-                shown = " ".join(name.split())[:80]
+                shown = one_line(name, 80)
                 raise Refused(404, f"no task {shown!r} here; GET /v1/tasks names those there are", "input")
             entry.used = time.monotonic()
             return entry

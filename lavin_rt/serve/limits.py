@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from lavin_rt.errors import InputError
+from lavin_rt.errors import InputError, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,5 +90,4 @@ def refusal(error: BaseException) -> Refused:
 
 def public_line(message: str) -> str:
     """A message as one line without the folders of this machine."""
-    line = " ".join(message.split())
-    return re.sub(r"(?<![\w.:/])/(?:[^\s/:'\",;]+/)+", "", line)
+    return re.sub(r"(?<![\w.:/])/(?:[^\s/:'\",;]+/)+", "", one_line(message))

@@ -220,7 +220,7 @@ class Service:
         return 1 << (most.bit_length() - 1)
 
     def _shape(self, kind: Kind, queries: int):
-        frames, keeps = 1 + (kind.frames - 1) // 4, SPEEDS[kind.speed].keeps
+        frames, keeps = images.latent_frames(kind.frames), SPEEDS[kind.speed].keeps
         return task_shape(queries, kind.pairs, frames, kind.size, kind.guidance != 1.0, keeps)
 
     def _run(self, tickets: Sequence[Ticket], callback: Callable) -> list[Result]:
@@ -231,7 +231,8 @@ class Service:
         if task.context.posterior == "sample":
             options["seed"] = tickets[0].seed  # which the posterior's draw takes its numbers from, too
         else:
-            options["noise"] = draw_noise([ticket.seed for ticket in tickets], 1 + (kind.frames - 1) // 4, kind.size)
+            seeds = [ticket.seed for ticket in tickets]
+            options["noise"] = draw_noise(seeds, images.latent_frames(kind.frames), kind.size)
         return task.run(
             [ticket.clip.permute(0, 2, 3, 1).numpy() for ticket in tickets],
             steps=kind.steps,

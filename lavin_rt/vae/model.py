@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lavin_kernels
-from lavin_rt.errors import InputError
+from lavin_rt.errors import InputError, listed
 from lavin_rt.vae.config import VAEConfig
 from lavin_rt.vae.layers import (
     CausalConv,
@@ -306,8 +306,7 @@ def abbreviated(what: str, names: list[str]) -> list[str]:
     """One piece of an error message for `names`, none if there are none."""
     if not names:
         return []
-    more = f" and {len(names) - NAMED_TENSORS} more" if len(names) > NAMED_TENSORS else ""
-    return [f"{len(names)} {what}: {', '.join(names[:NAMED_TENSORS])}{more}"]
+    return [f"{len(names)} {what}: {listed(names, NAMED_TENSORS)}"]
 
 
 def warn_of_slow_clips(dtype: torch.dtype, device: torch.device) -> None:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lavin_rt.errors import one_line
+
 Call = Callable[[], list[torch.Tensor]]
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -48,7 +50,7 @@ def attention_backends(
                 call()
                 torch.cuda.synchronize()
             except Exception as error:  # each backend has errors of its own for what it does not take
-                skipped[name] = " ".join(str(error).split())[:200] or type(error).__name__
+                skipped[name] = one_line(error, 200)
             else:
                 calls[name] = call
                 skipped.pop(name, None)

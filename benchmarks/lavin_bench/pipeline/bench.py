@@ -43,7 +43,7 @@ from lavin_bench.pipeline.variants import (
 from lavin_bench.record import write_record
 from lavin_bench.timing import Timing, header, header_line, measure, use_threads
 from lavin_rt.devices import current_device, release_cached, resolve_device, resolve_dtype
-from lavin_rt.errors import InputError
+from lavin_rt.errors import InputError, one_line
 from lavin_rt.files import written_whole
 from lavin_rt.pictures.images import check_writable
 
@@ -187,7 +187,7 @@ class Meter:
                     latents = call(self.error_steps)
             except Exception as error:  # of torch, Triton, a compiler or a child; none of them ends the others
                 rows.pop(name, None)  # no compiler, too little memory, ...
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                reason = one_line(error, 300)
                 self.skipped.append({"what": what, "variant": name, "reason": reason})
                 self._say(f"{what}, {name}: skipped, {reason}")
                 continue

@@ -31,7 +31,7 @@ from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 from lavin_rt.mini.world.measures import MEASURES
 from lavin_rt.pictures import context as contexts
-from lavin_rt.pictures.images import check_writable, load_clip, resize
+from lavin_rt.pictures.images import check_writable, latent_frames, load_clip, resize
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.sampling.speeds import SPEEDS, Speed
 from lavin_rt.task import task_shape
@@ -138,7 +138,7 @@ def _task(
         "queries": len(asked),
         "rows": [],
     }
-    frames = 1 + (asked.queries.shape[1] - 1) // 4
+    frames = latent_frames(asked.queries.shape[1])
     for speed in speeds:
         results = answers.results(pairs, progress=bar.update, speed=speed)
         row: dict[str, Any]

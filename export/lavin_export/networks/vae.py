@@ -16,7 +16,7 @@ from torch import nn
 
 from lavin_export.networks.denoiser import fixed
 from lavin_rt.artifact.parts import Ranges, TensorSpec
-from lavin_rt.pictures.images import check_clip_frames
+from lavin_rt.pictures.images import check_clip_frames, latent_frames
 from lavin_rt.vae import layers as vae_layers
 from lavin_rt.vae import model as vae_model
 from lavin_rt.vae.model import STVAE
@@ -279,11 +279,6 @@ def clip_lengths(clip_frames: Sequence[int]) -> list[int]:
     for frames in clip_frames:
         check_clip_frames(frames)
     return list(dict.fromkeys([1, *clip_frames]))
-
-
-def latent_frames(frames: int) -> int:
-    """Latent frames of a clip of `1 + 4 k` frames."""
-    return 1 + (frames - 1) // 4
 
 
 def dynamic_shapes(part: str) -> tuple[dict[int, object]]:
