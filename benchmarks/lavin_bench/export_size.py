@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from lavin_bench.timing import resident_bytes
 from lavin_rt.checkpoint.load import save_vae
 from lavin_rt.checkpoint.names import official_layout
 from lavin_rt.checkpoint.tensors import write_safetensors
@@ -51,12 +52,6 @@ def write_random_checkpoint(folder: Path, config: DiTConfig, dtype: torch.dtype 
     save_vae(STVAE(VAEConfig()), folder / "stvae.safetensors")
 
 
-def peak_bytes() -> int:
-    """The most memory that this process ever had resident."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
-
-
 def measured(job: str, arguments: argparse.Namespace) -> dict:
     """Runs this module for one job in a process of its own."""
     command = [sys.executable, "-m", "lavin_bench.export_size", "--job", job]
@@ -71,7 +66,7 @@ def run_job(job: str, checkpoint: Path, output: Path, dtype: torch.dtype) -> dic
     from lavin_export.to_onnx.export import export_onnx
     from lavin_export.verify.artifact import verify_artifact
 
-    imported, began = peak_bytes(), time.perf_counter()
+    imported, began = resident_bytes("VmHWM"), time.perf_counter()
     record: dict = {}
     if job == "export":
         manifest = export_onnx(find_checkpoint(checkpoint), output, dtype=dtype, verify=False)
@@ -79,7 +74,11 @@ def run_job(job: str, checkpoint: Path, output: Path, dtype: torch.dtype) -> dic
         record["operators"] = manifest.parts["denoiser"]["needs"]["operators"]
     else:
         record["verification"] = verify_artifact(output, find_checkpoint(checkpoint))
-    record |= {"seconds": round(time.perf_counter() - began, 1), "peak bytes": peak_bytes(), "imports": imported}
+    record |= {
+        "seconds": round(time.perf_counter() - began, 1),
+        "peak bytes": resident_bytes("VmHWM"),
+        "imports": imported,
+    }
     return record
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from lavin_bench.record import write_record
-from lavin_bench.timing import header
+from lavin_bench.timing import header, resident_bytes
 from lavin_rt.errors import InputError, missing_extra
 from lavin_rt.pictures.images import check_writable
 from lavin_rt.pipeline import Pipeline
@@ -104,10 +104,7 @@ class Load:
 
     def memory(self) -> int:
         """Resident bytes of the service."""
-        text = Path(f"/proc/{self.process}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+)", text)
-        assert found is not None
-        return int(found[1]) * 1024
+        return resident_bytes("VmRSS", self.process)
 
     def counted(self) -> int:
         """Answers by the service's own count."""

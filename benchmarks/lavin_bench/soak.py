@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from lavin_bench.timing import resident_bytes
 from lavin_rt.sampling.speeds import SPEEDS
 
 TASKS = ("depth", "negative", "edge_detection", "denoising", "inpainting", "normal_estimation")
@@ -74,8 +75,7 @@ def digest(pictures: np.ndarray) -> bytes:
 def resident() -> int:
     """Bytes of the process that are in memory."""
     gc.collect()
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident_bytes("VmRSS")
 
 
 def fresh(call: dict[str, Any]) -> np.ndarray:

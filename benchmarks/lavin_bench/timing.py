@@ -193,6 +193,12 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def resident_bytes(field: str, process: int | str = "self") -> int:
+    """A process's `VmRSS`, or its peak `VmHWM` (the peak of getrusage starts at the parent's in a new process)."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
 def commit() -> str | None:
     """The commit this file was checked out from, with "+" where tracked files differ from it; None outside a
     checkout.

@@ -110,7 +110,7 @@ def cases(setting: Setting, device: torch.device, dtype: torch.dtype) -> Iterato
     """Every operator's case at a setting, one at a time, so that their memory is not held together."""
     if setting.reuse:
         # Of the others, only the number of rows is another.
-        yield _qk_norm_rope_into(setting, device, dtype)
+        yield _qk_norm_rope(setting, device, dtype, into=True)
         yield from _linears(setting, device, dtype)
         yield _joint_attention(setting, device, dtype)
         return
@@ -203,35 +203,20 @@ def _gated_residual_ada_rms_norm(setting: Setting, device: torch.device, dtype: 
     return _row_case("gated_residual_ada_rms_norm", setting, device, arguments, 4 * _nbytes(residual))
 
 
-def _qk_norm_rope(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:
+def _qk_norm_rope(setting: Setting, device: torch.device, dtype: torch.dtype, into: bool = False) -> Case:
     config, layout = setting.config, setting.layout(device)
     random, branches = _Random(device, dtype), layout.branches
     qkv = random(branches.rows, config.hidden_size + 2 * config.kv_size)
     weights = random(2, config.hidden_size, scale=0.1) + 1, random(2, config.kv_size, scale=0.1) + 1
     padded = -(-config.head_size // 16) * 16
+    kept = [qkv.new_zeros(branches.keys, config.num_kv_heads, padded) for _ in range(2)] if into else []
     arguments = (
-        *(qkv[: branches.split], qkv[branches.split :], branches, layout.positions, layout.cos, layout.sin),
-        *(*weights, config.head_size, 1e-6, padded),
+        *(qkv[: branches.split], qkv[branches.split :], *kept, branches, layout.positions, layout.cos, layout.sin),
+        *(*weights, config.head_size, 1e-6, *([] if into else [padded])),
     )
     written = branches.rows * (config.num_heads + 2 * config.num_kv_heads) * padded * qkv.element_size()
     moved = _nbytes(qkv, layout.positions, branches.branch_rows) + written
-    return _row_case("qk_norm_rope", setting, device, arguments, moved)
-
-
-def _qk_norm_rope_into(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:
-    config, layout = setting.config, setting.layout(device)
-    random, branches = _Random(device, dtype), layout.branches
-    qkv = random(branches.rows, config.hidden_size + 2 * config.kv_size)
-    weights = random(2, config.hidden_size, scale=0.1) + 1, random(2, config.kv_size, scale=0.1) + 1
-    padded = -(-config.head_size // 16) * 16
-    k, v = (qkv.new_zeros(branches.keys, config.num_kv_heads, padded) for _ in range(2))
-    arguments = (
-        *(qkv[: branches.split], qkv[branches.split :], k, v, branches, layout.positions, layout.cos, layout.sin),
-        *(*weights, config.head_size),
-    )
-    written = branches.rows * (config.num_heads + 2 * config.num_kv_heads) * padded * qkv.element_size()
-    moved = _nbytes(qkv, layout.positions, branches.branch_rows) + written
-    return _row_case("qk_norm_rope_into", setting, device, arguments, moved)
+    return _row_case("qk_norm_rope_into" if into else "qk_norm_rope", setting, device, arguments, moved)
 
 
 def _swiglu(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:

@@ -32,8 +32,6 @@ from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 from lavin_rt.pictures.images import check_writable
 
-# Every tuned kernel: the module that lists its candidates, and the operator whose case times it.
-
 
 def candidates(kernel: str, capability: int) -> list[dict[str, int | str]]:
     """The launch configurations that a kernel's module lists as worth timing, and that the capability can run."""

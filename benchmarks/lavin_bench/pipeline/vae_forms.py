@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,13 +16,14 @@ from typing import Any
 
 import torch
 
+from lavin_bench.pipeline.variants import random_vae
 from lavin_bench.record import write_record
-from lavin_bench.timing import header, header_line, measure
+from lavin_bench.timing import header, header_line, measure, resident_bytes
+from lavin_rt.devices import DTYPES
 from lavin_rt.vae.config import VAEConfig
 from lavin_rt.vae.layers import DerivedKernel
 from lavin_rt.vae.model import STVAE
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = 1e-5  # relative error of a whole pass in float32
 # How a form computes, and whether its input is channels-last: the plain one in both memory layouts, so that the
 # comparison does not hang on the layout.
@@ -35,21 +35,6 @@ FORMS = {
 }
 DIRECTIONS = ("encode", "decode")
 Run = Callable[[], torch.Tensor]
-
-
-def random_vae(seed: int = 0) -> STVAE:
-    """The released shape, weights that keep activations near one; none is zero, so that every tap and bias counts."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        vae = STVAE(VAEConfig())
-    vae = vae.to_empty(device="cpu").requires_grad_(False).eval()
-    for name, parameter in vae.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
-        else:
-            is_norm_weight = "norm" in name and name.endswith("weight")
-            parameter.normal_(1.0 if is_norm_weight else 0.0, 0.1, generator=generator)
-    return vae
 
 
 def one_pass(vae: STVAE, form: str, direction: str, size: int) -> Run:
@@ -66,13 +51,6 @@ def one_pass(vae: STVAE, form: str, direction: str, size: int) -> Run:
             return chosen.encode(x).mean if direction == "encode" else chosen.decode(x)
 
     return run
-
-
-def resident_bytes(field: str) -> int:
-    """This process's `VmRSS`, or its peak `VmHWM` (the peak of getrusage starts at the parent's in a new process)."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return 1024 * int(found[1])
 
 
 def peak_bytes(vae: STVAE, run: Run) -> tuple[int, int]:
@@ -119,7 +97,7 @@ def compare(direction: str, options: argparse.Namespace) -> list[dict[str, Any]]
     """One row per form."""
     dtype = DTYPES[options.dtype]
     forms = [form for form in FORMS if form != "triton" or options.device != "cpu"]
-    vae = random_vae()
+    vae = random_vae(VAEConfig(), torch.device("cpu"))
     truth = one_pass(vae, "plain", direction, options.size)().double()
     vae = vae.to(options.device, dtype)
     runs = {form: one_pass(vae, form, direction, options.size) for form in forms}
@@ -149,7 +127,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.peak:
         form, direction = options.peak
-        vae = random_vae().to(options.device, DTYPES[options.dtype])
+        vae = random_vae(VAEConfig(), torch.device("cpu")).to(options.device, DTYPES[options.dtype])
         print(json.dumps(peak_bytes(vae, one_pass(vae, form, direction, options.size))))
         return
     where = header(options.device)

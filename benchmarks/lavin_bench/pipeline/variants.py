@@ -14,7 +14,7 @@ import torch
 from lavin_bench.pipeline import authors_way
 from lavin_bench.pipeline.authors_way import AuthorsWay
 from lavin_bench.pipeline.flops import speed_flops
-from lavin_bench.pipeline.vae_forms import resident_bytes
+from lavin_bench.timing import resident_bytes
 from lavin_rt.dit.config import PRESETS, DiTConfig
 from lavin_rt.dit.layout import Shape
 from lavin_rt.dit.model import JDiT

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import html
 import json
 from pathlib import Path
 from typing import Any
 
+from lavin_bench import svg
 from lavin_rt.files import written_whole
 
 WIDTH, LEFT, RIGHT, TOP, ROW, BAR = 860, 210, 190, 62, 34, 20
@@ -49,11 +49,8 @@ def waterfall(record: dict[str, Any]) -> str:
     height = TOP + ROW * len(rows) + 40
     base = medians[0] if rows[0]["variant"].startswith("authors") else None
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
-        'role="img">',
-        f"  <style>{STYLE}  </style>",
-        _text(16, 24, f"One sampling, {setting['name']}, {record['steps']} knots, {head['dtype']}", "title"),
-        _text(
+        svg.text(16, 24, f"One sampling, {setting['name']}, {record['steps']} knots, {head['dtype']}", "title"),
+        svg.text(
             16, 44, f"{head['device']}, torch {head['torch']}, {head['date'][:10]}; encoded context to final latents"
         ),
     ]
@@ -62,27 +59,21 @@ def waterfall(record: dict[str, Any]) -> str:
         whose = "theirs" if row["variant"].startswith("authors") else "ours"
         middle = y + BAR / 2 + 4.5
         parts += [
-            _text(LEFT - 10, middle, row["variant"], "name", "end"),
+            svg.text(LEFT - 10, middle, row["variant"], "name", "end"),
             f'  <rect class="{whose}" x="{LEFT}" y="{y}" width="{median * scale:.1f}" height="{BAR}" rx="3"/>',
-            _text(LEFT + median * scale + 8, middle, f"{_duration(median)}{_gain(base, median)}", "value"),
+            svg.text(LEFT + median * scale + 8, middle, f"{_duration(median)}{_gain(base, median)}", "value"),
         ]
     end, x = TOP + ROW * len(rows), LEFT + floor * scale
     parts += [
         f'  <line class="floor" x1="{x:.1f}" y1="{TOP - 8}" x2="{x:.1f}" y2="{end}"/>',
-        _text(x, end + 18, f"{_duration(floor)}: all useful FLOPs at the measured matmul rate", anchor=_anchor(x)),
-        "</svg>",
+        svg.text(x, end + 18, f"{_duration(floor)}: all useful FLOPs at the measured matmul rate", anchor=_anchor(x)),
     ]
-    return "\n".join(parts) + "\n"
+    return svg.document(WIDTH, height, STYLE, parts)
 
 
 def _anchor(x: float) -> str:
     """Where a text has room: to the right of what lies left."""
     return "start" if x < WIDTH / 2 else "end"
-
-
-def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
-    attributes = f' class="{kind}"' if kind else ""
-    return f'  <text x="{x:.1f}" y="{y:.1f}"{attributes} text-anchor="{anchor}">{html.escape(text)}</text>'
 
 
 def _duration(seconds: float) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from lavin_bench import svg
 from lavin_bench.markdown import caption, table
 from lavin_bench.quality.report import signed, value
 
@@ -55,11 +55,8 @@ def verdict(record: dict[str, Any]) -> str:
 def front(record: dict[str, Any]) -> str:
     """An SVG: loss at the bad end of the interval over the share of exact's FLOPs, one line a task."""
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'role="img">',
-        f"  <style>{STYLE}  </style>",
-        _text(16, 24, f"Loss against work, {record['checkpoint']}, {_queries(record)} queries a task", "title"),
-        _text(
+        svg.text(16, 24, f"Loss against work, {record['checkpoint']}, {_queries(record)} queries a task", "title"),
+        svg.text(
             16, 42, "relative loss of the deciding measure at the bad end of its 95 % interval; both axes logarithmic"
         ),
     ]
@@ -68,11 +65,11 @@ def front(record: dict[str, Any]) -> str:
     for loss in (0.001, 0.01, 0.1, 1.0):
         y = _y(loss)
         parts.append(f'  <line class="axis" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>')
-        parts.append(_text(LEFT - 8, y + 4, f"{loss:.1%}", anchor="end"))
+        parts.append(svg.text(LEFT - 8, y + 4, f"{loss:.1%}", anchor="end"))
     for share in (0.05, 0.1, 0.2, 0.5, 1.0):
         if share >= least:
-            parts.append(_text(_x(share, least), HEIGHT - BOTTOM + 20, f"1/{1 / share:g}", anchor="middle"))
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "FLOPs, of exact's", anchor="middle"))
+            parts.append(svg.text(_x(share, least), HEIGHT - BOTTOM + 20, f"1/{1 / share:g}", anchor="middle"))
+    parts.append(svg.text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "FLOPs, of exact's", anchor="middle"))
     for index, task in enumerate(record["tasks"]):
         colour = COLOURS[index % len(COLOURS)]
         points = [
@@ -85,8 +82,8 @@ def front(record: dict[str, Any]) -> str:
         parts += [f'  <circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y, _ in points]
         y = TOP + 8 + 17 * index
         parts.append(f'  <rect x="{WIDTH - RIGHT + 16}" y="{y - 9}" width="10" height="10" fill="{colour}"/>')
-        parts.append(_text(WIDTH - RIGHT + 32, y, task["task"] + (" *" if task["one_to_many"] else "")))
-    return "\n".join([*parts, "</svg>"]) + "\n"
+        parts.append(svg.text(WIDTH - RIGHT + 32, y, task["task"] + (" *" if task["one_to_many"] else "")))
+    return svg.document(WIDTH, HEIGHT, STYLE, parts)
 
 
 def _row(task: dict[str, Any], row: dict[str, Any]) -> list[str]:
@@ -113,11 +110,6 @@ def _y(loss: float) -> float:
     span = math.log(MOST_LOSS / LEAST_LOSS)
     at = math.log(min(max(loss, LEAST_LOSS), MOST_LOSS) / LEAST_LOSS) / span
     return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * at
-
-
-def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
-    attributes = f' class="{kind}"' if kind else ""
-    return f'  <text x="{x:.1f}" y="{y:.1f}"{attributes} text-anchor="{anchor}">{html.escape(text)}</text>'
 
 
 def summary(record: dict[str, Any]) -> Sequence[str]:
