@@ -36,13 +36,7 @@ class VAE(Protocol):
 class Engine:
     """Encodes, samples and decodes; serves requests from several threads in turn.
 
-    Args:
-        dit, vae: both on the device and in the dtype that they shall run in; or an artifact's network and VAE.
-        impl: `"auto"`, `"plain"`, `"torch"` or `"triton"`; settled here, once, and readable as `impl`. An artifact's
-            network has settled it already.
-        compile: run the network through `torch.compile`.
-        graphs: on CUDA, replay captured steps; False runs them one operator after another, to the same bits.
-        tile, chunk: latent rows and columns per VAE tile and latent frames per VAE piece; None does all at once.
+    Its arguments are described at `lavin_rt.pipeline.Pipeline`, which users make.
     """
 
     def __init__(

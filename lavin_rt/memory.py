@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from lavin_kernels.branches import Branches
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.dit.layout import Form, Shape
 from lavin_rt.dit.model import JDiT
@@ -71,15 +70,8 @@ def predict(
     dit, vae = dit.requires_grad_(False), vae.requires_grad_(False)
 
     def stage(name: str) -> None:
-        stages.append(
-            Stage(
-                name,
-                allocator.allocated,
-                allocator.reserved,
-                allocator.peak_allocated,
-                allocator.peak_reserved,
-            )
-        )
+        now, most = (allocator.allocated, allocator.reserved), (allocator.peak_allocated, allocator.peak_reserved)
+        stages.append(Stage(name, *now, *most))
 
     def captured(function: Callable[[], Any], runs: int) -> None:
         """Run, then captured: torch empties the cache before, and the capture's stream has a workspace of its own."""
@@ -137,25 +129,10 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int
     return result
 
 
-def _qk_norm_rope(
-    cond: torch.Tensor,
-    x: torch.Tensor,
-    branches: Branches,
-    positions: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    head_size: int,
-    eps: float,
-    padded: int,
-) -> tuple[torch.Tensor, ...]:
-    rows, keys = cond.shape[0] + x.shape[0], k_weight.shape[1] // head_size
+def _qk_norm_rope(cond, x, branches, positions, cos, sin, q_weight, k_weight, head_size, eps, padded):
+    rows, heads, kv_heads = cond.shape[0] + x.shape[0], *(part.shape[1] // head_size for part in (q_weight, k_weight))
     queries = rows if cond.shape[1] == x.shape[1] else x.shape[0]
-    return (
-        x.new_empty(queries, q_weight.shape[1] // head_size, padded),
-        *(x.new_empty(rows, keys, padded) for _ in range(2)),
-    )
+    return x.new_empty(queries, heads, padded), *(x.new_empty(rows, kv_heads, padded) for _ in range(2))
 
 
 def _stream_linear(rows: torch.Tensor, split: int, weight: torch.Tensor) -> torch.Tensor:

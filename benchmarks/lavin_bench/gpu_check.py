@@ -154,11 +154,8 @@ def _tune(visit: Visit, save: Save, operator: str) -> None:
 def _kernels(visit: Visit, save: Save) -> None:
     dtype = torch.float32 if visit.dry else torch.bfloat16
     with visit.tuned():
-        save(
-            kernels.run(
-                settings(visit.device, visit.full), visit.device, dtype, repeats=2 if visit.dry else 9, save=save
-            )
-        )
+        chosen, repeats = settings(visit.device, visit.full), 2 if visit.dry else 9
+        save(kernels.run(chosen, visit.device, dtype, repeats=repeats, save=save))
 
 
 def _startup(visit: Visit, save: Save) -> None:

@@ -123,13 +123,8 @@ def start(options: dict[str, Any], caches: Path) -> dict[str, Any]:
     """Spawns one process and returns its figures; `caches` is where it keeps compiled kernels."""
     command = ["env", f"TRITON_CACHE_DIR={caches / 'triton'}", f"TORCHINDUCTOR_CACHE_DIR={caches / 'inductor'}"]
     spawned = time.monotonic()
-    command += [
-        sys.executable,
-        "-m",
-        "lavin_bench.pipeline.startup",
-        "--child",
-        json.dumps({**options, "spawned": spawned}),
-    ]
+    described = json.dumps({**options, "spawned": spawned})
+    command += [sys.executable, "-m", "lavin_bench.pipeline.startup", "--child", described]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the process gave no picture: {' '.join(done.stderr.split())[-500:]}")

@@ -69,17 +69,9 @@ def peak_bytes(vae: STVAE, run: Run) -> tuple[int, int]:
 
 def peak_in_new_process(form: str, direction: str, options: argparse.Namespace) -> list[int]:
     """`peak_bytes` where nothing ran before, so that neither allocator nor derived kernels are warm."""
-    command = [
-        sys.executable,
-        "-m",
-        "lavin_bench.pipeline.vae_forms",
-        "--peak",
-        form,
-        direction,
-        "--size",
-        str(options.size),
-    ]
-    command += ["--threads", str(options.threads), "--device", options.device, "--dtype", options.dtype]
+    command = [sys.executable, "-m", "lavin_bench.pipeline.vae_forms", "--peak", form, direction]
+    command += ["--size", str(options.size), "--threads", str(options.threads)]
+    command += ["--device", options.device, "--dtype", options.dtype]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 

@@ -119,20 +119,8 @@ def answers(
     for file, query in zip(files, queries, strict=True):
         Image.fromarray(query).save(file)
     out = folder / "results"
-    command = [
-        "run",
-        "--task",
-        folder / "task",
-        "--pairs",
-        len(pairs),
-        "-q",
-        "-o",
-        f"{out}/",
-        "--query",
-        *files,
-        *options,
-    ]
-    if lavin_rt([str(part) for part in command]):
+    command = ["run", "--task", folder / "task", "--pairs", len(pairs), "-q", "-o", f"{out}/", "--query", *files]
+    if lavin_rt([str(part) for part in [*command, *options]]):
         raise InputError("lavin-rt run failed")
     return [np.asarray(Image.open(out / file.name).convert("RGB")) for file in files]
 
