@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 # The decoders that are meant, and no other of Pillow's forty.
-DECODERS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp", "gif": "image/gif"}
 
 
@@ -61,7 +61,7 @@ def _without_source(error: Exception) -> str:
 def _opened(content: bytes, limits: Limits, name: str, others: int) -> Image.Image:
     """A picture whose header is within the bounds; nothing is decoded but an animation's earlier frames."""
     try:
-        image = Image.open(io.BytesIO(content), formats=DECODERS)
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
         frames = getattr(image, "n_frames", 1) if image.format in ("GIF", "WEBP", "PNG") else 1
         if frames > limits.frames:
             raise Refused(413, f"{name}: {frames} frames; expected {limits.frames} at most", "size")
@@ -72,12 +72,12 @@ def _opened(content: bytes, limits: Limits, name: str, others: int) -> Image.Ima
             _check_pixels(image, frames, limits, name)
         if frames > 1:
             image.seek(0)
-            image = Image.open(io.BytesIO(content), formats=DECODERS)
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
         return image
     except Refused:
         raise
     except UnidentifiedImageError:
-        raise Refused(415, f"{name}: not a picture that is read here; send {', '.join(DECODERS)}", "input") from None
+        raise Refused(415, f"{name}: not a picture that is read here; send {', '.join(FORMATS)}", "input") from None
     except Image.DecompressionBombError:
         raise Refused(413, f"{name}: too many pixels; expected {limits.pixels} at most", "size") from None
     except Exception as error:  # damaged headers make decoders raise all sorts

@@ -27,7 +27,7 @@ from lavin_rt.serve.service import Job, Kind, Service
 GONE = 499
 """For the log alone: the client did not wait for its answer."""
 EVENTS_SECONDS = 0.1
-DECODERS = 2
+DECODED_TOGETHER = 2
 """Pictures that are decoded at the same time, so that many uploads do not take all memory together."""
 
 
@@ -69,7 +69,7 @@ def make_router(service: Service) -> APIRouter:
     """All routes but the page."""
     known: Responses = {status: {"model": Problem} for status in (400, 404, 408, 409, 413, 415, 422, 429, 500, 503)}
     router = APIRouter(responses=known)
-    decoding = asyncio.Semaphore(DECODERS)
+    decoding = asyncio.Semaphore(DECODED_TOGETHER)
 
     async def read_clip(files: list[UploadFile], name: str) -> torch.Tensor:
         """Decodes an upload off the event loop, a few at a time."""

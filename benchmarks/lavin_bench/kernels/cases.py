@@ -23,7 +23,7 @@ OPERATORS = (
     *("qk_norm_rope_into", "stream_linear", "joint_attention", "group_norm_silu", "spatial_norm_silu"),
 )
 # A CPU has neither the memory nor the patience for the released widths.
-CPU_CONFIG = DiTConfig(hidden_size=576, depth=1, num_heads=8, kv_group=4)
+ONE_BLOCK = DiTConfig(hidden_size=576, depth=1, num_heads=8, kv_group=4)
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -100,7 +100,7 @@ def settings(device: torch.device, full: bool = False) -> list[Setting]:
     pairs with and without the null branch.
     """
     if device.type != "cuda":
-        return [Setting(64, 2, config=CPU_CONFIG, reuse=reuse) for reuse in (False, True)]
+        return [Setting(64, 2, config=ONE_BLOCK, reuse=reuse) for reuse in (False, True)]
     if not full:
         return [Setting(512, 4), Setting(256, 4), Setting(512, 4, reuse=True)]
     return [Setting(size, pairs, guided) for size in SIZES for pairs in PAIRS for guided in (True, False)]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
 from lavin_bench.quality.queries import TaskQueries
+from lavin_bench.timing import header
 from lavin_rt.dit.layout import Shape
 from lavin_rt.errors import InputError
 from lavin_rt.mini.world.corpus import to_pixels
@@ -129,6 +131,12 @@ class Answers:
     def _decoded(self, latents: torch.Tensor) -> np.ndarray:
         """uint8 `[N, T, S, S, 3]` of scaled latents `[N, 16, t, h, w]`."""
         return np.stack([self.pipe.decode(one).permute(0, 2, 3, 1).numpy() for one in latents.split(1)])
+
+
+def new_record(kind: str, pipe: Pipeline) -> dict[str, Any]:
+    """The beginning of a record: where and with which model it was made."""
+    of = {"checkpoint": pipe.source, "impl": pipe.impl}
+    return {"kind": kind, "header": {**header(pipe.device), "dtype": str(pipe.dtype).removeprefix("torch.")}, **of}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

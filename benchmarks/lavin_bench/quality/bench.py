@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lavin_bench.quality.answers import Answered, Answers, Sampling
+from lavin_bench.quality.answers import Answered, Answers, Sampling, new_record
 from lavin_bench.quality.figures import Figures, better, border_steps, figures, interval, means
 from lavin_bench.quality.queries import TaskQueries, alike
 from lavin_bench.quality.report import clear, task_line
-from lavin_bench.timing import header
 from lavin_rt.errors import InputError
 from lavin_rt.mini.world.measures import MEASURES
 from lavin_rt.mini.world.tasks import TASKS
@@ -176,10 +175,7 @@ def run(
     """
     began = time.perf_counter()
     record: dict[str, Any] = {
-        "kind": "quality",
-        "header": {**header(pipe.device), "dtype": str(pipe.dtype).removeprefix("torch.")},
-        "checkpoint": pipe.source,
-        "impl": pipe.impl,
+        **new_record("quality", pipe),
         "size": drawn[0].queries.shape[2],
         **dataclasses.asdict(sampling),
         "tasks": [],

@@ -19,12 +19,12 @@ import torch
 from tqdm import tqdm
 
 from lavin_bench.pipeline.flops import speed_flops
-from lavin_bench.quality.answers import Answers, Sampling
+from lavin_bench.quality.answers import Answers, Sampling, new_record
 from lavin_bench.quality.figures import Figures, better, fidelity, figures, interval, means
 from lavin_bench.quality.queries import TaskQueries
 from lavin_bench.quality.speeds_report import front, summary
 from lavin_bench.record import write_record
-from lavin_bench.timing import header, use_threads
+from lavin_bench.timing import use_threads
 from lavin_rt.console import loading_options
 from lavin_rt.devices import current_device
 from lavin_rt.errors import InputError
@@ -92,10 +92,7 @@ def run_speeds(
     """
     began, chosen = time.perf_counter(), [pipe.speed(speed) for speed in ("exact", *speeds)]
     record: dict[str, Any] = {
-        "kind": "quality_speeds",
-        "header": {**header(pipe.device), "dtype": str(pipe.dtype).removeprefix("torch.")},
-        "checkpoint": pipe.source,
-        "impl": pipe.impl,
+        **new_record("quality_speeds", pipe),
         "size": drawn[0].queries.shape[2],
         "pairs": pairs,
         **dataclasses.asdict(sampling),
@@ -244,10 +241,7 @@ def own_pairs_record(
             exact = answer if exact is None else exact
             of_speed.append([fidelity(answer, target), fidelity(answer, exact), seconds])
     record: dict[str, Any] = {
-        "kind": "own_pairs",
-        "header": {**header(pipe.device), "dtype": str(pipe.dtype).removeprefix("torch.")},
-        "checkpoint": pipe.source,
-        "impl": pipe.impl,
+        **new_record("own_pairs", pipe),
         "task": str(options.task),
         "queries": len(found),
         "rows": [],

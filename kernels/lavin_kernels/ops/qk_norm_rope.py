@@ -281,19 +281,8 @@ def launch_rows(
     return q
 
 
-def check(
-    cond: torch.Tensor,
-    x: torch.Tensor,
-    branches: Branches,
-    positions: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    head_size: int,
-    padded: int,
-) -> None:
-    """Refuses what `qk_norm_rope` cannot take."""
+def check(cond, x, branches, positions, cos, sin, q_weight, k_weight, head_size: int, padded: int) -> None:
+    """Refuses what `qk_norm_rope` cannot take, of whatever types it is."""
     validate.rows("x", x, (None, None))
     multiple = 24 if runs_kernel(x.device) else 6
     if head_size <= 0 or head_size % multiple:
