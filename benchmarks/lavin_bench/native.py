@@ -32,6 +32,7 @@ from lavin_rt.pipeline import Pipeline
 from lavin_rt.sampling.denoisers import make_network
 from lavin_rt.sampling.executor import Executor
 from lavin_rt.sampling.schedule import schedule
+from lavin_rt.sampling.self_check import relative_error
 from lavin_rt.task import Task
 from lavin_rt.vae.model import STVAE
 
@@ -170,9 +171,8 @@ def _seconds_of(run: Callable[[], tuple[float, torch.Tensor]]) -> float:
 def compare(places: dict[str, Path], repeats: int, threads: int) -> list[dict[str, Any]]:
     """One row per form; raises `SystemExit` where a result is wrong."""
     runs = forms(places, threads)
-    results = {name: run()[1].double() for name, run in runs.items()}
-    truth = results[FORMS[0]]
-    errors = {name: float((result - truth).norm() / truth.norm()) for name, result in results.items()}
+    results = {name: run()[1] for name, run in runs.items()}
+    errors = {name: relative_error(result, results[FORMS[0]]) for name, result in results.items()}
     if not all(error <= TOLERANCE for error in errors.values()):
         raise SystemExit(f"no times, the latents differ by {errors} (limit {TOLERANCE})")
     sampling = in_turn({name: partial(_seconds_of, run) for name, run in runs.items()}, repeats)

@@ -73,7 +73,7 @@ def check_known_answers(device: torch.device) -> list[Check]:
     checks = []
     for impl in ("plain", "torch", *(["triton"] if device.type == "cuda" else [])):
         latents = sample(dit, cond, noise, steps=6, guidance=1.5, impl=impl)
-        checks.append(Check(f"known answer, impl {impl}, float32", _error(latents[0, :, 0, 0, 0], truth), 1e-4))
+        checks.append(Check(f"known answer, impl {impl}, float32", relative_error(latents[0, :, 0, 0, 0], truth), 1e-4))
     return checks
 
 
@@ -81,11 +81,12 @@ def check_checkpoint(dit: JDiT, impl: str) -> Check:
     """A checkpoint's packed step against its plain model in the same dtype, on three frames of 4 x 6 latents."""
     cond, noise = known_inputs()
     plain = sample(dit, cond, noise, steps=4, impl="plain")
-    error = _error(sample(dit, cond, noise, steps=4, impl=impl), plain)
+    error = relative_error(sample(dit, cond, noise, steps=4, impl=impl), plain)
     dtype = str(dit.dtype).removeprefix("torch.")
     return Check(f"checkpoint, impl {impl} against plain, {dtype}", error, 1e-4 if dit.dtype == torch.float32 else 5e-2)
 
 
-def _error(result: torch.Tensor, truth: torch.Tensor) -> float:
-    result, truth = result.double().cpu(), truth.double().cpu()
+def relative_error(result: torch.Tensor, truth: torch.Tensor) -> float:
+    """`||result - truth|| / ||truth||` in float64."""
+    result, truth = result.double(), truth.to(result.device).double()
     return ((result - truth).norm() / truth.norm()).item()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lavin_bench import report
-from lavin_bench.kernels.bench import WrongResult, check, relative_error, run, timed
+from lavin_bench.kernels.bench import WrongResult, check, largest_error, run, timed
 from lavin_bench.kernels.cases import Setting, Variant, cases, settings
 from lavin_rt.cli.main import main
 from lavin_rt.dit.config import DiTConfig
@@ -95,12 +95,12 @@ def test_a_wrong_baseline_is_found_too(monkeypatch):
         check(dataclasses.replace(case, variants={"eager": Variant(lambda: torch.ones(1))}), torch.float32)
 
 
-def test_relative_error_takes_the_worst_and_never_passes_nan():
+def test_largest_error_takes_the_worst_and_never_passes_nan():
     truth = (torch.ones(4), torch.ones(4))
-    assert relative_error((torch.ones(4), torch.full((4,), 1.5)), truth) == pytest.approx(0.5)
-    assert relative_error((torch.ones(4), torch.full((4,), float("nan"))), truth) == float("inf")
+    assert largest_error((torch.ones(4), torch.full((4,), 1.5)), truth) == pytest.approx(0.5)
+    assert largest_error((torch.ones(4), torch.full((4,), float("nan"))), truth) == float("inf")
     with pytest.raises(WrongResult, match="1 results; expected 2"):
-        relative_error((torch.ones(4),), truth)
+        largest_error((torch.ones(4),), truth)
 
 
 def test_the_standard_run_has_the_published_work():

@@ -19,20 +19,18 @@ from lavin_bench.timing import Timing, header, header_line, measure
 from lavin_rt.devices import current_device, resolve_device, resolve_dtype
 from lavin_rt.errors import InputError
 from lavin_rt.pictures.images import check_writable
+from lavin_rt.sampling.self_check import relative_error
 
 
 class WrongResult(RuntimeError):
     """A variant computed something else than the operator."""
 
 
-def relative_error(results: Tensors, truth: Tensors) -> float:
+def largest_error(results: Tensors, truth: Tensors) -> float:
     """The largest `||result - truth|| / ||truth||` of several results, in float64."""
     if len(results) != len(truth):
         raise WrongResult(f"{len(results)} results; expected {len(truth)}")
-    errors = [
-        float((result.double() - wanted.double()).norm() / wanted.double().norm())
-        for result, wanted in zip(results, truth, strict=True)
-    ]
+    errors = [relative_error(*pair) for pair in zip(results, truth, strict=True)]
     # A NaN would lose every comparison.
     return max(float("inf") if error != error else error for error in errors)
 
@@ -44,7 +42,7 @@ def check(case: Case, dtype: torch.dtype) -> dict[str, float]:
         WrongResult: a variant is outside the error budget.
     """
     truth = case.truth()
-    errors = {name: relative_error(v.compared(v.call()), truth) for name, v in case.variants.items()}
+    errors = {name: largest_error(v.compared(v.call()), truth) for name, v in case.variants.items()}
     allowed = 2 * errors["eager"] + torch.finfo(dtype).eps
     # Eager PyTorch sets the budget, so it is itself held to a bound that any honest arithmetic keeps.
     bounds = {name: 0.05 if name == "eager" else allowed for name in errors}

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lavin_bench.kernels.bench import check, relative_error
+from lavin_bench.kernels.bench import check, largest_error
 from lavin_bench.kernels.cases import Case, cases, settings
 from lavin_bench.timing import header, measure
 from lavin_kernels import tuning
@@ -77,7 +77,7 @@ def tune(
             continue
         run = overridden(kernel, candidate, ours.call)
         try:
-            error = relative_error(ours.compared(run()), truth)
+            error = largest_error(ours.compared(run()), truth)
             torch.cuda.synchronize(device)
         except Exception as failure:  # Triton raises its own errors for what does not fit a device.
             dropped[name] = _reason(failure)
@@ -173,7 +173,7 @@ def _try_candidates(device: torch.device, dtype: torch.dtype, share: Sequence[tu
                 made = {kernel: (case, case.truth(), _allowed(case, dtype))}
             case, truth, allowed = made[kernel]
             ours = case.variants["ours"]
-            error = relative_error(ours.compared(overridden(kernel, candidate, ours.call)()), truth)
+            error = largest_error(ours.compared(overridden(kernel, candidate, ours.call)()), truth)
             torch.cuda.synchronize(device)
             if not error <= allowed:
                 said = f"wrong result, error {error:.1e}"

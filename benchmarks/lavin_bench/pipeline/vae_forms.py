@@ -20,6 +20,7 @@ from lavin_bench.pipeline.variants import random_vae
 from lavin_bench.record import write_record
 from lavin_bench.timing import header, header_line, measure, resident_bytes
 from lavin_rt.devices import DTYPES
+from lavin_rt.sampling.self_check import relative_error
 from lavin_rt.vae.config import VAEConfig
 from lavin_rt.vae.layers import DerivedKernel
 from lavin_rt.vae.model import STVAE
@@ -77,7 +78,7 @@ def peak_in_new_process(form: str, direction: str, options: argparse.Namespace) 
 
 def checked_errors(runs: dict[str, Run], truth: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:
     """Every form's relative error against the plain form in float32; exits where one is above its limit."""
-    errors = {form: float((run().cpu().double() - truth).norm() / truth.norm()) for form, run in runs.items()}
+    errors = {form: relative_error(run().cpu(), truth) for form, run in runs.items()}
     limit = TOLERANCE if dtype == torch.float32 else 2 * errors["plain"]
     wrong = {form: error for form, error in errors.items() if not error <= limit}
     if wrong:
