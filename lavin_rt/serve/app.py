@@ -11,8 +11,9 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from lavin_rt.errors import InputError
 from lavin_rt.serve.guard import Guard, error_response
-from lavin_rt.serve.limits import Refused
+from lavin_rt.serve.limits import Refused, refusal
 from lavin_rt.serve.routes import make_router
 from lavin_rt.serve.service import Service
 
@@ -45,8 +46,9 @@ def make_app(
         return error_response(refused)
 
     @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> Response:
-        return refuse(error)
+    @app.exception_handler(InputError)
+    async def refused(request: Request, error: Refused | InputError) -> Response:
+        return refuse(refusal(error))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

@@ -128,12 +128,9 @@ class Library:
         """Refuses a name that cannot be a new task's: 422, 409, or 429 where there are too many.
 
         Raises:
-            Refused: which of these.
+            Refused, InputError: which of these.
         """
-        try:
-            check_name(name)
-        except InputError as error:
-            raise Refused(422, str(error), "input") from None
+        check_name(name)
         with self._lock:
             self._expire()
             if name in self._entries:
@@ -153,13 +150,10 @@ class Library:
         """Takes a task of a client's.
 
         Raises:
-            Refused: as `check_new`, or 422 for another VAE's.
+            Refused, InputError: as `check_new`, or 422 for another VAE's.
         """
         self.check_new(pack.name)
-        try:
-            self._pipeline.check_context(pack.context)
-        except InputError as error:
-            raise Refused(422, str(error), "input") from None
+        self._pipeline.check_context(pack.context)
         if pack.context.pairs > self._limits.pairs:
             raise Refused(413, f"{pack.context.pairs} pairs; expected {self._limits.pairs} at most", "size")
         with self._lock:

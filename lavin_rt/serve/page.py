@@ -18,6 +18,7 @@ import torch
 from fastapi import FastAPI
 from PIL import Image
 
+from lavin_rt.errors import InputError
 from lavin_rt.packs import check_name
 from lavin_rt.pictures import context as contexts
 from lavin_rt.pictures import images
@@ -25,7 +26,7 @@ from lavin_rt.sampling.speeds import SPEEDS
 from lavin_rt.serve import pictures
 from lavin_rt.serve.engine import Ticket
 from lavin_rt.serve.library import Entry
-from lavin_rt.serve.limits import Refused
+from lavin_rt.serve.limits import Refused, refusal
 from lavin_rt.serve.service import PAIRS, Service
 from lavin_rt.serve.stubless import gradio as gr
 
@@ -190,7 +191,7 @@ class Page:
                 raise Refused(422, "no pairs yet; drop an input and its target, then add the pair", "input")
             name = check_name(name.strip().lower()) if name and name.strip() else f"mine-{secrets.token_hex(3)}"
             entry = await self.service.make_task(name, pairs)
-        except (Refused, images.InputError) as error:
+        except (Refused, InputError) as error:
             return problem(said(error)), gr.update(), pairs
         done = f"<p>Task <b>{html.escape(entry.name)}</b> is made and chosen; drop a query and run.</p>"
         return status(done), gr.update(choices=self.names(), value=entry.name), []
@@ -327,7 +328,8 @@ def problem(text: str) -> str:
 
 def said(error: Exception) -> str:
     """A problem for a visitor."""
-    return str(error) if isinstance(error, Refused | images.InputError) else "expected numbers in the fields under How"
+    known = isinstance(error, Refused | InputError)
+    return refusal(error).message if known else "expected numbers in the fields under How"
 
 
 def progress(ticket: Ticket, evaluations: int) -> str:

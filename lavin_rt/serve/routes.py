@@ -15,7 +15,6 @@ from fastapi import APIRouter, Depends, File, Form, Header, Request, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel
 
-from lavin_rt.errors import InputError
 from lavin_rt.packs import TaskPack
 from lavin_rt.pictures import images
 from lavin_rt.serve import pictures
@@ -285,16 +284,9 @@ def respond(
 
 
 def read_pack(content: bytes, name: str, words: str) -> TaskPack:
-    """An uploaded pack under the name that its client gives it.
-
-    Raises:
-        Refused: 422 for anything else.
-    """
+    """An uploaded pack under the name that its client gives it; an `InputError` for anything else."""
     with tempfile.TemporaryDirectory(prefix="lavin-rt-") as folder:
         path = Path(folder) / "context.safetensors"
         path.write_bytes(content)
-        try:
-            pack = TaskPack.load(path)
-        except InputError as error:
-            raise Refused(422, str(error), "input") from None
+        pack = TaskPack.load(path)
     return TaskPack(pack.context, name, words or pack.words, pack.thumbnails)

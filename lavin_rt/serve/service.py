@@ -104,17 +104,14 @@ class Service:
         """Holds what is asked for against the task and the limits.
 
         Raises:
-            Refused: 404 for the task, 422 for the rest.
+            Refused, InputError: 404 for the task, 422 for the rest.
         """
         entry = self.library.find(name)
         speed = self.speed if speed is None else speed
         if speed not in SPEEDS:
             raise _unfit(f"speed is {speed[:40]!r}; expected one of {', '.join(SPEEDS)}")
-        try:
-            knots = len(SPEEDS[speed].knots(steps))
-            asked = None if size is None else images.parse_size(size)
-        except InputError as error:
-            raise Refused(422, str(error), "input") from None
+        knots = len(SPEEDS[speed].knots(steps))
+        asked = None if size is None else images.parse_size(size)
         if knots > self.limits.steps:
             raise _unfit(f"steps is {knots}; expected {self.limits.steps} at most")
         if not (math.isfinite(guidance) and 0 <= guidance <= self.limits.guidance):
@@ -142,12 +139,9 @@ class Service:
             seed: of the noise.
 
         Raises:
-            Refused: 422 for a seed or a number of frames, 429 for a full queue, 503 while draining.
+            Refused, InputError: 422 for a seed or a number of frames, 429 for a full queue, 503 while draining.
         """
-        try:
-            check_seed(seed)
-        except InputError as error:
-            raise Refused(422, str(error), "input") from None
+        check_seed(seed)
         if len(clip) != kind.frames:
             raise _unfit(f"query: {len(clip)} frames; {kind.entry.name} takes {kind.frames}")
         # Only what the network will see of it is kept while it waits.
@@ -164,7 +158,7 @@ class Service:
             clips: pairs, uint8 `[T, 3, H, W]` each.
 
         Raises:
-            Refused: a name that is taken or none, unfit pairs, no room.
+            Refused, InputError: a name that is taken or none, unfit pairs, no room.
         """
         self.library.check_new(name)
         if not 1 <= len(clips) <= self.limits.pairs:
@@ -174,10 +168,7 @@ class Service:
             for side, clip in zip(("input", "target"), pair, strict=True):
                 if len(clip) != frames:
                     raise _unfit(f"{side} {i}: {len(clip)} frames, the first input has {frames}; expected the same")
-        try:
-            asked = images.parse_size(self.pipeline.size if size is None else size)
-        except InputError as error:
-            raise Refused(422, str(error), "input") from None
+        asked = images.parse_size(self.pipeline.size if size is None else size)
         self._check_side(asked)
         small = [(images.resize(source, asked), images.resize(target, asked)) for source, target in clips]
         future = self.engine.call(lambda: TaskPack.of(self.library.encode(small, asked), name, words))
