@@ -12,7 +12,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import lru_cache, partial
 from typing import TypeVar
 
 import torch
@@ -86,7 +86,8 @@ class Executor:
         self._shapes = shapes
         self._plans: OrderedDict[Shape, _Plan] = OrderedDict()
         self._schedule: Schedule | None = None
-        self._tables: OrderedDict[tuple[float, ...], Tensors] = OrderedDict()
+        # The network's tables of the last few schedules, by their knots.
+        self._table = lru_cache(SCHEDULES)(lambda key: network.table(torch.tensor(key, dtype=torch.float32)))
         self._captured = Graphs()
         self._replays = Replays(self._captured, network.device, shapes)
         self._warned = False
@@ -225,7 +226,7 @@ class Executor:
         step(
             latents,
             condition,
-            *(table[0] for table in self._table(torch.tensor([CONTEXT_TIME, 1.0], dtype=torch.float32))),
+            *(table[0] for table in self._table((CONTEXT_TIME, 1.0))),
         )
         return tuple(part.clone() for part in step.context(condition))
 
@@ -249,7 +250,7 @@ class Executor:
         key, schedule = tuple(knots.tolist()), self._schedule
         if schedule is not None and schedule.loaded == key:
             return schedule
-        tables, evaluations = self._table(knots), len(knots) - 1
+        tables, evaluations = self._table(key), len(knots) - 1
         if schedule is None or len(schedule.widths) < evaluations:
             self.release()
             schedule = self._schedule = Schedule.make(tables, max(evaluations, EVALUATIONS), self.network.device)
@@ -259,17 +260,6 @@ class Executor:
         schedule.widths[:evaluations] = knots.diff()
         schedule.loaded = key
         return schedule
-
-    def _table(self, knots: torch.Tensor) -> Tensors:
-        """The network's table of a schedule, one of the last few kept."""
-        key = tuple(knots.tolist())
-        tables = self._tables.pop(key, None)
-        if tables is None:
-            tables = self.network.table(knots)
-        self._tables[key] = tables
-        while len(self._tables) > SCHEDULES:
-            self._tables.popitem(last=False)
-        return tables
 
     def _plan(self, shape: Shape, forms: Sequence[Form]) -> _Plan:
         plan = self._plans.get(shape)
