@@ -30,3 +30,8 @@ class Cancelled(RuntimeError):
 def missing_extra(package: str, extra: str, purpose: str) -> InputError:
     """The error for an optional package that is not installed."""
     return InputError(f"{purpose} needs the package {package}, which is not installed: pip install 'lavin-rt[{extra}]'")
+
+
+def one_line(error: BaseException, most: int = 400) -> str:
+    """What an error of another library says, in one line of at most so many characters."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -63,7 +63,7 @@ def writing(
 
     Args:
         output: the artifact's folder; must not exist, or be empty.
-        kind: "onnx", "tensorrt" or "aoti".
+        kind: "onnx", "tensorrt", "aoti" or "openvino".
         checkpoint: what `find_checkpoint` found.
         dtype: that the networks compute in: float32, float16 or bfloat16.
         target: device and compute capability, see `Manifest`; any device by default.
@@ -100,6 +100,7 @@ class ArtifactWriter:
     Attributes:
         folder: where its files go.
         kind, dtype, target, options, steps: as given to `writing`.
+        computes_in: that the networks compute in, where that is not the dtype of their files.
         config: the transformer's.
         file: the transformer's open header.
         checkpoint: its files.
@@ -119,6 +120,7 @@ class ArtifactWriter:
     ):
         self.folder, self.kind, self.checkpoint = folder, kind, checkpoint
         self.dtype, self.target, self.options, self.steps = dtype, target, options, steps
+        self.computes_in = dtype
         self.file = open_checkpoint(os.path.abspath(checkpoint.dit))
         self.config: DiTConfig = dit_config(self.file)
         check_tensors(self.file, self.config, official_layout(self.config))
@@ -196,7 +198,7 @@ class ArtifactWriter:
             "format": FORMAT,
             "version": VERSION,
             "kind": self.kind,
-            "dtype": self.dtype_name,
+            "dtype": str(self.computes_in).removeprefix("torch."),
             "config": dataclasses.asdict(self.config),
             "latent_scaling": {"shift": LATENT_SHIFT, "scale": LATENT_SCALE},
             "size": picture_size(self.file),

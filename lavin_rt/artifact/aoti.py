@@ -19,7 +19,7 @@ from lavin_rt.artifact.parts import Part
 from lavin_rt.artifact.sizes import bind_sizes
 from lavin_rt.container import folder_fault, temporary_folder
 from lavin_rt.devices import DTYPES
-from lavin_rt.errors import InputError
+from lavin_rt.errors import InputError, one_line
 from lavin_rt.files import utf8_path
 from lavin_rt.host_state import full_float32
 
@@ -125,8 +125,9 @@ def read_weights(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; the artifact is not complete, export or fetch it again") from None
     except (OSError, SafetensorError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} cannot be read as weights ({reason}); export or fetch the artifact again") from None
+        raise InputError(
+            f"{path} cannot be read as weights ({one_line(error)}); export or fetch the artifact again"
+        ) from None
 
 
 def _release(version: str) -> str:
@@ -139,7 +140,6 @@ def _loading(path: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
         folder = temporary_folder()  # into which a package is unpacked
         fault = folder_fault(folder)
         if fault:
@@ -147,4 +147,4 @@ def _loading(path: Path) -> Iterator[None]:
                 f"{path} cannot be loaded by way of the temporary folder {folder}: {fault}; name another one in the "
                 "environment's TMPDIR"
             ) from None
-        raise InputError(f"{path} cannot be loaded ({reason}); export it again on this machine") from None
+        raise InputError(f"{path} cannot be loaded ({one_line(error)}); export it again on this machine") from None

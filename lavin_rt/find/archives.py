@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
-from lavin_rt.errors import InputError
+from lavin_rt.errors import InputError, one_line
 from lavin_rt.files import Progress, written_whole
 
 CHUNK = 2**20
@@ -49,7 +49,7 @@ def unpack(
             raise
         # `OSError` is left to `written_whole`, but for the one that gzip derives from it.
         except (EOFError, ValueError, OverflowError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             raise InputError(f"{archive} is damaged, truncated or no .tar.gz ({reason}); download it again") from None
         if check is not None:
             check(partial)

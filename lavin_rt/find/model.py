@@ -13,7 +13,7 @@ from lavin_rt.artifact.manifest import KINDS_OF_CODE, Manifest, artifact_values
 from lavin_rt.artifact.manifest import NAME as MANIFEST
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.tensors import INDEX_SUFFIX
-from lavin_rt.errors import InputError, missing_extra
+from lavin_rt.errors import InputError, missing_extra, one_line
 from lavin_rt.files import Progress, check_writable
 from lavin_rt.find.archives import unpack
 
@@ -342,6 +342,5 @@ def _fetch(
         )
     # What else a network can do comes as exceptions of several HTTP libraries, by huggingface_hub's version.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        advice = f"could not be fetched ({reason}): try again, or give a folder with {EXPECTED}"
+        advice = f"could not be fetched ({one_line(error, 200)}): try again, or give a folder with {EXPECTED}"
     raise InputError(f"{hub} {advice}")

@@ -21,7 +21,8 @@ from torch import nn
 from lavin_export.errors import VerificationError
 from lavin_export.networks import vae as vae_parts
 from lavin_export.networks.denoiser import BranchDenoiser
-from lavin_export.verify.onnx_weights import check_weights, widened
+from lavin_export.verify.onnx_weights import widened
+from lavin_export.verify.weights import check_weights
 from lavin_export.writer import ArtifactWriter
 from lavin_rt.artifact.aoti import read_weights
 from lavin_rt.artifact.load import ArtifactNetwork, ArtifactVAE, assemble
@@ -102,7 +103,7 @@ def verify_artifact(
     manifest, device = Manifest.read(folder), torch.device(device)
     manifest.check_device(device)
     manifest.check_files()
-    if manifest.kind == "onnx":
+    if manifest.kind in ("onnx", "openvino"):
         check_weights(manifest, checkpoint)
     elif manifest.kind == "aoti":
         check_compiled_weights(manifest, checkpoint)
@@ -113,7 +114,10 @@ def verify_artifact(
         runnable, method = manifest, "as it runs"
         if manifest.kind == "onnx" and manifest.dtype == torch.bfloat16 and device.type == "cpu":
             runnable, method = widened(manifest, room), "its bfloat16 weights in float32 arithmetic"
-        found = cases.of_artifact(*assemble(runnable, device))
+        network, vae = assemble(runnable, device)
+        if getattr(network.session, "computes_in", manifest.dtype) != manifest.dtype:
+            method = "in float32 arithmetic, as this processor has no bfloat16"
+        found = cases.of_artifact(network, vae)
     checks = []
     for (part, sizes), result, right, plain in zip(cases.keys, found, truth, own, strict=True):
         fixed = RUN if part == "sampling" else PASS
