@@ -105,6 +105,7 @@ class ArtifactWriter:
         file: the transformer's open header.
         checkpoint: its files.
         versions: of packages, for the record.
+        parts: entered by `add_part`.
         verification: filled by `lavin_export.verify.artifact.verify_written`.
     """
 
@@ -126,7 +127,7 @@ class ArtifactWriter:
         check_tensors(self.file, self.config, official_layout(self.config))
         self.versions = {"lavin_rt": importlib.metadata.version("lavin-rt"), "torch": torch.__version__}
         self.verification: Record = {}
-        self._parts: dict[str, Part] = {}
+        self.parts: dict[str, Part] = {}
         self._hashes: dict[tuple[str, int, int], FileEntry] = {}
         self._source: Record | None = None
         self._vae: STVAE | None = None
@@ -168,7 +169,7 @@ class ArtifactWriter:
             "outputs": list(outputs),
             "ranges": ranges,
         }
-        self._parts[name] = cast("Part", {**part, **more})
+        self.parts[name] = cast("Part", {**part, **more})
 
     def write_modulation(self) -> None:
         """Writes the modulation of every schedule, float32, from the weights as the checkpoint has them.
@@ -207,7 +208,7 @@ class ArtifactWriter:
             "versions": self.versions,
             "source": self._source,
             "schedules": list(self.steps),
-            "parts": self._parts,
+            "parts": self.parts,
             "files": {path.name: self._entry(path) for path in sorted(self.folder.iterdir()) if _is_listed(path)},
             "verification": self.verification,
             "options": self.options,

@@ -187,6 +187,7 @@ class Manifest:
             "artifact": str(self.folder),
             "kind": self.kind,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "int8": [name for name, part in self.parts.items() if part.get("quantized") == "int8"] or None,
             "for": _target_text(self.target),
             "exported from": self.source.get("name"),
             **dataclasses.asdict(self.config),

@@ -32,7 +32,7 @@ def exported_openvino(temporary: pytest.TempPathFactory) -> Path:
     """A folder with the golden model's `checkpoint`, and its verified `artifact` with clips of five frames; minutes."""
 
     def export(folder: Path) -> None:
-        from lavin_export.to_openvino import export_openvino
+        from lavin_export.to_openvino.export import export_openvino
 
         checkpoint = golden_checkpoint(folder / "checkpoint", "dit_c")
         export_openvino(checkpoint, folder / "artifact", steps=(20, 8), clip_frames=[5])
