@@ -63,7 +63,7 @@ class OpenVinoSession:
         self._lock = threading.Lock()  # a request serves one call at a time
         self.computes_in = computes_in(self._core, manifest.dtype)
         if self.computes_in != manifest.dtype:
-            warnings.warn(f"{self.path.name}: this processor has no bfloat16, computing in float32", stacklevel=2)
+            warnings.warn("this processor has no bfloat16: OpenVINO computes in float32", stacklevel=2)
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The network's outputs, tensors of their own.
@@ -75,7 +75,7 @@ class OpenVinoSession:
         shapes = [sized(tensor["shape"], sizes) for tensor in self.part["outputs"]]
         with own_state(), self._lock:
             arrays = [
-                tensor.detach().to("cpu", DTYPES[wanted["dtype"]]).contiguous().numpy()
+                tensor.to("cpu", DTYPES[wanted["dtype"]]).contiguous().numpy()
                 for tensor, wanted in zip(inputs, self.part["inputs"], strict=True)
             ]
             request = self._request([array.shape for array in arrays])
