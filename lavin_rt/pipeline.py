@@ -17,7 +17,7 @@ from lavin_rt.artifact.load import load as load_artifact
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.header import RELEASED_SIZE, picture_size
 from lavin_rt.checkpoint.load import load_dit, load_vae
-from lavin_rt.devices import DTYPES, resolve_device, resolve_dtype, slow_dtype
+from lavin_rt.devices import resolve_device, resolve_dtype, slow_dtype
 from lavin_rt.dit.model import JDiT
 from lavin_rt.dit.packed import check_impl
 from lavin_rt.engine import VAE, Engine
@@ -101,7 +101,8 @@ class Pipeline(Engine):
                 archive, an artifact's folder, a hub id of either, or what `find_model` found; None is the small model
                 that comes with the package.
             device, dtype, impl: `"auto"` picks once, by what the machine has (bfloat16 on GPUs and on CPUs that
-                multiply it fast, else float32); an artifact has settled dtype and impl.
+                multiply it fast, else float32); an artifact has settled dtype and impl, but for OpenVINO's, which
+                computes in the dtype asked for.
             revision: of a hub id.
             strict: treat unexpected tensors as an error instead of a warning.
             trust: run the code in an artifact that came from a hub.
@@ -122,7 +123,7 @@ class Pipeline(Engine):
                 )
             network, coder = _load_artifact(files, device, dtype, trust, progress)
             pipe = cls(network, coder, "auto", False, graphs, tile, chunk, roots, files.source, network.manifest.size)
-            pipe._origin = files, {"device": str(pipe.device), "trust": trust}
+            pipe._origin = files, {"device": str(pipe.device), "dtype": pipe.dtype, "trust": trust}
             return pipe
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
@@ -243,11 +244,8 @@ def _load_artifact(
     manifest = files.manifest
     if device == "auto" and manifest.target["device"] != "any":
         device = manifest.target["device"]
-    if dtype != "auto" and resolve_dtype(dtype, torch.device("cpu")) != manifest.dtype:
-        made = next(name for name, known in DTYPES.items() if known == manifest.dtype)
-        raise InputError(
-            f"{files.source} was exported in {made}, asked for {dtype}; leave dtype out or export it again"
-        )
+    if dtype != "auto":
+        manifest = manifest.computing_in(resolve_dtype(dtype, torch.device("cpu")))
     # A folder that the user named is theirs; what a hub gave runs code only for who trusts it.
     trust = trust or not files.fetched
     return load_artifact(manifest, resolve_device(device), trust, progress)[:2]

@@ -12,6 +12,7 @@ from lavin_rt.cli.options import Parser
 FORMATS = {
     "onnx": ("to_onnx.export", "ONNX graphs, for ONNX Runtime on any machine and for other tools"),
     "tensorrt": ("to_tensorrt.export", "TensorRT plans for the GPU at hand"),
+    "openvino": ("to_openvino.export", "OpenVINO networks for CPUs"),
     "aoti": ("to_aoti", "ahead-of-time compiled PyTorch packages, for Python and the native runner"),
 }
 

@@ -18,13 +18,15 @@ def add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--revision", help="revision of a Hugging Face id")
     command.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; new, or empty")
     command.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto, which is cpu for onnx)"
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda, cuda:1, ... (default: auto, which is cpu for onnx and openvino)",
     )
     command.add_argument(
         "--dtype",
         default="auto",
         choices=DTYPES,
-        help="of weights and arithmetic (default: auto, which is float32 for onnx)",
+        help="of weights and arithmetic (default: auto, which is float32 for onnx and openvino)",
     )
     command.add_argument(
         "--steps", type=int, nargs="+", default=[20], help="schedules that it shall know, in knots (default: 20)"

@@ -63,7 +63,7 @@ def writing(
 
     Args:
         output: the artifact's folder; must not exist, or be empty.
-        kind: "onnx", "tensorrt" or "aoti".
+        kind: "onnx", "tensorrt", "aoti" or "openvino".
         checkpoint: what `find_checkpoint` found.
         dtype: that the networks compute in: float32, float16 or bfloat16.
         target: device and compute capability, see `Manifest`; any device by default.
@@ -100,10 +100,12 @@ class ArtifactWriter:
     Attributes:
         folder: where its files go.
         kind, dtype, target, options, steps: as given to `writing`.
+        computes_in: that the networks compute in, where that is not the dtype of their files.
         config: the transformer's.
         file: the transformer's open header.
         checkpoint: its files.
         versions: of packages, for the record.
+        parts: entered by `add_part`.
         verification: filled by `lavin_export.verify.artifact.verify_written`.
     """
 
@@ -119,12 +121,13 @@ class ArtifactWriter:
     ):
         self.folder, self.kind, self.checkpoint = folder, kind, checkpoint
         self.dtype, self.target, self.options, self.steps = dtype, target, options, steps
+        self.computes_in = dtype
         self.file = open_checkpoint(os.path.abspath(checkpoint.dit))
         self.config: DiTConfig = dit_config(self.file)
         check_tensors(self.file, self.config, official_layout(self.config))
         self.versions = {"lavin_rt": importlib.metadata.version("lavin-rt"), "torch": torch.__version__}
         self.verification: Record = {}
-        self._parts: dict[str, Part] = {}
+        self.parts: dict[str, Part] = {}
         self._hashes: dict[tuple[str, int, int], FileEntry] = {}
         self._source: Record | None = None
         self._vae: STVAE | None = None
@@ -166,7 +169,7 @@ class ArtifactWriter:
             "outputs": list(outputs),
             "ranges": ranges,
         }
-        self._parts[name] = cast("Part", {**part, **more})
+        self.parts[name] = cast("Part", {**part, **more})
 
     def write_modulation(self) -> None:
         """Writes the modulation of every schedule, float32, from the weights as the checkpoint has them.
@@ -196,7 +199,7 @@ class ArtifactWriter:
             "format": FORMAT,
             "version": VERSION,
             "kind": self.kind,
-            "dtype": self.dtype_name,
+            "dtype": str(self.computes_in).removeprefix("torch."),
             "config": dataclasses.asdict(self.config),
             "latent_scaling": {"shift": LATENT_SHIFT, "scale": LATENT_SCALE},
             "size": picture_size(self.file),
@@ -205,7 +208,7 @@ class ArtifactWriter:
             "versions": self.versions,
             "source": self._source,
             "schedules": list(self.steps),
-            "parts": self._parts,
+            "parts": self.parts,
             "files": {path.name: self._entry(path) for path in sorted(self.folder.iterdir()) if _is_listed(path)},
             "verification": self.verification,
             "options": self.options,

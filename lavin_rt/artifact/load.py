@@ -43,8 +43,8 @@ def load(
     Args:
         folder: with its `manifest.json`, or the manifest where it has been read.
         device: to run on.
-        trust: whether code of this artifact may run: TensorRT plans and AOTInductor packages are code, ONNX graphs are
-            not and need none.
+        trust: whether code of this artifact may run: TensorRT plans and AOTInductor packages are code, ONNX and
+            OpenVINO graphs are not and need none.
         progress: `(bytes hashed, bytes in all)`.
         provider: of ONNX Runtime, see `lavin_rt.artifact.onnxruntime.Session`.
 
@@ -86,6 +86,10 @@ def _opener(manifest: Manifest, device: torch.device, provider: str) -> Callable
         from lavin_rt.artifact.tensorrt import Session as Plan
 
         return lambda name: Plan(manifest.folder, manifest.parts[name], manifest, device)
+    if manifest.kind == "openvino":
+        from lavin_rt.artifact.openvino import OpenVinoSession
+
+        return lambda name: OpenVinoSession(manifest.folder, manifest.parts[name], manifest)
     from lavin_rt.artifact.aoti import AotiSession
 
     return lambda name: AotiSession(manifest.folder, manifest.parts[name], manifest, device)

@@ -1,4 +1,5 @@
-"""The manifest of an artifact: a folder with one model compiled for ONNX Runtime, TensorRT or AOTInductor.
+"""The manifest of an artifact: a folder with one model compiled for ONNX Runtime, TensorRT, AOTInductor or
+OpenVINO.
 
 An artifact may come from anyone: whatever its manifest says is checked here before a file of it is opened.
 """
@@ -30,8 +31,9 @@ T = TypeVar("T")
 FORMAT, VERSION = "lavin-rt artifact", 1
 NAME = "manifest.json"
 REAL_FILES = "copy the file itself (cp -rL), or of a hub's cache give the hub's id"
-KINDS = ("onnx", "tensorrt", "aoti")
+KINDS = ("onnx", "tensorrt", "aoti", "openvino")
 KINDS_OF_CODE = ("tensorrt", "aoti")
+KINDS_OF_ANY_DTYPE = ("openvino",)  # whose files are float32, and computed in what is asked for
 MODULATION = "modulation.safetensors"
 PARTS = ("denoiser", "vae_encoder", "vae_decoder")
 MAX_BYTES = 16 * 2**20
@@ -49,8 +51,8 @@ class Manifest:
 
     Attributes:
         folder: where it lies.
-        kind: "onnx", "tensorrt" or "aoti".
-        dtype: that the networks compute in.
+        kind: "onnx", "tensorrt", "aoti" or "openvino".
+        dtype: that the networks compute in, of an OpenVINO artifact where nothing else is asked for.
         config: the transformer's.
         vae_fingerprint: of the VAE, as `lavin_rt.pictures.context.vae_fingerprint`.
         latent_scaling: {"shift", "scale"} between the VAE and the transformer.
@@ -101,6 +103,15 @@ class Manifest:
             return _parsed(folder, values)
         except InputError as error:
             raise InputError(f"{path}: {error}; export it again") from None
+
+    def computing_in(self, dtype: torch.dtype) -> Manifest:
+        """The same artifact, computing in a dtype; an `InputError` where it was exported for another one alone."""
+        if dtype != self.dtype and self.kind not in KINDS_OF_ANY_DTYPE:
+            made, asked = (str(one).removeprefix("torch.") for one in (self.dtype, dtype))
+            raise InputError(
+                f"{self.folder} was exported in {made}, asked for {asked}; leave dtype out or export it again"
+            )
+        return dataclasses.replace(self, dtype=dtype)
 
     def check_files(self, progress: Progress | None = None) -> None:
         """Compares every file with its size and hash.
@@ -176,6 +187,7 @@ class Manifest:
             "artifact": str(self.folder),
             "kind": self.kind,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "int8": [name for name, part in self.parts.items() if part.get("quantized") == "int8"] or None,
             "for": _target_text(self.target),
             "exported from": self.source.get("name"),
             **dataclasses.asdict(self.config),

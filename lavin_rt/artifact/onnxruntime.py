@@ -16,7 +16,7 @@ from lavin_rt.artifact.onnx_file import check_external_files
 from lavin_rt.artifact.parts import Part
 from lavin_rt.artifact.sizes import bind_sizes, sized
 from lavin_rt.devices import DTYPES
-from lavin_rt.errors import InputError, missing_extra
+from lavin_rt.errors import InputError, missing_extra, one_line
 from lavin_rt.host_state import own_state
 
 ELEMENT_TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}  # of onnx.TensorProto
@@ -88,7 +88,7 @@ class Session:
         try:
             return self._ort.InferenceSession(str(self.path), options, providers=providers, disable_fallback=True)
         except Exception as error:  # ONNX Runtime's errors have no common type
-            reason = _line(error)
+            reason = one_line(error, 400)
         if self._captures:  # which asks for a CUDA kernel for every node
             self._captures = False
             session = self._load(options, provider)
@@ -135,7 +135,7 @@ class Session:
         try:
             self.session.run_with_iobinding(binding, options)
         except Exception as error:  # as above
-            raise RuntimeError(f"ONNX Runtime failed in {self.path.name}: {_line(error)}") from error
+            raise RuntimeError(f"ONNX Runtime failed in {self.path.name}: {one_line(error, 400)}") from error
 
     def _make_bound(self, inputs: tuple[torch.Tensor, ...], sizes: dict[str, int]) -> _Bound:
         buffers = tuple(torch.empty_like(tensor) for tensor in inputs)
@@ -216,7 +216,3 @@ def import_onnxruntime() -> ModuleType:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
     return onnxruntime
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]

@@ -28,12 +28,14 @@ class _Compiled(TypedDict):
 
 class Part(_Compiled, total=False):
     """A compiled network: its file, the files of its weights, and what it takes and gives; of several ranges one has to
-    fit. What AOTInductor compiled says for which processor; `needs` and `build` are for the record.
+    fit. What AOTInductor compiled says for which processor; `quantized` is "int8" where weights are; `needs` and
+    `build` are for the record.
     """
 
     machine: str
     cpu_level: str | None
     impl: str
+    quantized: str
     needs: Record
     build: Record
 

@@ -36,7 +36,7 @@ lavin_export.errors lavin_export.options
 lavin_export.networks lavin_export.writer
 lavin_export.verify
 lavin_export.to_onnx lavin_export.to_aoti
-lavin_export.to_tensorrt
+lavin_export.to_tensorrt lavin_export.to_openvino
 lavin_export.cli
 lavin_export
 

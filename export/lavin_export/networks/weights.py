@@ -30,6 +30,11 @@ def denoiser_weights(file: SafetensorsFile, config: DiTConfig, dtype: torch.dtyp
     return weight
 
 
+def weight_names(config: DiTConfig) -> list[str]:
+    """The names that `denoiser_weights` knows."""
+    return [*denoiser_part.sources(config), "unit", "rotary_cos", "rotary_sin"]
+
+
 def read_source(file: SafetensorsFile, source: Source, dtype: torch.dtype) -> torch.Tensor:
     """The official tensors of one parameter, joined, in `dtype` on the CPU."""
     tensor, row = torch.empty(source.shape, dtype=dtype), 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -106,12 +106,22 @@ def write_graphs(
     """
     import onnx
 
-    parts = [write_denoiser(artifact, folder, progress, cuda=True)]
-    for frames in lengths:
-        parts += [write_vae(artifact, folder, part, frames, cuda=True) for part in ("encoder", "decoder")]
+    parts = list(graphs(artifact, folder, lengths, progress, cuda=True))
     for part in parts:
         onnx.checker.check_model(str(folder / part.file), full_check=True)
     return parts
+
+
+def graphs(
+    artifact: ArtifactWriter, folder: Path, lengths: Sequence[int], progress: Progress | None, cuda: bool = False
+) -> Iterator[Part]:
+    """The graphs of `write_graphs` one after another, each written when it is asked for; with `cuda` ONNX Runtime has
+    CUDA kernels for all of them.
+    """
+    yield write_denoiser(artifact, folder, progress, cuda)
+    for frames in lengths:
+        for part in ("encoder", "decoder"):
+            yield write_vae(artifact, folder, part, frames, cuda)
 
 
 def write_denoiser(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,7 +94,7 @@ def export_tensorrt(
     ):
         artifact.versions |= {"tensorrt": trt.__version__, "gpu": torch.cuda.get_device_name(device)}
         folder = artifact.folder if keep_onnx else graphs
-        for part in _graphs(artifact, folder, lengths, progress):
+        for part in to_onnx.graphs(artifact, folder, lengths, progress):
             build_part(trt, artifact, part, folder, wanted, options, quiet=quiet)
             if not keep_onnx:
                 for name in (part.file, *part.weights):
@@ -115,16 +115,6 @@ def _check_profiles(profiles: Sequence[Profile]) -> None:
                 raise InputError(
                     f"a profile's {name} is {size.least} to {size.most}; the graph takes {low} to {high} (in latents)"
                 )
-
-
-def _graphs(
-    artifact: ArtifactWriter, folder: Path, lengths: Sequence[int], progress: Progress | None
-) -> Iterator[to_onnx.Part]:
-    """The ONNX graphs one after another, each written when the one before has been built."""
-    yield to_onnx.write_denoiser(artifact, folder, progress)
-    for frames in lengths:
-        for part in ("encoder", "decoder"):
-            yield to_onnx.write_vae(artifact, folder, part, frames)
 
 
 def build_part(

@@ -1,7 +1,8 @@
 """Holding an artifact against the checkpoint it was made of: every part, and a short sampling run.
 
 Every error is against the plain model in float32. In float32 it may be 1e-5 for a pass and 1e-4 for the sampling run;
-in 16 bits at most twice the error that the plain model itself makes in that dtype.
+in 16 bits at most twice the error that the plain model itself makes in that dtype; of a denoiser in int8 at most twice
+what the plain one makes whose linears' inputs are rounded to 8 bits, and weights to 7.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from torch import nn
 from lavin_export.errors import VerificationError
 from lavin_export.networks import vae as vae_parts
 from lavin_export.networks.denoiser import BranchDenoiser
-from lavin_export.verify.onnx_weights import check_weights, widened
+from lavin_export.verify.int8 import EightBits, in_int8
+from lavin_export.verify.onnx_weights import widened
+from lavin_export.verify.weights import check_weights
 from lavin_export.writer import ArtifactWriter
 from lavin_rt.artifact.aoti import read_weights
-from lavin_rt.artifact.load import ArtifactNetwork, ArtifactVAE, assemble
+from lavin_rt.artifact.load import ArtifactNetwork, ArtifactVAE, Session, assemble
 from lavin_rt.artifact.manifest import Manifest, file_sha256
 from lavin_rt.artifact.parts import Part
 from lavin_rt.artifact.sizes import check_ranges, ranges_of, sized
@@ -33,6 +36,7 @@ from lavin_rt.checkpoint.load import load_dit, load_vae
 from lavin_rt.checkpoint.names import official_layout
 from lavin_rt.devices import current_device, resolve_device
 from lavin_rt.dit.model import JDiT
+from lavin_rt.dit.modulation import modulation_table
 from lavin_rt.errors import InputError
 from lavin_rt.files import scratch
 from lavin_rt.find.model import find_checkpoint
@@ -102,7 +106,7 @@ def verify_artifact(
     manifest, device = Manifest.read(folder), torch.device(device)
     manifest.check_device(device)
     manifest.check_files()
-    if manifest.kind == "onnx":
+    if manifest.kind in ("onnx", "openvino"):
         check_weights(manifest, checkpoint)
     elif manifest.kind == "aoti":
         check_compiled_weights(manifest, checkpoint)
@@ -110,14 +114,19 @@ def verify_artifact(
     with torch.no_grad(), current_device(device), scratch(Path(tempfile.gettempdir())) as room:
         truth = cases.of_plain(torch.float32, device)
         own = truth if manifest.dtype == torch.float32 else cases.of_plain(manifest.dtype, device)
+        eight = cases.of_eight_bits() if in_int8(manifest) else {}
         runnable, method = manifest, "as it runs"
         if manifest.kind == "onnx" and manifest.dtype == torch.bfloat16 and device.type == "cpu":
             runnable, method = widened(manifest, room), "its bfloat16 weights in float32 arithmetic"
-        found = cases.of_artifact(*assemble(runnable, device))
+        network, vae = assemble(runnable, device)
+        if getattr(network.session, "computes_in", manifest.dtype) != manifest.dtype:
+            method = "in float32 arithmetic, as this processor has no bfloat16"
+        found = cases.of_artifact(network, vae)
     checks = []
-    for (part, sizes), result, right, plain in zip(cases.keys, found, truth, own, strict=True):
+    for index, ((part, sizes), result, right, plain) in enumerate(zip(cases.keys, found, truth, own, strict=True)):
         fixed = RUN if part == "sampling" else PASS
-        budget = fixed if manifest.dtype == torch.float32 else max(2 * relative_error(plain, right), AGREE_LEAST)
+        exact = manifest.dtype == torch.float32 and index not in eight
+        budget = fixed if exact else max(2 * relative_error(eight.get(index, plain), right), AGREE_LEAST)
         checks.append(Check(part, sizes, relative_error(result, right), budget))
     for check in checks:
         if not check.passed:
@@ -228,16 +237,33 @@ class Cases:
 
     def of_artifact(self, network: ArtifactNetwork, vae: ArtifactVAE) -> list[torch.Tensor]:
         """Results of an artifact, on the CPU in float32."""
-        blocks, head_scale = network.table(self.knots)
+        passes, run = self._of_denoiser(network.session, network.table(self.knots), network.dtype, network.device)
+        return [*passes, *self._pictures(vae, network.device), run]
+
+    def of_eight_bits(self) -> dict[int, torch.Tensor]:
+        """Results of the plain denoiser with linears of 8-bit operands, by their places among `keys`."""
+        dit = load_dit(self.checkpoint.dit, dtype=torch.float32)
+        denoiser, table = BranchDenoiser(dit), modulation_table(dit, self.knots[:-1])
+        with EightBits():
+            passes, run = self._of_denoiser(
+                lambda *given: (denoiser(*given),), (table.blocks, table.head_scale), torch.float32, torch.device("cpu")
+            )
+        return {**dict(enumerate(passes)), len(self.keys) - 1: run}
+
+    def _of_denoiser(
+        self,
+        session: Session,
+        table: tuple[torch.Tensor, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        blocks, head_scale = table
 
         def velocity(latents: torch.Tensor, evaluation: int, cond_latents: torch.Tensor) -> torch.Tensor:
-            dtype = network.dtype
             rows = blocks[evaluation], head_scale[evaluation]
-            return network.session(latents.to(dtype), cond_latents.to(dtype), *rows)[0]
+            return session(latents.to(dtype), cond_latents.to(dtype), *rows)[0]
 
-        device = network.device
-        passes, run = self._passes(velocity, device), self._sampled(velocity, device)
-        return [*passes, *self._pictures(vae, device), run]
+        return self._passes(velocity, device), self._sampled(velocity, device)
 
     def _passes(self, velocity: Velocity, device: torch.device) -> list[torch.Tensor]:
         results = []

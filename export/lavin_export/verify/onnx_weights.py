@@ -1,69 +1,41 @@
-"""The weights of an ONNX artifact: held against the checkpoint to the bit, and widened to float32."""
+"""The weights of an ONNX artifact: one after another, and widened to float32."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from lavin_export.errors import VerificationError
-from lavin_export.networks import vae as vae_parts
-from lavin_export.networks.weights import denoiser_weights
 from lavin_rt.artifact.manifest import MODULATION, Manifest
 from lavin_rt.artifact.onnx_file import check_external_files
 from lavin_rt.artifact.parts import Part, TensorSpec
-from lavin_rt.checkpoint.files import Checkpoint
-from lavin_rt.checkpoint.header import dit_config, open_checkpoint
-from lavin_rt.checkpoint.load import load_vae
-from lavin_rt.errors import InputError, missing_extra
+from lavin_rt.errors import missing_extra
 
 if TYPE_CHECKING:
     import onnx_ir
 
+Stored = tuple[str, bool, bool, bytes]
+"""A weight's name in the model, whether a matrix product takes it, whether it is float32, and its bytes."""
 
-def check_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
-    """Compares every weight of an artifact's graphs with what the checkpoint's weights make, bit by bit.
+
+def stored_weights(manifest: Manifest, part: Part) -> Iterator[Stored]:
+    """The weights of an ONNX graph, one in memory at a time.
 
     Raises:
-        VerificationError: one that differs, by name.
-        InputError: a graph that names other files, or a checkpoint of another model.
+        InputError: a graph that names other files.
     """
     try:
         import onnx_ir
     except ImportError:
         raise missing_extra("onnx_ir", "onnx", "verifying an ONNX artifact") from None
-
-    file = open_checkpoint(checkpoint.dit)
-    if dit_config(file) != manifest.config:
-        raise InputError(f"{manifest.folder} was exported from another model than {checkpoint.dit}")
-    vae = load_vae(checkpoint.vae, dtype=torch.float32)
-    for name, part in manifest.parts.items():
-        if name == "denoiser":
-            weight = denoiser_weights(file, manifest.config, manifest.dtype)
-        else:
-            network = vae_parts.in_dtype(vae_parts.network_of(name, vae), manifest.dtype)
-            weight = dict(network.named_parameters()).__getitem__
-        for value in _external(_load(manifest, part["file"], part["weights"])):
-            constant, (named, _, dtype) = value.const_value, described(value)
-            assert constant is not None
-            try:
-                wanted = weight(named)
-            except KeyError:
-                raise VerificationError(f"{manifest.folder}: {name} has a weight {value.name}, of no model") from None
-            # Linears are written transposed, as a MatMul wants them.
-            if wanted.ndim == 2 and any(use.node.op_type == "MatMul" for use in value.uses()):
-                wanted = wanted.T
-            if wanted.dtype == torch.bfloat16 and dtype == onnx_ir.DataType.FLOAT:
-                wanted = wanted.float()  # of what ONNX Runtime has no bfloat16 kernel for
-            wanted = wanted.detach().contiguous().view(-1).view(torch.uint8)
-            found = torch.frombuffer(bytearray(constant.tobytes()), dtype=torch.uint8)
-            if not torch.equal(wanted, found):
-                raise VerificationError(
-                    f"{manifest.folder}: the weight {value.name} of {name} is not the checkpoint's; "
-                    "do not use this artifact"
-                )
+    for value in _external(_load(manifest, part["file"], part["weights"])):
+        constant, (name, _, dtype) = value.const_value, described(value)
+        assert constant is not None
+        multiplied = any(use.node.op_type == "MatMul" for use in value.uses())
+        yield name, multiplied, dtype == onnx_ir.DataType.FLOAT, constant.tobytes()
 
 
 def widened(manifest: Manifest, folder: Path) -> Manifest:
