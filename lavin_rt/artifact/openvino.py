@@ -5,6 +5,7 @@ The files hold float32; what is computed in is OpenVINO's to be told when it com
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from collections import OrderedDict
@@ -47,7 +48,7 @@ class OpenVinoSession:
     def __init__(self, folder: Path, part: Part, manifest: Manifest):
         self.part, self.path = part, Path(folder) / part["file"]
         self._library = openvino = import_openvino("running an OpenVINO artifact")
-        self._core = openvino.Core()
+        self._core = core(openvino)
         self._settings = {
             "INFERENCE_PRECISION_HINT": precision(manifest.dtype, self.path.parent),
             # OpenVINO's own number would be of the machine, and its threads each bound to a core that others have, too.
@@ -55,7 +56,7 @@ class OpenVinoSession:
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
         }
-        self._model = read_network(self._core, folder, part)
+        self._model = read_network(openvino, folder, part)
         self._check_tensors()
         weights = sum((Path(folder) / name).stat().st_size for name in part["weights"])
         self._held = min(SHAPES_HELD, BYTES_HELD // max(1, weights))
@@ -148,13 +149,24 @@ def precision(dtype: torch.dtype, where: object) -> str:
     return names[dtype]
 
 
+@functools.cache
+def core(openvino: ModuleType) -> Any:
+    """OpenVINO's core, one for the process and kept to its end.
+
+    Its CPU plugin sets a signal stack for the thread that it starts on, and when it ends puts back the one before. Of
+    two cores that end in the order in which they began, the second puts back the first one's, which is gone: the next
+    signal that Python handles would end the process.
+    """
+    return openvino.Core()
+
+
 def computes_in(core: Any, dtype: torch.dtype) -> torch.dtype:
     """What a processor computes in that is asked for a dtype: float32 where it has no bfloat16."""
     has = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return dtype if has else torch.float32
 
 
-def read_network(core: Any, folder: Path, part: Part) -> Any:
+def read_network(openvino: ModuleType, folder: Path, part: Part) -> Any:
     """The network of a part's files, its weights mapped.
 
     Raises:
@@ -168,7 +180,7 @@ def read_network(core: Any, folder: Path, part: Part) -> Any:
         if file.read(1) != b"<":
             raise InputError(f"{path} is no XML file of OpenVINO; export or fetch the artifact again")
     try:
-        return core.read_model(str(path), str(Path(folder) / part["weights"][0]))
+        return core(openvino).read_model(str(path), str(Path(folder) / part["weights"][0]))
     except Exception as error:  # as above
         raise InputError(
             f"{path} cannot be loaded: {one_line(error, 400)}; export or fetch the artifact again"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import subprocess
 import sys
 import types
 import warnings
@@ -29,7 +31,7 @@ from lavin_rt.find.model import find_model
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.sampling.schedule import schedule
 
-pytest.importorskip("openvino", reason="needs the extra openvino")
+openvino = pytest.importorskip("openvino", reason="needs the extra openvino")
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +123,12 @@ def test_it_is_told_precision_and_threads(sound):
 
 @pytest.mark.parametrize("has", [True, False])
 def test_bfloat16_where_the_processor_has_it(sound, monkeypatch, has):
-    import openvino
-
-    real = openvino.Core
-
-    class Core(real):
-        def get_property(self, device, name):
-            return ["FP32", "BF16"] if has else ["FP32"]
-
-    monkeypatch.setattr(openvino, "Core", Core)
+    core = runtime.core(openvino)
+    told = types.SimpleNamespace(
+        read_model=core.read_model,
+        get_property=lambda device, name: ["FP32", "BF16"] if has else ["FP32"],
+    )
+    monkeypatch.setattr(runtime, "core", lambda library: told)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         run = session(sound, torch.bfloat16)
@@ -311,3 +310,15 @@ def test_an_export_in_bfloat16(tmp_path, monkeypatch):
     assert (made.folder / "denoiser.bin").read_bytes() == np.float32(WEIGHT).tobytes()
     assert (made.folder / "vae_encoder.bin").stat().st_size >= 4 * 32 * 3 * 64
     assert not list((tmp_path / "out").glob("*.onnx*"))
+
+
+def test_signals_are_handled_when_sessions_have_gone(sound):
+    """OpenVINO sets signal stacks; where they had gone before their thread, the next signal was a crash."""
+    code = (
+        "import faulthandler, signal, sys; from lavin_rt.pipeline import Pipeline\n"
+        "faulthandler.enable(); signal.signal(signal.SIGUSR1, lambda *_: None)\n"  # has a signal stack of its own
+        "first, second = (Pipeline.from_pretrained(sys.argv[1]) for _ in range(2))\n"
+        "del first; del second; signal.raise_signal(signal.SIGUSR1)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, sound], env=environment, check=True, timeout=120)

@@ -25,6 +25,7 @@ from lavin_export.verify.artifact import verify_artifact
 from lavin_export.verify.int8 import EightBits, rounded
 from lavin_rt.artifact import load as artifact
 from lavin_rt.artifact.manifest import Manifest
+from lavin_rt.artifact.openvino import core
 from lavin_rt.dit.layout import Shape
 from lavin_rt.find.model import find_checkpoint
 from lavin_rt.pipeline import Pipeline
@@ -148,7 +149,7 @@ def test_an_artifact_in_bfloat16(made, tmp_path, monkeypatch):
     values["parts"] = {name: part for name, part in values["parts"].items() if "clip" not in name}
     write_manifest(folder, values)
     found = verify_artifact(folder, find_checkpoint(made / "checkpoint"))
-    has = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    has = "BF16" in core(openvino).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     assert found["method"] == ("as it runs" if has else "in float32 arithmetic, as this processor has no bfloat16")
     checks = [check for checks in found["parts"].values() for check in checks]
     assert all(1e-4 < check["budget"] < 0.1 for check in checks)
@@ -159,7 +160,7 @@ def test_an_artifact_in_bfloat16(made, tmp_path, monkeypatch):
 def test_one_changed_weight(made, tmp_path, part, name):
     """With its right hash, and too small a change for any result to tell."""
     folder = shutil.copytree(made / "artifact", tmp_path / "artifact")
-    model = openvino.Core().read_model(folder / f"{part}.xml")
+    model = core(openvino).read_model(folder / f"{part}.xml")
     [constant] = [node for node in model.get_ops() if node.get_friendly_name() == name]
     old = np.array(constant.data)
     del model, constant

@@ -15,10 +15,12 @@ def write_small_openvino(folder: Path) -> Path:
     """The artifact of `write_small_artifact` with its graphs in OpenVINO's form; returns its folder."""
     import openvino
 
+    from lavin_rt.artifact.openvino import core
+
     write_small_artifact(folder)
     values = {**read_manifest(folder), "kind": "openvino", "target": {"device": "cpu", "compute_capability": None}}
     for name, part in values["parts"].items():
-        model = openvino.Core().read_model(str(folder / part["file"]))
+        model = core(openvino).read_model(str(folder / part["file"]))
         openvino.save_model(model, str(folder / f"{name}.xml"), compress_to_fp16=False)
         del model
         for file in (part["file"], *part["weights"]):

@@ -16,7 +16,7 @@ from lavin_export.to_openvino.int8 import import_nncf, quantize_denoiser
 from lavin_export.verify.artifact import verify_written
 from lavin_export.writer import writing
 from lavin_rt.artifact.manifest import Manifest
-from lavin_rt.artifact.openvino import import_openvino, precision
+from lavin_rt.artifact.openvino import core, import_openvino, precision
 from lavin_rt.artifact.parts import Record, Target
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.devices import resolve_device, resolve_dtype
@@ -80,11 +80,10 @@ def export_openvino(
     ):
         artifact.computes_in = dtype
         artifact.versions |= {"openvino": version}
-        core = openvino.Core()
         for part in to_onnx.graphs(artifact, graphs, lengths, progress):
             network, weights = f"{part.name}.xml", f"{part.name}.bin"
             try:
-                model = core.read_model(str(graphs / part.file))
+                model = core(openvino).read_model(str(graphs / part.file))
             except Exception as error:  # OpenVINO's errors have no common type
                 raise InputError(
                     f"OpenVINO {version} cannot read the graph of the {part.name} ({one_line(error, 400)}); "

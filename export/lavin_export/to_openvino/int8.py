@@ -46,7 +46,7 @@ def quantize_denoiser(manifest: Manifest, templates: Path) -> None:
     openvino, nncf = import_openvino("exporting to OpenVINO"), import_nncf()
     part = manifest.parts["denoiser"]
     samples = [[tensor.numpy() for tensor in inputs] for inputs in calibration(manifest, templates)]
-    model = read_network(openvino.Core(), manifest.folder, part)
+    model = read_network(openvino, manifest.folder, part)
     kept = [
         port.get_node().get_friendly_name()
         for node in model.get_ops()
