@@ -87,4 +87,4 @@ def test_hazards_are_found_where_waits_are_missing():
 def test_the_command_counts_every_row_wise_kernel(capsys):
     machine_code.main(["--capability", "90"])
     _, rows = capsys.readouterr().out.split("row-wise")
-    assert all(any(name in line for line in rows.splitlines()) for name in ("ada_norm", "qk_norm", "swiglu"))
+    assert all(any(name in line for line in rows.splitlines()) for name in ("ada_rms_norm", "qk_norm_rope", "swiglu"))
