@@ -97,7 +97,6 @@ def done(page) -> None:
 
 def test_an_example_in_one_click(page, shot):
     page.get_by_role("button", name="depth estimation").click()
-    page.locator("#status", has_text="Evaluation").wait_for(timeout=WAIT)
     done(page)
     with page.expect_download(timeout=WAIT) as download:
         page.locator("#download").click()
