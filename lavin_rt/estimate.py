@@ -17,8 +17,9 @@ from lavin_rt.devices import memory_at_hand
 from lavin_rt.dit.config import PRESETS, DiTConfig
 from lavin_rt.dit.layout import Shape
 from lavin_rt.dit.model import JDiT
+from lavin_rt.dit.packed import resolve_impl
 from lavin_rt.sampling.allocator import Allocator, Modelled
-from lavin_rt.sampling.denoisers import make_network
+from lavin_rt.sampling.denoisers import PackedNetwork, PlainNetwork, make_network
 from lavin_rt.sampling.schedule import schedule
 from lavin_rt.vae.config import VAEConfig
 from lavin_rt.vae.model import STVAE
@@ -73,11 +74,10 @@ def estimate(
     weights, modulation, coder = parameters(config, vae_config)
     evaluations = len(schedule(steps)) - 1
     head, block, prepare = _transformer(config, shape, device, dtype, impl, steps)
+    workspace = _step_bytes(config, shape, dtype, resolve_impl(impl, device, config))
     encode, decode = _autoencoder(vae_config, shape, device, dtype)
     evaluation = head + (config.depth - 1) * block
-    with META:
-        network = make_network(JDiT(dataclasses.replace(config, depth=1)).to(dtype), impl)
-    used = max(network.workspace(shape), _decoder_bytes(vae_config, shape, dtype))
+    used = max(workspace, _decoder_bytes(vae_config, shape, dtype))
     return Estimate(
         download=STORED * (weights + coder),
         memory=(weights - modulation + coder) * dtype.itemsize + used,
@@ -151,6 +151,13 @@ def _autoencoder(config: VAEConfig, shape: Shape, device: torch.device, dtype: t
     larger = 64 * shape.height * shape.width / (height * width)
     encode, decode = _seconds(lambda: vae.encode(pixels), device), _seconds(lambda: vae.decode(latents), device)
     return encode * larger, decode * larger
+
+
+def _step_bytes(config: DiTConfig, shape: Shape, dtype: torch.dtype, impl: str) -> int:
+    """What a step takes at most, besides the weights; `impl` as it is on the device."""
+    with META:
+        dit = JDiT(dataclasses.replace(config, depth=1)).to(dtype)
+    return (PlainNetwork(dit) if impl == "plain" else PackedNetwork(dit, impl)).workspace(shape)
 
 
 def _decoder_bytes(config: VAEConfig, shape: Shape, dtype: torch.dtype) -> int:

@@ -54,7 +54,6 @@ def native_build(configure, tmp_path_factory) -> Path:
     def build(folder: Path) -> None:
         configured = configure(folder, "-DLAVIN_TESTS=ON")
         if missing := re.search("lavin-native lacks .*", configured.stderr):
-            shutil.rmtree(folder)
             pytest.skip(missing[0])
         assert configured.returncode == 0, configured.stderr
         command = ["cmake", "--build", str(folder), "-j2"]

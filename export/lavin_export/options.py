@@ -26,7 +26,7 @@ def add_common(command: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=DTYPES,
-        help="of weights and arithmetic (default: auto, which is float32 for onnx and openvino)",
+        help="of weights and arithmetic (default: auto, which is float32 for onnx, openvino and CPUs)",
     )
     command.add_argument(
         "--steps", type=int, nargs="+", default=[20], help="schedules that it shall know, in knots (default: 20)"

@@ -10,6 +10,7 @@ from support.command import exit_code
 
 from lavin_rt import estimate as estimates
 from lavin_rt.cli.main import main
+from lavin_rt.dit import packed
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.dit.model import JDiT
 from lavin_rt.task import task_shape
@@ -21,9 +22,9 @@ SMALL = DiTConfig(hidden_size=144, depth=6, num_heads=2, kv_group=2)
 CODER = VAEConfig(block_out_channels=(32, 32, 32, 32), layers_per_block=1)
 
 
-def small(size: int, dtype: torch.dtype = torch.float32) -> estimates.Estimate:
+def small(size: int, dtype: torch.dtype = torch.float32, impl: str = "auto") -> estimates.Estimate:
     shape = task_shape(1, 2, 1, (size, size), guided=True)
-    return estimates.estimate(shape, CPU, dtype, config=SMALL, vae_config=CODER)
+    return estimates.estimate(shape, CPU, dtype, impl, config=SMALL, vae_config=CODER)
 
 
 def test_bytes_are_those_of_the_networks():
@@ -40,6 +41,14 @@ def test_a_picture_is_its_evaluations_and_the_autoencoder():
     found = small(64)
     assert found.evaluations == 19 and found.query > 19 * found.evaluation > 0
     assert found.context > 0 and found.prepare >= 0
+
+
+@pytest.mark.parametrize("impl", ["plain", "triton"])
+def test_every_implementation_that_the_device_has(monkeypatch, impl):
+    """Kernels run where the device is, not on a network without memory; here their references stand in for them."""
+    monkeypatch.setattr(packed, "_kernels_run_on", lambda device: device.type == "cpu")
+    found = small(64, impl=impl)
+    assert found.evaluation > 0 and found.memory > 0
 
 
 def test_what_is_larger_than_the_probe_is_reckoned(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,10 @@ def made_once(temporary: pytest.TempPathFactory, name: str, make: Callable[[Path
     with FileLock(folder.with_suffix(".lock")):
         if not done.exists():
             folder.mkdir()
-            make(folder)
+            try:
+                make(folder)
+            except BaseException:  # a test that is skipped, too; the next one shall meet the same
+                shutil.rmtree(folder)
+                raise
             done.touch()
     return folder
