@@ -23,6 +23,7 @@ import numpy
 import pytest
 import torch
 import triton
+from torch._library.custom_ops import OPDEFS
 
 from lavin_kernels.launch import interpreted
 
@@ -161,8 +162,10 @@ def mutant(module: str, original: str, changed: str, folder: Path) -> ModuleType
     assert text.count(original) == 1, f"{original!r} occurs {text.count(original)} times in {module}"
     name = f"{module.rpartition('.')[2]}_mutant{next(_numbers)}"
     path = folder / f"{name}.py"
-    path.write_text(text.replace(original, changed).replace('"lavin::', f'"{name}::'))
+    path.write_text(text.replace(original, changed).replace('@operator("', f'@operator("{name}_'))
     spec = importlib.util.spec_from_file_location(name, path)
     loaded = importlib.util.module_from_spec(spec)
+    registered = dict(OPDEFS)
     spec.loader.exec_module(loaded)
+    assert all(OPDEFS[operator] is definition for operator, definition in registered.items()), "took another's name"
     return loaded
