@@ -12,7 +12,7 @@ import onnx_ir
 import pytest
 import torch
 from support.golden import case_names, golden_cases, relative_error
-from support.onnx_exports import exported, golden_checkpoint
+from support.onnx_exports import assert_for_cuda, exported, golden_checkpoint
 
 from lavin_export.networks import denoiser
 from lavin_export.networks import vae as vae_parts
@@ -101,6 +101,7 @@ def test_the_graph(dit_c):
 @pytest.mark.parametrize("part", ["denoiser", "vae_encoder", "vae_decoder", "vae_encoder_clip5", "vae_decoder_clip5"])
 def test_every_graph_is_tidy_and_in_the_table(dit_c, part):
     model, nodes = graph_of(dit_c, part)
+    assert_for_cuda(model, "FLOAT")
     report = check_support(model)
     assert not report.faults
     assert report.tensorrt == ((10, 15) if part == "denoiser" else (10, 0))

@@ -1,4 +1,4 @@
-"""Exported graphs against the table of ONNX Runtime's CUDA kernels."""
+"""Exported graphs against the table of ONNX Runtime's CUDA kernels; float32's are in `test_export_onnx`."""
 
 from __future__ import annotations
 
@@ -7,53 +7,22 @@ import onnx.reference
 import onnx_ir
 import pytest
 import torch
-from support.onnx_exports import golden_checkpoint
-from support.vae_shapes import SMALL
+from support.onnx_exports import assert_for_cuda, cuda_graphs
 
-from lavin_export.networks import vae as vae_parts
-from lavin_export.to_onnx import export as to_onnx
 from lavin_export.to_onnx import graph as onnx_graph
 from lavin_export.to_onnx.cuda import KERNELS, cuda_faults
-from lavin_export.to_onnx.support import check_support
-from lavin_export.writer import writing
-from lavin_rt.vae.model import STVAE
 
 FLOAT = onnx_ir.DataType.FLOAT
 
 
-@pytest.fixture(scope="module")
-def graphs(tmp_path_factory):
-    """`graphs(dtype)`: every graph of dit_b and the VAE as ONNX files for CUDA, unverified, by part."""
-    made: dict[torch.dtype, dict[str, onnx_ir.Model]] = {}
-
-    def of(dtype: torch.dtype) -> dict[str, onnx_ir.Model]:
-        if dtype not in made:
-            folder = tmp_path_factory.mktemp("graphs")
-            checkpoint = golden_checkpoint(folder / "checkpoint", "dit_b")
-            with pytest.raises(KeyboardInterrupt), writing(folder / "a", "onnx", checkpoint, dtype) as artifact:
-                parts = to_onnx.write_graphs(artifact, artifact.folder, [1, 5])
-                made[dtype] = {part.name: onnx_ir.load(artifact.folder / part.file) for part in parts}
-                raise KeyboardInterrupt
-        return made[dtype]
-
-    return of
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_every_node_has_a_cuda_kernel(graphs, dtype):
-    for name, model in graphs(dtype).items():
-        assert not cuda_faults(model), name
-        assert not check_support(model).faults, name
-        operators = {node.op_type for node in model.graph}
-        assert not operators & {"InstanceNormalization", "GroupNormalization"}
-        described = [value.dtype.name.lower() for value in (*model.graph.inputs, *model.graph.outputs)]
-        assert str(dtype).removeprefix("torch.").replace("float32", "float") in described
-        casts = [node for node in model.graph if node.op_type == "Cast" and node.inputs[0].const_value is not None]
-        assert not casts, "what is known is cast at export"
-    wide = [node for node in graphs(dtype)["vae_decoder"].graph if node.op_type == "ConvTranspose"]
-    expected = onnx_ir.DataType.FLOAT16 if dtype == torch.float16 else onnx_ir.DataType.FLOAT
-    assert len(wide) == 3 and all(value.dtype == expected for node in wide for value in node.inputs)
+def test_every_node_has_a_cuda_kernel(tmp_path):
+    graphs = cuda_graphs(tmp_path, torch.float16)
+    for model in graphs.values():
+        assert_for_cuda(model, "FLOAT16")
+    wide = [node for node in graphs["vae_decoder"].graph if node.op_type == "ConvTranspose"]
+    assert len(wide) == 3
+    assert all(value.dtype == onnx_ir.DataType.FLOAT16 for node in wide for value in node.inputs)
 
 
 def test_a_group_norm_from_means_is_a_group_norm():
@@ -85,19 +54,3 @@ def test_the_table_refuses():
     for name, kernel in KERNELS.items():
         version = onnx.defs.get_schema(name, 23).since_version
         assert kernel.serves(version) != (name == "InstanceNormalization"), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_what_has_no_bfloat16_kernel_is_computed_in_float32(part):
-    """Casts before and behind; weights are stored wide, and inputs and outputs stay what the manifest says."""
-    module = vae_parts.in_dtype(vae_parts.NETWORKS[part](STVAE(SMALL)), torch.bfloat16)
-    module, values = onnx_graph.on_meta(module)
-    examples = [tensor.to("meta") for tensor in vae_parts.example_inputs(part, torch.bfloat16)]
-    described = vae_parts.specification(part, "bfloat16")[:2]
-    graph = onnx_graph.trace(module, examples, vae_parts.dynamic_shapes(part), *described, cuda=True)
-    assert not cuda_faults(graph.model)
-    assert graph.widened == {name for name in values if ".upsamplers.0." in name}
-    ends = (*graph.model.graph.inputs, *graph.model.graph.outputs)
-    assert {value.dtype for value in ends} == {onnx_ir.DataType.BFLOAT16}
-    assert [value.name for value in graph.model.graph.outputs] == [output["name"] for output in described[1]]
