@@ -143,8 +143,9 @@ def serve_table(record: dict[str, Any]) -> str:
         ]
         for phase in phases
     ]
+    head = " ".join([f"{record['setting']}.", caption(record["header"]), *record["openmp"]])
     text = (
-        f"{record['setting']}. {caption(record['header'])} {' '.join(record['openmp'])}\n\n{table(columns, rows)}\n"
+        f"{head}\n\n{table(columns, rows)}\n"
         f"Many clients get {record['times_per_second']:.2f} times as much as one, for "
         f"{1 / record['times_cpu_seconds_each']:.2f} of the CPU time a request. {record['held_against_the_pipeline']} "
         f"answers held against the pipeline's own differ by {record['worst_grey_levels']} grey levels at most."
