@@ -78,8 +78,24 @@ def add_bench(commands) -> None:
     startup.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
     startup.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
     startup.set_defaults(run="lavin_bench.pipeline.startup:bench_startup")
+    _add_bench_engines(kinds)
     _add_bench_quality(kinds)
     _add_bench_serve(kinds)
+
+
+def _add_bench_engines(kinds) -> None:
+    engines = kinds.add_parser(
+        "engines",
+        help="one model by every engine of a CPU: export, size, first picture, single calls",
+        description="Runs a small model of random weights by every engine that a CPU has, in float32.",
+    )
+    engines.add_argument("--engine", default="", help="only engines whose name contains this, and the packed step")
+    engines.add_argument("--native", metavar="PROGRAM", help="the native runner, as built (default: left out)")
+    engines.add_argument("--repeats", type=int, default=20, help="calls per engine (default: 20)")
+    engines.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
+    engines.add_argument("--quick", action="store_true", help="a tiny model: shows that it works, not how fast")
+    engines.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
+    engines.set_defaults(run="lavin_bench.engines:bench_engines")
 
 
 def _add_bench_quality(kinds) -> None:

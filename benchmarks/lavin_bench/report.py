@@ -112,19 +112,24 @@ def startup_table(record: dict[str, Any]) -> str:
     return f"{text}\n\n{table(['from the start of a process', 'cold', 'warm'], rows)}"
 
 
-def native_table(record: dict[str, Any]) -> str:
-    """One sampling by a compiled artifact and by the compiled step, and a whole process."""
+def engines_table(record: dict[str, Any]) -> str:
+    """One model by every engine of a CPU."""
     rows = [
         [
-            row["form"],
-            milliseconds(row["sampling_seconds"]),
-            f"{row['process_seconds']['median']:.1f} s",
+            row["engine"],
+            "" if row["export_seconds"] is None else f"{row['export_seconds']:.0f} s",
+            f"{row['bytes'] / 1e6:.0f} MB",
+            f"{row['first_seconds']:.1f} s",
+            f"{row['again_seconds']['median']:.1f} s",
+            f"{1e3 * row['p50']:.0f}, {1e3 * row['p95']:.0f}",
             f"{row['relative_error']:.1e}",
         ]
         for row in record["rows"]
     ]
-    columns = ["sampling", "ms (spread)", "from nothing to a picture", "error"]
-    return f"{caption(record['header'])}\n\n{table(columns, rows)}"
+    columns = ["engine", "export", "on disk", "from nothing to a picture", "the next time", "a call: p50, p95, ms"]
+    text = f"{record['setting']}. {caption(record['header'])}\n\n{table([*columns, 'error'], rows)}"
+    left_out = [f"{name} ({reason})" for name, reason in record["skipped"].items()]
+    return f"{text}\nLeft out: {'; '.join(left_out)}.\n" if left_out else text
 
 
 def serve_table(record: dict[str, Any]) -> str:
@@ -173,7 +178,7 @@ def render(record: dict[str, Any]) -> str:
         "forms": forms_table,
         "quality": quality_table,
         "quality_speeds": speeds_table,
-        "native": native_table,
+        "engines": engines_table,
         "serve": serve_table,
         "strangers": strangers_table,
     }

@@ -155,7 +155,7 @@ def published(options: argparse.Namespace, device: torch.device, dtype: torch.dt
         raise InputError(f"--pairs is {pairs}; expected 1 or more")
     found = estimate(task_shape(1, pairs, 1, size, guided=True), device, dtype, options.impl)
     return {
-        "for": f"{size[0]}x{size[1]}, {pairs} pairs, {str(dtype).removeprefix('torch.')}",
+        "for": f"{size[0]}x{size[1]}, {pairs} pair{'s' * (pairs != 1)}, {str(dtype).removeprefix('torch.')}",
         "download": f"{gigabytes(found.download)} GB",
         "memory": f"{gigabytes(found.memory)} GB of {gigabytes(found.at_hand)} GB at hand",
         "context, once a task": f"{found.context:.3g} s",

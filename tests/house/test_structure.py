@@ -44,7 +44,7 @@ lavin_bench.timing lavin_bench.markdown lavin_bench.record lavin_bench.svg
 lavin_bench.ceilings
 lavin_bench.kernels
 lavin_bench.pipeline
-lavin_bench.quality lavin_bench.native lavin_bench.export_size lavin_bench.serve_load lavin_bench.soak
+lavin_bench.quality lavin_bench.engines lavin_bench.export_size lavin_bench.serve_load lavin_bench.soak
 lavin_bench.report lavin_bench.gpu_summary
 lavin_bench.gpu_check
 lavin_bench.cli

@@ -71,7 +71,7 @@ def test_the_published_model_s_parameters():
 def test_the_command_needs_no_checkpoint(capsys):
     main(["info", "--device", "cpu", "--size", "64", "--pairs", "1", "--json"])
     found = json.loads(capsys.readouterr().out)["the published model, estimated"]
-    assert found["for"].startswith("64x64, 1 pairs") and found["download"].startswith("7.2")
+    assert found["for"].startswith("64x64, 1 pair,") and found["download"].startswith("7.2")
     assert {"memory", "a picture", "context, once a task"} < set(found)
 
 

@@ -153,16 +153,26 @@ def leave_page_cache(files: Iterable[Path]) -> bool:
 
 
 def make_checkpoint(folder: Path, model: str, device: Any) -> Path:
-    """Writes a checkpoint of random weights: `"small"` in float32, `"released"` (7 GB) in bfloat16."""
+    """Writes a checkpoint of random weights: `"tiny"` or `"small"` in float32, `"released"` (7 GB) in bfloat16."""
     import torch
 
-    from lavin_bench.pipeline.variants import CPU_CONFIG, CPU_VAE, RELEASED, RELEASED_VAE, random_model, random_vae
+    from lavin_bench.pipeline.variants import (
+        CPU_CONFIG,
+        CPU_VAE,
+        QUICK_CONFIG,
+        RELEASED,
+        RELEASED_VAE,
+        random_model,
+        random_vae,
+    )
     from lavin_rt.checkpoint.load import save_dit, save_vae
     from lavin_rt.devices import release_cached
 
-    config, vae, dtype = (
-        (CPU_CONFIG, CPU_VAE, torch.float32) if model == "small" else (RELEASED, RELEASED_VAE, torch.bfloat16)
-    )
+    config, vae, dtype = {
+        "tiny": (QUICK_CONFIG, CPU_VAE, torch.float32),
+        "small": (CPU_CONFIG, CPU_VAE, torch.float32),
+        "released": (RELEASED, RELEASED_VAE, torch.bfloat16),
+    }[model]
     save_dit(random_model(config, device, dtype).to(dtype), folder / "lavin_dit.safetensors")
     save_vae(random_vae(vae, device, dtype).to(dtype), folder / "stvae.safetensors")
     release_cached(device)  # the memory is the children's now
