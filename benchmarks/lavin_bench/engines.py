@@ -70,7 +70,7 @@ class Bench:
     """A model, its pictures and its artifacts in a folder.
 
     Args:
-        folder: what lies there already is taken, an export without its time.
+        folder: empty.
         native: the native runner's program; None where there is none.
         threads: of every process.
         quick: a tiny model.
@@ -84,10 +84,9 @@ class Bench:
         # What is compiled at run time is compiled once, and not before.
         self.setting = ["env", f"OMP_NUM_THREADS={threads}", f"MKL_NUM_THREADS={threads}"]
         self.setting += [f"TORCHINDUCTOR_CACHE_DIR={folder / 'compiled'}"]
-        if not self.checkpoint.exists():
-            self._make()
 
-    def _make(self) -> None:
+    def make(self) -> None:
+        """Writes the model and the pictures."""
         from safetensors.torch import save_file
 
         for folder in (self.checkpoint, self.task):
@@ -114,9 +113,9 @@ class Bench:
 
     def export(self, engine: Engine) -> float | None:
         """Exports what an engine runs and returns the seconds of the whole command, its verification included; None
-        where there is nothing to be done.
+        where it runs the checkpoint.
         """
-        if engine.export is None or self.model(engine).exists():
+        if engine.export is None:
             return None
         options = ["--checkpoint", self.checkpoint, "-o", self.model(engine), "--device", "cpu", "--dtype", "float32"]
         return self._timed([*LAVIN, "export", engine.export, *options, "-q"])
@@ -287,6 +286,7 @@ def bench_engines(options: argparse.Namespace) -> None:
     print(header_line(record["header"]), flush=True)
     with tempfile.TemporaryDirectory(prefix="lavin-rt-engines-") as folder:
         bench = Bench(Path(folder), native, torch.get_num_threads(), options.quick)
+        bench.make()
         record["setting"] = f"{bench.size} px, {PAIRS} pairs, {STEPS} knots, guidance {GUIDANCE}"
         record |= compare(bench, names, 2 if options.quick else options.repeats)
     for row in record["rows"]:

@@ -18,7 +18,8 @@ class Answers(Bench):
     """Engines that answer at once: with ones, but for those in `wrong`."""
 
     def __init__(self, folder: Path, wrong: dict[str, float], absent: str = ""):
-        self.folder, self.native, self.quick, self.checkpoint = folder, None, True, folder
+        super().__init__(folder, native=None, threads=1, quick=True)
+        self.checkpoint = folder
         self.wrong, self.absent = wrong, absent
 
     def missing(self, engine: Engine) -> str | None:
