@@ -36,6 +36,7 @@ from lavin_rt.sampling.self_check import relative_error
 TOLERANCE = 1e-4  # relative error of a whole sampling
 STEPS, GUIDANCE, PAIRS, SIZE = 20, 1.5, 4, 128
 LIMIT_SECONDS = 1800  # of one process
+LAVIN = [sys.executable, "-m", "lavin_rt.cli.main"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class Bench:
         self.checkpoint, self.task, self.query = folder / "checkpoint", folder / "task", folder / "query.png"
         self.noise, self.size = folder / "noise.safetensors", 32 if quick else SIZE
         self.threads = threads
+        self.told = ["--task", self.task, "--query", self.query, "-o", folder / "picture.png", "--size", self.size]
+        self.told += ["--steps", STEPS, "--guidance", GUIDANCE, "--pairs", PAIRS]
         # What is compiled at run time is compiled once, and not before.
         self.setting = ["env", f"OMP_NUM_THREADS={threads}", f"MKL_NUM_THREADS={threads}"]
         self.setting += [f"TORCHINDUCTOR_CACHE_DIR={folder / 'compiled'}"]
@@ -122,12 +125,10 @@ class Bench:
 
     def first(self, engine: Engine) -> float:
         """Seconds of a process from nothing to a picture on disk."""
-        told = ["--task", self.task, "--query", self.query, "-o", self.folder / "picture.png", "--size", self.size]
-        told += ["--steps", STEPS, "--guidance", GUIDANCE, "--pairs", PAIRS, "-q"]
         if engine.native:
-            return self._timed([self.native, "--artifact", self.model(engine), *told])
+            return self._timed([*self._native(engine), "-q"])
         run = [*LAVIN, "run", "--checkpoint", self.model(engine), "--device", "cpu", "--dtype", "float32"]
-        return self._timed([*run, *told, *(["--compile"] if engine.compile else [])])
+        return self._timed([*run, *self.told, "-q", *(["--compile"] if engine.compile else [])])
 
     def answer(self, name: str) -> torch.Tensor:
         """The latents that an engine makes of the noise."""
@@ -135,7 +136,7 @@ class Bench:
 
         engine, latents = ENGINES[name], self.folder / "latents.safetensors"
         if engine.native:
-            self._run_native(engine, ["--noise", self.noise, "--save-latents", latents, "-q"])
+            self._run([*self._native(engine), "--noise", self.noise, "--save-latents", latents, "-q"])
         else:
             with self.worker(engine) as ask:
                 ask(str(latents))
@@ -159,7 +160,8 @@ class Bench:
                     print(latents, file=asked, flush=True)
                     return float(said.readline())
                 except (OSError, ValueError):  # it is gone, which it has told on standard error
-                    raise RuntimeError(f"the process of {engine} ended with {process.wait()}") from None
+                    ended = f"the process that runs {self.model(engine).name} ended with {process.wait()}"
+                    raise RuntimeError(ended) from None
 
             try:
                 yield ask
@@ -173,13 +175,10 @@ class Bench:
             ask = stack.enter_context(self.worker(engine))
             return lambda: ask("")
         # A process answers three times: what the first answer alone does (pages of the weights, threads) is start-up.
-        return lambda: self._run_native(engine, ["--time", "--repeat", 3])["query"][-1]
+        return lambda: json.loads(self._run([*self._native(engine), "--time", "--repeat", 3]))["query"][-1]
 
-    def _run_native(self, engine: Engine, more: list[Any]) -> Any:
-        told = ["--artifact", self.model(engine), "--task", self.task, "--query", self.query, "--size", self.size]
-        told += ["-o", self.folder / "native.png", "--steps", STEPS, "--guidance", GUIDANCE, "--pairs", PAIRS]
-        said = self._run([self.native, *told, *more])
-        return json.loads(said) if "--time" in more else None
+    def _native(self, engine: Engine) -> list[Any]:
+        return [self.native, "--artifact", self.model(engine), *self.told]
 
     def _timed(self, command: list[Any]) -> float:
         began = time.perf_counter()
@@ -192,9 +191,6 @@ class Bench:
         if done.returncode:
             raise RuntimeError(f"{' '.join(words[:5])} failed: {' '.join(done.stderr.split())[-300:]}")
         return done.stdout
-
-
-LAVIN = [sys.executable, "-m", "lavin_rt.cli.main"]
 
 
 def bytes_of(folder: Path) -> int:

@@ -101,7 +101,7 @@ def test_the_graph(dit_c):
 @pytest.mark.parametrize("part", ["denoiser", "vae_encoder", "vae_decoder", "vae_encoder_clip5", "vae_decoder_clip5"])
 def test_every_graph_is_tidy_and_in_the_table(dit_c, part):
     model, nodes = graph_of(dit_c, part)
-    assert_for_cuda(model, "FLOAT")
+    assert_for_cuda(part, model, "FLOAT")
     report = check_support(model)
     assert not report.faults
     assert report.tensorrt == ((10, 15) if part == "denoiser" else (10, 0))

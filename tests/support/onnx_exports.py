@@ -43,13 +43,17 @@ def cuda_graphs(folder: Path, dtype: torch.dtype) -> dict[str, onnx_ir.Model]:
     return graphs
 
 
-def assert_for_cuda(model: onnx_ir.Model, dtype: str) -> None:
-    """ONNX Runtime has CUDA kernels for all of a graph, whose inputs or outputs are of `dtype`, and no work is left in
-    it that an export could have done.
+def assert_for_cuda(part: str, model: onnx_ir.Model, dtype: str) -> None:
+    """ONNX Runtime has CUDA kernels for all of a part's graph, whose inputs or outputs are of `dtype`, and no work is
+    left in it that an export could have done.
     """
     assert not cuda_faults(model)
     assert not check_support(model).faults
     assert not {node.op_type for node in model.graph} & {"InstanceNormalization", "GroupNormalization"}
     assert dtype in [value.dtype.name for value in (*model.graph.inputs, *model.graph.outputs)]
+    upsampling = [node for node in model.graph if node.op_type == "ConvTranspose"]
+    assert len(upsampling) == (3 if "decoder" in part else 0)
+    wide = "FLOAT" if dtype == "BFLOAT16" else dtype
+    assert all(value.dtype.name == wide for node in upsampling for value in node.inputs)
     casts = [node for node in model.graph if node.op_type == "Cast" and node.inputs[0].const_value is not None]
     assert not casts, "what is known is cast at export"
