@@ -34,8 +34,8 @@ def test_gluon_form(config):
     assert not re.search(r"\b(LDL|STL)\b", text)
     assert sass.hazards(code) == []
     print(counts)
-    # Of 128 keys 0.703 with Triton 3.7 and 0.716 with 3.6; of 64 the products are half as many.
-    assert counts.issue / counts.products <= (0.72 if config["block_n"] == 128 else 1.3)
+    # Of 128 keys 0.692 with Triton 3.7 and 0.690 with 3.6; of 64 the products are half as many.
+    assert counts.issue / counts.products <= (0.70 if config["block_n"] == 128 else 1.3)
     # Two waits a tile, for scores and for values: where the assembler gives up, every product has one of its own.
     assert count(code.main_loop(), "WARPGROUP.DEPBAR") == 2
 

@@ -165,6 +165,13 @@ def _add_values(acc, acc_rest, weights, v, v_rest, REST: gl.constexpr, ACC: gl.c
 
 
 @gluon.jit
+def _own_sums(weights):
+    """`[ROWS, 4]`: sums of each row over the columns that one of its four threads has, so that nothing is exchanged."""
+    BLOCK_N: gl.constexpr = weights.shape[1]
+    return gl.sum(gl.sum(weights.reshape([ROWS, BLOCK_N // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
 def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile, tiles, scale, FORM: gl.constexpr):
     """What one warpgroup does with its 64 query rows."""
     HEADS: gl.constexpr = FORM[0]
@@ -190,12 +197,13 @@ def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile,
     acc = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     acc_rest = gl.zeros([ROWS, REST_WIDTH], gl.float32, ACC_REST)
     largest = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
+    own_total = _own_sums(gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES))
+    OWN: gl.constexpr = own_total.type.layout
     columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
     mbarrier.wait(q_ready.index(group), 0)
+    stage = 0
+    phase = 0
     for tile in range(tiles):
-        stage = tile % STAGES
-        phase = tile // STAGES & 1
         mbarrier.wait(k_ready.index(stage), phase)
         scores = _scores(q, q_rest, _matrix(k, stage), _matrix(k_rest, stage), REST, SCORES)
         mbarrier.arrive(k_free.index(stage))
@@ -205,7 +213,7 @@ def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile,
         offset = new_largest * scale
         decay = gl.exp2(largest * scale - offset)
         weights = gl.exp2(scores * scale - offset[:, None])
-        total = total * decay + gl.sum(weights, 1)
+        own_total = own_total * gl.convert_layout(decay, gl.SliceLayout(1, OWN))[:, None] + _own_sums(weights)
         largest = new_largest
         acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, ACC))[:, None]
         if REST:
@@ -215,7 +223,10 @@ def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile,
             acc, acc_rest, weights.to(v.dtype), _matrix(v, stage), _matrix(v_rest, stage), REST, ACC, ACC_REST
         )
         mbarrier.arrive(v_free.index(stage))
+        stage = (stage + 1) % STAGES
+        phase = phase ^ (stage == 0).to(gl.int32)
 
+    total = gl.convert_layout(gl.sum(own_total, 1), gl.SliceLayout(1, SCORES))
     _store(out_ptr, table_ptr, branch, head, tile_row, queries, acc, total, 0, HEADS, HEAD_SIZE, X_ONLY, ACC)
     if REST:
         _store(
