@@ -78,9 +78,29 @@ def add_bench(commands) -> None:
     startup.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
     startup.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
     startup.set_defaults(run="lavin_bench.pipeline.startup:bench_startup")
+    _add_bench_speeds(kinds)
     _add_bench_engines(kinds)
     _add_bench_quality(kinds)
     _add_bench_serve(kinds)
+
+
+def _add_bench_speeds(kinds) -> None:
+    speeds = kinds.add_parser(
+        "speeds",
+        help="the named speeds at the released widths: samplings and whole calls, in turn",
+        description="Answers a task's second query at every speed, by a model of the released widths, random weights.",
+    )
+    speeds.add_argument("--speed", nargs="+", choices=SPEEDS, default=list(SPEEDS), help="which (default: all)")
+    speeds.add_argument("--blocks", type=int, default=4, help="of the released model's 28 (default: 4)")
+    speeds.add_argument("--size", type=int, default=256, help="pixels (default: 256)")
+    speeds.add_argument("--pairs", type=int, default=4, help="pairs of the context (default: 4)")
+    add_device(speeds)
+    speeds.add_argument("--compile", action="store_true", help=COMPILE_HELP)
+    speeds.add_argument("--repeats", type=int, default=3, help="calls per speed (default: 3)")
+    speeds.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
+    speeds.add_argument("--quick", action="store_true", help="a tiny model, once: shows that it works, not how fast")
+    speeds.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
+    speeds.set_defaults(run="lavin_bench.pipeline.speeds:bench_speeds")
 
 
 def _add_bench_engines(kinds) -> None:

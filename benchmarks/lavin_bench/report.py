@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,33 @@ def pipeline_table(record: dict[str, Any]) -> str:
     return "\n\n".join(text) + "\n"
 
 
+def named_speeds_table(record: dict[str, Any]) -> str:
+    """Calls at the named speeds; times of exact's are medians of the ratios within a round."""
+
+    def times(row: dict[str, Any], key: str) -> str:
+        if exact is None or row is exact:
+            return ""
+        pairs = zip(exact[key]["samples"], row[key]["samples"], strict=True)
+        ratios = [first / second for first, second in pairs]
+        return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}–{max(ratios):.2f})"
+
+    exact = next((row for row in record["rows"] if row["speed"] == "exact"), None)
+    rows = []
+    for row in record["rows"]:
+        cells = [row["speed"], str(row["evaluations"]), f"{row['flops'] / 1e12:.3g}"]
+        cells += [f"{row[key]['median']:.1f} s" for key in ("sampling", "call")]
+        cells += [f"{exact['flops'] / row['flops']:.2f}", times(row, "sampling"), times(row, "call")] if exact else []
+        rows.append(cells)
+    columns = ["speed", "evaluations", "TFLOP", "sampling", "whole call"]
+    columns += ["exact's FLOPs over its", "sampling (spread)", "whole call (spread)"] if exact else []
+    rate = max(row["flops"] / row["sampling"]["median"] for row in record["rows"])
+    return (
+        f"{record['setting']}. {caption(record['header'])}\n\n{table(columns, rows)}\n"
+        f"The fastest sampling does {rate / 1e12:.3g} TFLOP/s, {rate / record['matmul_flops_per_second']:.0%} of a "
+        f"matrix product's rate; the process takes at most {record['peak_bytes'] / 1e9:.1f} GB.\n"
+    )
+
+
 def startup_table(record: dict[str, Any]) -> str:
     """Seconds of every part of a start, cold and warm."""
     starts = [record["cold"], record["warm"]]
@@ -178,6 +206,7 @@ def render(record: dict[str, Any]) -> str:
         "forms": forms_table,
         "quality": quality_table,
         "quality_speeds": speeds_table,
+        "speeds": named_speeds_table,
         "engines": engines_table,
         "serve": serve_table,
         "strangers": strangers_table,
