@@ -31,6 +31,7 @@ def small_dit() -> JDiT:
     return random_dit(DiTConfig(hidden_size=144, depth=3, num_heads=2, kv_group=2))
 
 
+@pytest.mark.slow
 def test_released_widths():
     """D 2304, 32/8 heads, depth 2; 15 tokens a frame, three queries, a target of three latent frames."""
     dit = random_dit(DiTConfig(hidden_size=2304, depth=2, num_heads=32, kv_group=4))

@@ -35,24 +35,10 @@ class Encoder(nn.Module):
     def __init__(self, vae: STVAE, frames: int = 1):
         super().__init__()
         self.picture = frames == 1
-        source = vae.encoder
-        if not self.picture:
-            self.network = _clip_form(source)
-            return
-        self.conv_in = PictureConv(source.conv_in)
-        self.down_blocks = nn.ModuleList(PictureLevel(level) for level in source.down_blocks)
-        self.mid_block = PictureLevel(source.mid_block)
-        self.norm_out = Norm(source.norm_out)
-        self.conv_out = PictureConv(source.conv_out)
+        self.network = _exported(vae.encoder, self.picture)
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.picture:
-            x = self.conv_in(pixels.squeeze(2))
-            for level in self.down_blocks:
-                x = level(x)
-            moments = self.conv_out(self.norm_out(self.mid_block(x))).unsqueeze(2)
-        else:
-            moments = self.network(pixels)
+        moments = self.network(pixels.squeeze(2)).unsqueeze(2) if self.picture else self.network(pixels)
         half = moments.shape[1] // 2
         return moments[:, :half], moments[:, half:].clamp(-30.0, 20.0)
 
@@ -68,24 +54,10 @@ class Decoder(nn.Module):
     def __init__(self, vae: STVAE, frames: int = 1):
         super().__init__()
         self.picture = frames == 1
-        source = vae.decoder
-        if not self.picture:
-            self.network = _clip_form(source)
-            return
-        self.conv_in = PictureConv(source.conv_in)
-        self.mid_block = PictureLevel(source.mid_block)
-        self.up_blocks = nn.ModuleList(PictureLevel(level) for level in source.up_blocks)
-        self.norm_out = SpatialNorm(source.norm_out)
-        self.conv_out = PictureConv(source.conv_out)
+        self.network = _exported(vae.decoder, self.picture)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        if not self.picture:
-            return self.network(latents)
-        latents = latents.squeeze(2)
-        x = self.mid_block(self.conv_in(latents), latents)
-        for level in self.up_blocks:
-            x = level(x, latents)
-        return self.conv_out(self.norm_out(x, latents)).unsqueeze(2)
+        return self.network(latents.squeeze(2)).unsqueeze(2) if self.picture else self.network(latents)
 
 
 NETWORKS = {"encoder": Encoder, "decoder": Decoder}
@@ -147,24 +119,6 @@ def _on_blocks(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> tor
     return (blocks * scale + shift).flatten(-2).flatten(-3, -2)
 
 
-def _picture_norm(source: vae_layers.NormSiLU | vae_layers.SpatialNormSiLU) -> Norm:
-    return SpatialNorm(source) if isinstance(source, vae_layers.SpatialNormSiLU) else Norm(source)
-
-
-class PictureBlock(nn.Module):
-    """norm1, SiLU, conv1, norm2, SiLU, conv2, plus the input."""
-
-    def __init__(self, source: vae_layers.ResidualBlock):
-        super().__init__()
-        self.norm1, self.norm2 = _picture_norm(source.norm1), _picture_norm(source.norm2)
-        self.conv1, self.conv2 = PictureConv(source.conv1), PictureConv(source.conv2)
-        self.conv_shortcut = None if source.conv_shortcut is None else PictureConv(source.conv_shortcut)
-
-    def forward(self, x: torch.Tensor, *latent: torch.Tensor) -> torch.Tensor:
-        h = self.conv2(self.norm2(self.conv1(self.norm1(x, *latent)), *latent))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
 class PictureDownsampler(nn.Module):
     """One zero row below and one zero column right, then a 3x3 convolution of stride 2."""
 
@@ -188,23 +142,6 @@ class PictureUpsampler(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
-
-
-class PictureLevel(nn.Module):
-    """Residual blocks, and behind them the change of size if there is one."""
-
-    def __init__(self, source: vae_layers.Level):
-        super().__init__()
-        self.resnets = nn.ModuleList(PictureBlock(block) for block in source.resnets)
-        self.downsamplers = nn.ModuleList(PictureDownsampler(sampler) for sampler in source.downsamplers)
-        self.upsamplers = nn.ModuleList(PictureUpsampler(sampler) for sampler in source.upsamplers)
-
-    def forward(self, x: torch.Tensor, *latent: torch.Tensor) -> torch.Tensor:
-        for block in self.resnets:
-            x = block(x, *latent)
-        for sampler in (*self.downsamplers, *self.upsamplers):
-            x = sampler(x)
-        return x
 
 
 class ClipUpsampler(PictureUpsampler):
@@ -244,20 +181,35 @@ def _after_first(clip: torch.Tensor, ratio: int) -> torch.Tensor:
     return torch.cat([first, rest.unsqueeze(3).expand(-1, -1, -1, ratio, -1, -1).flatten(2, 3)], dim=2)
 
 
-def _clip_form(network: vae_model.Encoder | vae_model.Decoder) -> nn.Module:
-    """A copy of the encoder or decoder, sharing its weights, without kernels derived while running."""
+def _exported(network: vae_model.Encoder | vae_model.Decoder, picture: bool) -> nn.Module:
+    """A copy of the encoder or decoder, sharing its weights, without kernels derived while running; for pictures one
+    of tensors `[N, C, H, W]`.
+    """
     memo = {id(parameter): fixed(parameter) for parameter in network.parameters()}
     network = copy.deepcopy(network, memo)
-    network.form.plain = False
-    for owner in list(network.modules()):
-        for name, child in list(owner.named_children()):
-            if isinstance(child, vae_layers.Upsampler):
-                setattr(owner, name, ClipUpsampler(child))
-            elif isinstance(child, vae_layers.SpatialNormSiLU):
-                setattr(owner, name, ClipSpatialNorm(child))
-            elif isinstance(child, vae_layers.NormSiLU):
-                setattr(owner, name, Norm(child, dims=3))
+    network.form.plain = picture  # what is left of the layers then does nothing of its own but add and go on
+    _exchange(network, picture)
     return network
+
+
+def _exchange(owner: nn.Module, picture: bool) -> None:
+    """Puts the layers of this file in place of the network's own."""
+    for name, child in list(owner.named_children()):
+        layer: nn.Module | None = None
+        if isinstance(child, vae_layers.Upsampler):
+            layer = PictureUpsampler(child) if picture else ClipUpsampler(child)
+        elif isinstance(child, vae_layers.SpatialNormSiLU):
+            layer = SpatialNorm(child) if picture else ClipSpatialNorm(child)
+        elif isinstance(child, vae_layers.NormSiLU):
+            layer = Norm(child, dims=2 if picture else 3)
+        elif picture and isinstance(child, vae_layers.Downsampler):
+            layer = PictureDownsampler(child)
+        elif picture and isinstance(child, vae_layers.CausalConv | nn.Conv3d):
+            layer = PictureConv(child)
+        if layer is None:
+            _exchange(child, picture)
+        else:
+            setattr(owner, name, layer)
 
 
 def in_dtype(network: nn.Module, dtype: torch.dtype) -> nn.Module:
