@@ -40,7 +40,7 @@ LAVIN = [sys.executable, "-m", "lavin_rt.cli.main"]
 
 
 @dataclass(frozen=True)
-class Engine:
+class CpuEngine:
     """A way to run the model.
 
     Attributes:
@@ -57,12 +57,12 @@ class Engine:
 
 
 ENGINES = {
-    "packed, eager": Engine(),
-    "packed, compiled": Engine(compile=True),
-    "AOTInductor": Engine("aoti"),
-    "native runner": Engine("aoti", native=True),
-    "ONNX Runtime": Engine("onnx", needs=("onnx", "onnxscript", "onnxruntime")),
-    "OpenVINO": Engine("openvino", needs=("openvino",)),
+    "packed, eager": CpuEngine(),
+    "packed, compiled": CpuEngine(compile=True),
+    "AOTInductor": CpuEngine("aoti"),
+    "native runner": CpuEngine("aoti", native=True),
+    "ONNX Runtime": CpuEngine("onnx", needs=("onnx", "onnxscript", "onnxruntime")),
+    "OpenVINO": CpuEngine("openvino", needs=("openvino",)),
 }
 TRUTH = "packed, eager"
 
@@ -103,18 +103,18 @@ class Bench:
         side = self.size // 8
         save_file({"noise": torch.randn(1, 16, 1, side, side, generator=generator)}, self.noise)
 
-    def missing(self, engine: Engine) -> str | None:
+    def missing(self, engine: CpuEngine) -> str | None:
         """Why an engine cannot run; None where it can."""
         absent = [name for name in engine.needs if find_spec(name) is None]
         if absent:
             return f"{', '.join(absent)} is not installed"
         return "no --native PROGRAM" if engine.native and self.native is None else None
 
-    def model(self, engine: Engine) -> Path:
+    def model(self, engine: CpuEngine) -> Path:
         """The folder that an engine runs."""
         return self.checkpoint if engine.export is None else self.folder / engine.export
 
-    def export(self, engine: Engine) -> float | None:
+    def export(self, engine: CpuEngine) -> float | None:
         """Exports what an engine runs and returns the seconds of the whole command, its verification included; None
         where it runs the checkpoint.
         """
@@ -123,7 +123,7 @@ class Bench:
         options = ["--checkpoint", self.checkpoint, "-o", self.model(engine), "--device", "cpu", "--dtype", "float32"]
         return self._timed([*LAVIN, "export", engine.export, *options, "-q"])
 
-    def first(self, engine: Engine) -> float:
+    def first(self, engine: CpuEngine) -> float:
         """Seconds of a process from nothing to a picture on disk."""
         if engine.native:
             return self._timed([*self._native(engine), "-q"])
@@ -143,7 +143,7 @@ class Bench:
         return load_file(latents)["latents"]
 
     @contextmanager
-    def worker(self, engine: Engine) -> Iterator[Callable[[str], float]]:
+    def worker(self, engine: CpuEngine) -> Iterator[Callable[[str], float]]:
         """A process that has answered once: `ask(FILE)` answers again and returns the seconds of it; the latents are
         written, unless the file is "".
         """
@@ -169,7 +169,7 @@ class Bench:
                 with suppress(BrokenPipeError):
                     asked.close()
 
-    def calls(self, engine: Engine, stack: ExitStack) -> Callable[[], float]:
+    def calls(self, engine: CpuEngine, stack: ExitStack) -> Callable[[], float]:
         """A call that answers once and returns its seconds, of an engine that has answered before."""
         if not engine.native:
             ask = stack.enter_context(self.worker(engine))
@@ -177,7 +177,7 @@ class Bench:
         # A process answers three times: what the first answer alone does (pages of the weights, threads) is start-up.
         return lambda: json.loads(self._run([*self._native(engine), "--time", "--repeat", 3]))["query"][-1]
 
-    def _native(self, engine: Engine) -> list[Any]:
+    def _native(self, engine: CpuEngine) -> list[Any]:
         return [self.native, "--artifact", self.model(engine), *self.told]
 
     def _timed(self, command: list[Any]) -> float:

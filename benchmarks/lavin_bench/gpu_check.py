@@ -71,7 +71,7 @@ Save = Callable[[dict[str, Any]], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class CheckPart:
     """Something to do, in at most so many seconds; `run` saves its record as it grows."""
 
     seconds: float
@@ -179,16 +179,16 @@ def _graphs(visit: Visit, save: Save) -> None:
 
 
 PARTS = {
-    "tests-first": Part(110, lambda visit, save: _tests(visit, save, first=True)),
-    "standard": Part(100, _standard),
-    "attention": Part(150, lambda visit, save: _tune(visit, save, "joint_attention")),
-    "tuning": Part(170, lambda visit, save: _tune(visit, save, "")),
-    "standard-tuned": Part(120, _tuned),
-    "kernels": Part(150, _kernels),
-    "peers": Part(200, _peers),
-    "graphs": Part(60, _graphs),
-    "startup": Part(90, _startup),
-    "tests": Part(150, lambda visit, save: _tests(visit, save, first=False)),
+    "tests-first": CheckPart(110, lambda visit, save: _tests(visit, save, first=True)),
+    "standard": CheckPart(100, _standard),
+    "attention": CheckPart(150, lambda visit, save: _tune(visit, save, "joint_attention")),
+    "tuning": CheckPart(170, lambda visit, save: _tune(visit, save, "")),
+    "standard-tuned": CheckPart(120, _tuned),
+    "kernels": CheckPart(150, _kernels),
+    "peers": CheckPart(200, _peers),
+    "graphs": CheckPart(60, _graphs),
+    "startup": CheckPart(90, _startup),
+    "tests": CheckPart(150, lambda visit, save: _tests(visit, save, first=False)),
 }
 
 

@@ -124,8 +124,8 @@ def named_speeds_table(record: dict[str, Any]) -> str:
     rate = max(row["flops"] / row["sampling"]["median"] for row in record["rows"])
     return (
         f"{record['setting']}. {caption(record['header'])}\n\n{table(columns, rows)}\n"
-        f"The fastest sampling does {rate / 1e12:.3g} TFLOP/s, {rate / record['matmul_flops_per_second']:.0%} of a "
-        f"matrix product's rate; the process takes at most {record['peak_bytes'] / 1e9:.1f} GB.\n"
+        f"At best {rate / 1e12:.2g} useful TFLOP/s, beside {record['matmul_flops_per_second'] / 1e12:.2g} of a matrix "
+        f"product; the process takes at most {record['peak_bytes'] / 1e9:.1f} GB.\n"
     )
 
 

@@ -37,7 +37,7 @@ MOST_EXECUTED = 1.2
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class CompileReport:
     """What the compiler made of one kernel for one target.
 
     Attributes:
@@ -94,7 +94,7 @@ def check(
     capabilities: Sequence[int] = CAPABILITIES,
     modules: Sequence[str] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> list[Report]:
+) -> list[CompileReport]:
     """Compiles every static case of the kernel modules, all by default, for every target. Triton caches its results.
 
     Args:
@@ -117,7 +117,7 @@ def check(
         for module in loaded
         for case in module.static_cases(capability)
     ]
-    reports: list[Report] = []
+    reports: list[CompileReport] = []
     for case, capability in cases:
         if progress is not None:
             progress(len(reports), len(cases), f"{case.name} for {capability / 10}")
@@ -125,9 +125,9 @@ def check(
     return reports
 
 
-def inspect(case: StaticCase, capability: int) -> Report:
+def inspect(case: StaticCase, capability: int) -> CompileReport:
     """Compiles one case for one target."""
-    report = Report(
+    report = CompileReport(
         name=case.name,
         capability=capability,
         dtype=str(case.dtype).removeprefix("torch."),
@@ -180,12 +180,12 @@ def disassembled(cubin: bytes) -> tuple[dict[str, int], str]:
     return {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", function)}, outputs[1]
 
 
-def violations(reports: Sequence[Report]) -> list[str]:
+def violations(reports: Sequence[CompileReport]) -> list[str]:
     """One line for everything that must not be, none for a sound set of kernels."""
     return [f"{report.name} for sm_{report.capability}: {fault}" for report in reports for fault in _faults(report)]
 
 
-def _faults(report: Report) -> list[str]:
+def _faults(report: CompileReport) -> list[str]:
     if report.failure:
         return [f"does not compile: {report.failure}"]
     faults = []
@@ -207,7 +207,7 @@ def _faults(report: Report) -> list[str]:
     return faults
 
 
-def table(reports: Sequence[Report]) -> str:
+def table(reports: Sequence[CompileReport]) -> str:
     """The reports as text, one line each; matrix instructions by their PTX name."""
     header = (
         "kernel", "sm", "warps", "stages", "registers", "spills", "shared KiB", "matrix instructions", "TF32",
@@ -232,7 +232,7 @@ def table(reports: Sequence[Report]) -> str:
     return "\n".join([*lines, f"{ceilings} in bfloat16, {MATMUL[torch.float32] / 1e12:.0f} in float32"])
 
 
-def as_json(reports: Sequence[Report]) -> str:
+def as_json(reports: Sequence[CompileReport]) -> str:
     """Reports, violations, versions and the ceilings assumed, as one JSON document."""
     import triton
 

@@ -37,7 +37,7 @@ STAGING_BYTES = 16 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file: its dtype as the header spells it, its shape, its first byte in the file and its bytes, and
     which of several files it is in.
     """
@@ -61,7 +61,7 @@ class SafetensorsFile:
     """
 
     path: Path
-    entries: dict[str, Entry]
+    entries: dict[str, TensorEntry]
     metadata: dict[str, str]
     files: tuple[tuple[Path, tuple[int, int]], ...]
 
@@ -307,7 +307,7 @@ def _sniff(path: Path, unknown: str = "its first bytes are no header; expected l
     return unknown
 
 
-def _parse(path: Path, encoded: bytes, file_size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+def _parse(path: Path, encoded: bytes, file_size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Checks a header against the format and the file's size."""
 
     def broken(reason: str) -> InputError:
@@ -334,7 +334,7 @@ def _parse(path: Path, encoded: bytes, file_size: int) -> tuple[dict[str, Entry]
         if problem:
             raise broken(f"tensor {reprlib.repr(name)} {problem}")
         start, end = value["data_offsets"]
-        entries[name] = Entry(value["dtype"], tuple(value["shape"]), 8 + len(encoded) + start, end - start)
+        entries[name] = TensorEntry(value["dtype"], tuple(value["shape"]), 8 + len(encoded) + start, end - start)
     position = 8 + len(encoded)
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
         if entry.start != position:

@@ -23,13 +23,13 @@ OWN_SEGMENT, ROUND = 10 * MIB, 2 * MIB  # from so many bytes on a segment is the
 
 
 @dataclasses.dataclass(eq=False)
-class Block:
+class MemoryBlock:
     """A part of a segment, between its neighbours."""
 
     size: int
-    owner: set[Block]
-    before: Block | None = None
-    behind: Block | None = None
+    owner: set[MemoryBlock]
+    before: MemoryBlock | None = None
+    behind: MemoryBlock | None = None
     free: bool = True
 
 
@@ -43,9 +43,9 @@ class Allocator:
 
     def __init__(self):
         self.reserved = self.allocated = self.peak_reserved = self.peak_allocated = 0
-        self._free: dict[tuple[str, bool], set[Block]] = {}
+        self._free: dict[tuple[str, bool], set[MemoryBlock]] = {}
 
-    def allocate(self, size: int, pool: str = "") -> Block:
+    def allocate(self, size: int, pool: str = "") -> MemoryBlock:
         """A block of at least so many bytes from a pool, "" being the ordinary one."""
         size = max(LEAST, -(-size // LEAST) * LEAST)
         small = size <= SMALL
@@ -53,14 +53,14 @@ class Allocator:
         block = min((one for one in blocks if one.size >= size), key=lambda one: one.size, default=None)
         if block is None:
             segment = SMALL_SEGMENT if small else LARGE_SEGMENT if size < OWN_SEGMENT else -(-size // ROUND) * ROUND
-            block = Block(segment, blocks)
+            block = MemoryBlock(segment, blocks)
             self.reserved += segment
             self.peak_reserved = max(self.peak_reserved, self.reserved)
         else:
             blocks.remove(block)
         rest = block.size - size
         if rest >= LEAST if small else rest > SMALL:
-            behind = Block(rest, blocks, block, block.behind)
+            behind = MemoryBlock(rest, blocks, block, block.behind)
             if block.behind is not None:
                 block.behind.before = behind
             block.size, block.behind = size, behind
@@ -70,7 +70,7 @@ class Allocator:
         self.peak_allocated = max(self.peak_allocated, self.allocated)
         return block
 
-    def release(self, block: Block) -> None:
+    def release(self, block: MemoryBlock) -> None:
         """Frees a block."""
         self.allocated -= block.size
         block.free = True
@@ -105,7 +105,7 @@ class Modelled(TorchDispatchMode):
     def __init__(self, allocator: Allocator):
         super().__init__()
         self.allocator, self.pool = allocator, ""
-        self._known: dict[int, Block] = {}
+        self._known: dict[int, MemoryBlock] = {}
 
     @contextlib.contextmanager
     def in_pool(self, pool: str) -> Iterator[None]:

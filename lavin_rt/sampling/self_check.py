@@ -34,7 +34,7 @@ KNOWN = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
+class KnownAnswer:
     """One line of a self-check: what was computed, its relative error and the error allowed."""
 
     name: str
@@ -65,7 +65,7 @@ def _sines(shape: tuple[int, ...], index: int) -> torch.Tensor:
     return (torch.arange(count, dtype=torch.float64) * (1 + 0.618 * index)).sin().view(shape)
 
 
-def check_known_answers(device: torch.device) -> list[Check]:
+def check_known_answers(device: torch.device) -> list[KnownAnswer]:
     """Samples the known model with every implementation that the device has, in float32."""
     dit = known_model().to(device)
     cond, noise = known_inputs()
@@ -73,17 +73,21 @@ def check_known_answers(device: torch.device) -> list[Check]:
     checks = []
     for impl in ("plain", "torch", *(["triton"] if device.type == "cuda" else [])):
         latents = sample(dit, cond, noise, steps=6, guidance=1.5, impl=impl)
-        checks.append(Check(f"known answer, impl {impl}, float32", relative_error(latents[0, :, 0, 0, 0], truth), 1e-4))
+        checks.append(
+            KnownAnswer(f"known answer, impl {impl}, float32", relative_error(latents[0, :, 0, 0, 0], truth), 1e-4)
+        )
     return checks
 
 
-def check_checkpoint(dit: JDiT, impl: str) -> Check:
+def check_checkpoint(dit: JDiT, impl: str) -> KnownAnswer:
     """A checkpoint's packed step against its plain model in the same dtype, on three frames of 4 x 6 latents."""
     cond, noise = known_inputs()
     plain = sample(dit, cond, noise, steps=4, impl="plain")
     error = relative_error(sample(dit, cond, noise, steps=4, impl=impl), plain)
     dtype = str(dit.dtype).removeprefix("torch.")
-    return Check(f"checkpoint, impl {impl} against plain, {dtype}", error, 1e-4 if dit.dtype == torch.float32 else 5e-2)
+    return KnownAnswer(
+        f"checkpoint, impl {impl} against plain, {dtype}", error, 1e-4 if dit.dtype == torch.float32 else 5e-2
+    )
 
 
 def relative_error(result: torch.Tensor, truth: torch.Tensor) -> float:

@@ -64,7 +64,7 @@ class Ticket:
         self.seconds_left: float | None = None
         self.arrived = time.monotonic()
         self.future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
-        self._engine: Engine | None = None
+        self._engine: ServingEngine | None = None
 
     @property
     def live(self) -> bool:
@@ -84,7 +84,7 @@ class _Chore:
     future: concurrent.futures.Future
 
 
-class Engine:
+class ServingEngine:
     """Answers tickets one batch after another on a thread of its own.
 
     Args:

@@ -30,7 +30,7 @@ THUMBNAIL = 96
 
 
 @dataclasses.dataclass(eq=False)
-class Entry:
+class LibraryEntry:
     """A task that can be asked for.
 
     Attributes:
@@ -77,7 +77,7 @@ class Library:
 
     def __init__(self, pipeline: Pipeline, limits: Limits, files: Iterable[str] = ()):
         self._pipeline, self._limits = pipeline, limits
-        self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._entries: OrderedDict[str, LibraryEntry] = OrderedDict()
         self._tasks: OrderedDict[tuple, Task] = OrderedDict()
         self._lock = threading.RLock()
         for root in pipeline.template_roots:
@@ -91,7 +91,7 @@ class Library:
                 raise InputError(f"{file}: there are two tasks named {entry.name}; give one of them another name")
             self._entries[entry.name] = entry
 
-    def _given(self, file: str) -> Entry:
+    def _given(self, file: str) -> LibraryEntry:
         if Path(file).is_dir():
             entry = template_entry(Path(file), "file")
             if entry is None:
@@ -104,12 +104,12 @@ class Library:
         self._pipeline.check_context(pack.context)
         return packed_entry(pack, "file")
 
-    def all(self) -> list[Entry]:
+    def all(self) -> list[LibraryEntry]:
         with self._lock:
             self._expire()
             return list(self._entries.values())
 
-    def find(self, name: str) -> Entry:
+    def find(self, name: str) -> LibraryEntry:
         """A task by its name; its time begins anew.
 
         Raises:
@@ -146,7 +146,7 @@ class Library:
         pairs = [tuple(clip.permute(0, 2, 3, 1).numpy() for clip in pair) for pair in clips]
         return self._pipeline.task(pairs, size=size)
 
-    def add(self, pack: TaskPack) -> Entry:
+    def add(self, pack: TaskPack) -> LibraryEntry:
         """Takes a task of a client's.
 
         Raises:
@@ -175,7 +175,7 @@ class Library:
                 )
             self._drop(entry)
 
-    def task(self, entry: Entry, pairs: int, size: tuple[int, int]) -> Task:
+    def task(self, entry: LibraryEntry, pairs: int, size: tuple[int, int]) -> Task:
         """An entry's encoded task, kept for the next request; on the engine's thread."""
         key = (entry.name, entry.version, pairs, size)
         with self._lock:
@@ -194,7 +194,7 @@ class Library:
                 self._tasks.popitem(last=False)
         return task
 
-    def thumbnails(self, entry: Entry, most: int = 8) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def thumbnails(self, entry: LibraryEntry, most: int = 8) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Small pictures of the first pairs, uint8 `[3, h, w]` each."""
         if entry.thumbnails is None and isinstance(entry.source, Path):
             pairs = contexts.choose_pairs(contexts.read_template(entry.source), min(most, entry.pairs), 0)
@@ -214,13 +214,13 @@ class Library:
         for entry in [entry for entry in self._entries.values() if entry.origin == "own" and entry.used < oldest]:
             self._drop(entry)
 
-    def _drop(self, entry: Entry) -> None:
+    def _drop(self, entry: LibraryEntry) -> None:
         del self._entries[entry.name]
         for key in [key for key in self._tasks if key[:2] == (entry.name, entry.version)]:
             del self._tasks[key]
 
 
-def template_entry(folder: Path, origin: str) -> Entry | None:
+def template_entry(folder: Path, origin: str) -> LibraryEntry | None:
     """A template folder as a task; None where it is not one or its name cannot be a task's."""
     try:
         name = check_name(folder.name.lower())
@@ -229,12 +229,12 @@ def template_entry(folder: Path, origin: str) -> Entry | None:
         frames = len(images.frame_files(first)) if first.is_dir() else len(images.load_clip(first))
     except InputError:
         return None
-    return Entry(name, origin, len(pairs), frames, None, folder)
+    return LibraryEntry(name, origin, len(pairs), frames, None, folder)
 
 
-def packed_entry(pack: TaskPack, origin: str) -> Entry:
+def packed_entry(pack: TaskPack, origin: str) -> LibraryEntry:
     """A pack as a task."""
     context = pack.context
-    return Entry(
+    return LibraryEntry(
         pack.name, origin, context.pairs, context.frames_per_clip, context.size, context, pack.words, pack.thumbnails
     )

@@ -25,7 +25,7 @@ from lavin_rt.pictures import images
 from lavin_rt.sampling.speeds import SPEEDS
 from lavin_rt.serve import pictures
 from lavin_rt.serve.engine import Ticket
-from lavin_rt.serve.library import Entry
+from lavin_rt.serve.library import LibraryEntry
 from lavin_rt.serve.limits import Refused, refusal
 from lavin_rt.serve.service import PAIRS, Service
 from lavin_rt.serve.stubless import gradio as gr
@@ -303,7 +303,7 @@ def build(page: Page) -> gr.Blocks:
     return blocks
 
 
-def pair_slider(entry: Entry, most: int) -> dict:
+def pair_slider(entry: LibraryEntry, most: int) -> dict:
     most = min(entry.pairs, most)
     value = most if entry.size else min(PAIRS, most)
     return gr.update(minimum=1, maximum=max(2, most), value=value, interactive=most > 1)

@@ -19,7 +19,7 @@ from lavin_rt.packs import TaskPack
 from lavin_rt.pictures import images
 from lavin_rt.serve import pictures
 from lavin_rt.serve.engine import Answer, Ticket
-from lavin_rt.serve.library import Entry
+from lavin_rt.serve.library import LibraryEntry
 from lavin_rt.serve.limits import Refused
 from lavin_rt.serve.service import Job, Kind, Service
 
@@ -195,7 +195,7 @@ def make_router(service: Service) -> APIRouter:
     return router
 
 
-def described(entry: Entry) -> dict[str, Any]:
+def described(entry: LibraryEntry) -> dict[str, Any]:
     """A task for clients."""
     size = list(entry.size) if entry.size else None
     return {

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lavin_rt.errors import InputError
-from lavin_rt.serve.engine import Engine
+from lavin_rt.serve.engine import ServingEngine
 
 log = logging.getLogger("lavin_rt.serve")
 
@@ -84,7 +84,7 @@ class Server(uvicorn.Server):
         grace: seconds for what runs.
     """
 
-    def __init__(self, app: ASGIApp, engine: Engine, grace: float):
+    def __init__(self, app: ASGIApp, engine: ServingEngine, grace: float):
         config = uvicorn.Config(
             app,
             http=Connection,

@@ -17,8 +17,8 @@ from lavin_rt.errors import InputError
 from lavin_rt.packs import TaskPack
 from lavin_rt.pictures import images
 from lavin_rt.sampling.speeds import SPEEDS
-from lavin_rt.serve.engine import Answer, Engine, Ticket
-from lavin_rt.serve.library import Entry, Library
+from lavin_rt.serve.engine import Answer, ServingEngine, Ticket
+from lavin_rt.serve.library import Library, LibraryEntry
 from lavin_rt.serve.limits import Limits, Refused
 from lavin_rt.serve.metrics import Metrics
 from lavin_rt.task import check_seed, draw_noise, task_shape
@@ -41,7 +41,7 @@ class Kind:
         evaluations: of the network, in all.
     """
 
-    entry: Entry
+    entry: LibraryEntry
     pairs: int
     size: tuple[int, int]
     frames: int
@@ -88,7 +88,7 @@ class Service:
             raise InputError(f"speed is {speed!r}; expected one of {', '.join(SPEEDS)}")
         self.speed = speed
         self.library = Library(pipeline, self.limits, files)
-        self.engine = Engine(self._run, self._most, self.limits, self._observe)
+        self.engine = ServingEngine(self._run, self._most, self.limits, self._observe)
         self.metrics = Metrics(lambda: self.engine.waiting, lambda: self.engine.running, pipeline.device)
         self._jobs: OrderedDict[str, Job] = OrderedDict()
 
@@ -151,7 +151,7 @@ class Service:
 
     async def make_task(
         self, name: str, clips: Sequence[tuple[torch.Tensor, torch.Tensor]], size: str | None = None, words: str = ""
-    ) -> Entry:
+    ) -> LibraryEntry:
         """Encodes a task of a client's own in the device's turn.
 
         Args:

@@ -19,7 +19,7 @@ NORM_EPS = 1e-6
 
 
 @dataclasses.dataclass(eq=False)
-class Form:
+class VAEForm:
     """How a network computes; all its layers share one.
 
     Attributes:
@@ -32,7 +32,7 @@ class Form:
     spatial_norm_silu: Callable[..., torch.Tensor]
 
 
-def in_memory_of(form: Form, x: torch.Tensor) -> torch.Tensor:
+def in_memory_of(form: VAEForm, x: torch.Tensor) -> torch.Tensor:
     """Channels-last for the fast form: its convolutions and operators are fastest there, and frames are views.
 
     The operators' kernels take nothing else, and a convolution does not always keep it: PyTorch's own, which runs small
@@ -155,7 +155,7 @@ class CausalConv(DerivedKernel):
 
     conv: nn.Conv3d
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, form: Form):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, form: VAEForm):
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size)
         self.form = form
@@ -177,7 +177,7 @@ class CausalConv(DerivedKernel):
 class NormSiLU(nn.GroupNorm):
     """GroupNorm, then SiLU: the encoder's norm."""
 
-    def __init__(self, groups: int, channels: int, form: Form):
+    def __init__(self, groups: int, channels: int, form: VAEForm):
         super().__init__(groups, channels, eps=NORM_EPS)
         self.form = form
 
@@ -193,7 +193,7 @@ class SpatialNormSiLU(nn.Module):
     pixels at the last level (and 4 times fewer frames), and leaves the upsampling to the operator.
     """
 
-    def __init__(self, groups: int, channels: int, latent_channels: int, form: Form):
+    def __init__(self, groups: int, channels: int, latent_channels: int, form: VAEForm):
         super().__init__()
         self.norm_layer = nn.GroupNorm(groups, channels, eps=NORM_EPS)
         self.conv_y = CausalConv(latent_channels, channels, 1, form)
@@ -212,7 +212,7 @@ class ResidualBlock(nn.Module):
     """norm1, SiLU, conv1, norm2, SiLU, conv2, plus the input; with `latent_channels` the norms are conditioned."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, groups: int, form: Form, latent_channels: int | None = None
+        self, in_channels: int, out_channels: int, groups: int, form: VAEForm, latent_channels: int | None = None
     ):
         super().__init__()
         self.norm1 = make_norm(groups, in_channels, form, latent_channels)
@@ -229,7 +229,7 @@ class ResidualBlock(nn.Module):
         return h.add_(convolution(x, conv.weight, conv.bias) if self.form.plain else pointwise(x, conv))
 
 
-def make_norm(groups: int, channels: int, form: Form, latent_channels: int | None) -> NormSiLU | SpatialNormSiLU:
+def make_norm(groups: int, channels: int, form: VAEForm, latent_channels: int | None) -> NormSiLU | SpatialNormSiLU:
     """The encoder's norm, or the decoder's where there is a latent to be conditioned on."""
     if latent_channels is None:
         return NormSiLU(groups, channels, form)
@@ -263,7 +263,7 @@ class Upsampler(DerivedKernel):
 
     conv: nn.Conv2d
 
-    def __init__(self, channels: int, time: bool, form: Form):
+    def __init__(self, channels: int, time: bool, form: VAEForm):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.time = time
@@ -309,6 +309,6 @@ class Level(nn.Module):
         return x
 
 
-def reference_form(plain: bool) -> Form:
+def reference_form(plain: bool) -> VAEForm:
     """The form that computes with the plain operators of `lavin_kernels.reference.vae`."""
-    return Form(plain, reference_vae.group_norm_silu, reference_vae.spatial_norm_silu)
+    return VAEForm(plain, reference_vae.group_norm_silu, reference_vae.spatial_norm_silu)

@@ -18,12 +18,12 @@ from lavin_rt.vae.config import VAEConfig
 from lavin_rt.vae.layers import (
     CausalConv,
     Downsampler,
-    Form,
     Level,
     NormSiLU,
     ResidualBlock,
     SpatialNormSiLU,
     Upsampler,
+    VAEForm,
     in_memory_of,
     reference_form,
 )
@@ -71,7 +71,7 @@ class Posterior:
 class Encoder(nn.Module):
     """Pixels `[N, 3, T, H, W]` to moments `[N, 2 * latent channels, t, H // 8, W // 8]`, mean then log-variance."""
 
-    def __init__(self, config: VAEConfig, form: Form):
+    def __init__(self, config: VAEConfig, form: VAEForm):
         super().__init__()
         groups, widths = config.norm_num_groups, config.block_out_channels
         self.form = form
@@ -99,7 +99,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents `[N, latent channels, t, h, w]` to pixels `[N, 3, 1 + 4 (t - 1), 8 h, 8 w]`."""
 
-    def __init__(self, config: VAEConfig, form: Form):
+    def __init__(self, config: VAEConfig, form: VAEForm):
         super().__init__()
         groups, widths, latent = config.norm_num_groups, config.block_out_channels[::-1], config.latent_channels
         self.form = form
@@ -290,13 +290,13 @@ class STVAE(nn.Module):
         return results[0] if len(results) == 1 else torch.cat(results)
 
 
-def _form(impl: str) -> Form:
+def _form(impl: str) -> VAEForm:
     """
     Raises:
         InputError: no such way to compute.
     """
     if impl == "triton":
-        return Form(False, lavin_kernels.group_norm_silu, lavin_kernels.spatial_norm_silu)
+        return VAEForm(False, lavin_kernels.group_norm_silu, lavin_kernels.spatial_norm_silu)
     if impl in ("plain", "torch"):
         return reference_form(plain=impl == "plain")
     raise InputError(f"impl is {impl!r}, expected 'plain', 'torch' or 'triton'")

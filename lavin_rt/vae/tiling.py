@@ -22,7 +22,7 @@ AUTO_TILE, AUTO_LIMIT = 64, 128  # latents: 512 px tiles for pictures of more th
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Span:
     """One interval of an axis: what is read, what is written, and the weights `[written]` of the blend."""
 
     source: slice
@@ -34,7 +34,7 @@ class Piece:
 class Axis:
     """The pieces of one axis, and the length of what they write together."""
 
-    pieces: list[Piece]
+    pieces: list[Span]
     length: int
 
 
@@ -99,7 +99,7 @@ def make_axis(
     cut = intervals(latents, size or latents, least_overlap=2 if time else 1)
     targets = [target(*interval) for interval in cut]
     weights = blend_weights(targets, unused=1 if time else 0)
-    pieces = [Piece(source(*i), t, w) for i, t, w in zip(cut, targets, weights, strict=True)]
+    pieces = [Span(source(*i), t, w) for i, t, w in zip(cut, targets, weights, strict=True)]
     return Axis(pieces, targets[-1].stop)
 
 

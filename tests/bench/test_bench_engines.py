@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lavin_bench import engines
-from lavin_bench.engines import ENGINES, TRUTH, Bench, Engine, compare
+from lavin_bench.engines import ENGINES, TRUTH, Bench, CpuEngine, compare
 from lavin_bench.report import render
 from lavin_rt.cli.main import main
 
@@ -22,13 +22,13 @@ class Answers(Bench):
         self.checkpoint = folder
         self.wrong, self.absent = wrong, absent
 
-    def missing(self, engine: Engine) -> str | None:
-        return "not there" if self.absent in engine.needs else super().missing(Engine(native=engine.native))
+    def missing(self, engine: CpuEngine) -> str | None:
+        return "not there" if self.absent in engine.needs else super().missing(CpuEngine(native=engine.native))
 
-    def export(self, engine: Engine) -> float | None:
+    def export(self, engine: CpuEngine) -> float | None:
         return 2.0 if engine.export else None
 
-    def first(self, engine: Engine) -> float:
+    def first(self, engine: CpuEngine) -> float:
         return 1.0
 
     def answer(self, name: str) -> torch.Tensor:
@@ -38,7 +38,7 @@ class Answers(Bench):
             raise RuntimeError("it ended")
         return torch.ones(4) + self.wrong[name]
 
-    def calls(self, engine: Engine, stack):
+    def calls(self, engine: CpuEngine, stack):
         seconds = iter(range(1, 100))
         return lambda: float(next(seconds))
 

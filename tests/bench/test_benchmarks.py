@@ -12,13 +12,13 @@ import torch
 
 from lavin_bench import report
 from lavin_bench.kernels.bench import WrongResult, check, largest_error, run, timed
-from lavin_bench.kernels.cases import Setting, Variant, cases, settings
+from lavin_bench.kernels.cases import OperatorVariant, ShapeSetting, cases, settings
 from lavin_rt.cli.main import main
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.errors import InputError
 
 CPU = torch.device("cpu")
-TINY = Setting(32, 1, config=DiTConfig(hidden_size=48, depth=1, num_heads=2, kv_group=2))
+TINY = ShapeSetting(32, 1, config=DiTConfig(hidden_size=48, depth=1, num_heads=2, kv_group=2))
 
 
 def test_every_case_is_right_on_the_cpu():
@@ -40,7 +40,7 @@ def test_a_wrong_result_gets_no_time(monkeypatch, fault, capsys):
     def faulty_cases(*arguments):
         for case in cases(*arguments):
             right = case.variants["eager"]
-            wrong = Variant(lambda right=right: fault(right.call()), right.compared)
+            wrong = OperatorVariant(lambda right=right: fault(right.call()), right.compared)
             yield dataclasses.replace(case, variants={"eager": right, "ours": wrong})
 
     monkeypatch.setattr("lavin_bench.kernels.bench.cases", faulty_cases)
@@ -55,7 +55,7 @@ def test_a_case_that_does_not_run_loses_no_other(monkeypatch):
 
     def faulty_cases(*arguments):
         for number, case in enumerate(list(cases(*arguments))[:3]):
-            broken = {"eager": case.variants["eager"], "ours": Variant(lambda: {}["PTXASError"])}
+            broken = {"eager": case.variants["eager"], "ours": OperatorVariant(lambda: {}["PTXASError"])}
             yield dataclasses.replace(case, variants=broken if number == 1 else case.variants)
 
     kept = []
@@ -92,7 +92,7 @@ def test_norms_are_held_against_what_they_must_move():
 def test_a_wrong_baseline_is_found_too(monkeypatch):
     [case] = [case for case in cases(TINY, CPU, torch.float32) if case.operator == "swiglu"]
     with pytest.raises(WrongResult, match="eager"):
-        check(dataclasses.replace(case, variants={"eager": Variant(lambda: torch.ones(1))}), torch.float32)
+        check(dataclasses.replace(case, variants={"eager": OperatorVariant(lambda: torch.ones(1))}), torch.float32)
 
 
 def test_largest_error_takes_the_worst_and_never_passes_nan():
@@ -178,7 +178,7 @@ def test_tuning_keeps_the_fastest_right_candidate(monkeypatch):
             raise RuntimeError("out of shared memory")
         return right.call() * (1.1 if block == 2 else 1.0)
 
-    case = dataclasses.replace(case, variants={"eager": right, "ours": Variant(ours)})
+    case = dataclasses.replace(case, variants={"eager": right, "ours": OperatorVariant(ours)})
     listed = [{"block": block, "num_warps": 1} for block in (1, 2, 3, 4)]
     monkeypatch.setattr(tune, "candidates", lambda kernel, capability: listed)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)

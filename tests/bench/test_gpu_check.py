@@ -58,7 +58,7 @@ def test_a_part_writes_what_it_has_before_it_fails(tmp_path, monkeypatch):
         save({"kind": "kernels", "rows": [1], "failures": []})
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setitem(gpu_check.PARTS, "kernels", gpu_check.Part(1, run))
+    monkeypatch.setitem(gpu_check.PARTS, "kernels", gpu_check.CheckPart(1, run))
     assert gpu_check.run_part("kernels", visit(tmp_path)) == 1
     record = json.loads((tmp_path / "kernels.json").read_text())
     assert record["rows"] == [1] and "illegal memory access" in record["failures"][0]
@@ -70,7 +70,7 @@ def test_an_interrupted_part_keeps_its_record(tmp_path, monkeypatch):
         save({"kind": "tuning", "kernels": {"swiglu": 1}, "failures": []})
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(gpu_check.PARTS, "tuning", gpu_check.Part(1, run))
+    monkeypatch.setitem(gpu_check.PARTS, "tuning", gpu_check.CheckPart(1, run))
     with pytest.raises(KeyboardInterrupt):
         gpu_check.run_part("tuning", visit(tmp_path))
     assert json.loads((tmp_path / "tuning.json").read_text())["kernels"] == {"swiglu": 1}

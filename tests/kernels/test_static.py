@@ -15,7 +15,7 @@ from support import kernel_checks
 
 from lavin_kernels import static
 from lavin_kernels.launch import row_case
-from lavin_kernels.static import CAPABILITIES, MODULES, Report, check, inspect, violations
+from lavin_kernels.static import CAPABILITIES, MODULES, CompileReport, check, inspect, violations
 
 pytestmark = pytest.mark.skipif(kernel_checks.INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -38,9 +38,11 @@ def product(dtype: torch.dtype, precision: str = "ieee", size: int = 64, inner: 
     return row_case("product", product_kernel, dtype, constexprs, 4, 3 * size * size)
 
 
-def sound(**changed) -> Report:
+def sound(**changed) -> CompileReport:
     fields = {"dtype": "bfloat16", "num_warps": 8, "num_stages": 3, "useful_flops": 100, "executed_flops": 112}
-    return Report(**{"name": "joint_attention/x", "capability": 90, "bytes": 8, "wgmma": 26, **fields, **changed})
+    return CompileReport(
+        **{"name": "joint_attention/x", "capability": 90, "bytes": 8, "wgmma": 26, **fields, **changed}
+    )
 
 
 def test_one_kernel_for_one_target():

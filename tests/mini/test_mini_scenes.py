@@ -18,7 +18,7 @@ from lavin_rt.mini.world.encodings import PALETTE
 from lavin_rt.mini.world.measures import MEASURES, measure
 from lavin_rt.mini.world.scenes import FIELD_OF_VIEW, GROUND, SKY, SPHERE, VARIED, Scene
 from lavin_rt.mini.world.sources import PHOTOGRAPHS, SCENE_SEEDS, SPLITS, photograph, split_of
-from lavin_rt.mini.world.tasks import CLIP_TASKS, PICTURE_TASKS, TASKS, Task
+from lavin_rt.mini.world.tasks import CLIP_TASKS, PICTURE_TASKS, TASKS, WorldTask
 
 SIZE = 32
 MAPS = ("colour", "depth", "normals", "classes", "instances", "unshadowed", "flow")
@@ -118,7 +118,7 @@ def test_kept_scenes_are_what_was_rendered(tmp_path):
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
-def test_every_task_makes_pairs(task: Task, corpus: Corpus):
+def test_every_task_makes_pairs(task: WorldTask, corpus: Corpus):
     frames = 5 if task.is_clip else 1
     pairs = [corpus.draw(task, np.random.default_rng(seed)) for seed in (0, 0, 1, 2, 3)]
     for pair in pairs:
@@ -129,7 +129,7 @@ def test_every_task_makes_pairs(task: Task, corpus: Corpus):
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
-def test_a_perfect_result_measures_perfect_and_the_input_does_not(task: Task, corpus: Corpus):
+def test_a_perfect_result_measures_perfect_and_the_input_does_not(task: WorldTask, corpus: Corpus):
     perfect = {"PSNR": 100}
     for seed in range(3):
         given, target = corpus.draw(task, np.random.default_rng(seed))
@@ -224,7 +224,7 @@ def test_two_tasks_are_never_trained():
 
 
 @pytest.mark.parametrize("task", FAMILIES, ids=[task.name for task in FAMILIES])
-def test_members_of_a_family_differ_and_share_an_input(task: Task, corpus: Corpus):
+def test_members_of_a_family_differ_and_share_an_input(task: WorldTask, corpus: Corpus):
     everyone = [*task.members, *task.held_out]
     assert task.held_out and len({member.name for member in everyone}) == len(everyone) > 6
     suitable = [corpus.still(i, False) for i in range(len(corpus.scenes))]

@@ -22,7 +22,7 @@ from lavin_rt.mini.train import dit as train_dit
 from lavin_rt.mini.train import latents
 from lavin_rt.mini.train.__main__ import main
 from lavin_rt.mini.train.compiled import Compiled
-from lavin_rt.mini.train.dit import Plan, Shape, TransformerRun, flow_loss, initialise_, shapes_of, task_shares
+from lavin_rt.mini.train.dit import BatchShape, Plan, TransformerRun, flow_loss, initialise_, shapes_of, task_shares
 from lavin_rt.mini.train.latents import LatentPool, TaskLatents, encode_pieces, to_device
 from lavin_rt.mini.train.presets import PRESETS
 from lavin_rt.mini.train.trainer import Length, Rate, Trainer
@@ -136,13 +136,13 @@ def test_shapes_hold_about_the_same_tokens():
         assert data.shape == noise.shape and data.shape[2] == frames and len(t) == len(tasks) == len(cond)
         tokens = len(cond) * (cond.shape[2] + frames) * 4
         assert 0.8 * 4096 < tokens <= 4096
-    assert Shape(False, 0) in shapes_of(Plan(steps=1))
+    assert BatchShape(False, 0) in shapes_of(Plan(steps=1))
 
 
 def test_the_loss_is_that_of_the_flow():
     """Of a network that predicts zero: the mean square of `data - noise`."""
     dit = initialise_(JDiT(SMALL), seed=0)  # begins with a velocity of zero
-    cond, data, noise, t, _ = contexts(SHORT).draw(Shape(False, 1), 512, torch.Generator().manual_seed(1))
+    cond, data, noise, t, _ = contexts(SHORT).draw(BatchShape(False, 1), 512, torch.Generator().manual_seed(1))
     loss = flow_loss(dit, cond, data, noise, t)
     assert torch.allclose(loss, (data - noise).square().mean((1, 2, 3, 4)))
 

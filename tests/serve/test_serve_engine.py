@@ -12,7 +12,7 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 from support.serving import wait_until
 
 from lavin_rt.errors import InputError, NonFiniteError, TooLittleMemory
-from lavin_rt.serve.engine import Engine, Ticket
+from lavin_rt.serve.engine import ServingEngine, Ticket
 from lavin_rt.serve.limits import Limits, Refused, public_line
 
 
@@ -44,7 +44,7 @@ def make():
     engines = []
 
     def engine(runs, most=lambda kind, count: count, **limits):
-        engines.append(Engine(runs, most, Limits(**limits)))
+        engines.append(ServingEngine(runs, most, Limits(**limits)))
         return engines[-1]
 
     yield engine

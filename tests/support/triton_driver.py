@@ -114,10 +114,10 @@ def main(capability: int, kernels: list[str], forms: str) -> None:
     from lavin_bench.kernels import cases, tune
 
     def ours(operator, arguments, device):
-        return {"ours": cases.Variant(lambda: getattr(lavin_kernels, operator)(*arguments))}, {}
+        return {"ours": cases.OperatorVariant(lambda: getattr(lavin_kernels, operator)(*arguments))}, {}
 
     cpu, cases.variants = torch.device("cpu"), ours
-    setting = cases.Setting(128, 4)  # branches of 640 and 192 rows
+    setting = cases.ShapeSetting(128, 4)  # branches of 640 and 192 rows
     prepared = list(cases.cases(setting, cpu, torch.bfloat16))
     install(capability)
     for kernel in kernels or tune.KERNELS:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lavin_bench.ceilings import ceilings
-from lavin_bench.kernels.cases import OPERATORS, Case, Setting, Tensors, cases, settings
+from lavin_bench.kernels.cases import OPERATORS, Case, ShapeSetting, Tensors, cases, settings
 from lavin_bench.record import write_record
 from lavin_bench.timing import Timing, header, header_line, measure
 from lavin_rt.devices import current_device, resolve_device, resolve_dtype
@@ -75,7 +75,7 @@ def row(case: Case, name: str, error: float, timing: Timing, top: dict[str, dict
 
 
 def run(
-    chosen: Iterable[Setting],
+    chosen: Iterable[ShapeSetting],
     device: torch.device,
     dtype: torch.dtype,
     operators: str = "",

@@ -29,7 +29,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
+class OperatorVariant:
     """One way to compute an operator.
 
     Attributes:
@@ -42,7 +42,7 @@ class Variant:
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class ShapeSetting:
     """One shape of the standard run and its neighbours: picture size, pairs, whether the null branch runs, and whether
     the context's keys and values are reused.
     """
@@ -86,7 +86,7 @@ class Case:
     setting: str
     bytes: int
     flops: int
-    variants: dict[str, Variant]
+    variants: dict[str, OperatorVariant]
     truth: Callable[[], Tensors]
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -95,18 +95,18 @@ class Case:
         return f"{self.operator} [{self.setting}]"
 
 
-def settings(device: torch.device, full: bool = False) -> list[Setting]:
+def settings(device: torch.device, full: bool = False) -> list[ShapeSetting]:
     """The standard run, 256 px with 4 pairs, and the standard run's step that reuses the context; or all sizes and
     pairs with and without the null branch.
     """
     if device.type != "cuda":
-        return [Setting(64, 2, config=ONE_BLOCK, reuse=reuse) for reuse in (False, True)]
+        return [ShapeSetting(64, 2, config=ONE_BLOCK, reuse=reuse) for reuse in (False, True)]
     if not full:
-        return [Setting(512, 4), Setting(256, 4), Setting(512, 4, reuse=True)]
-    return [Setting(size, pairs, guided) for size in SIZES for pairs in PAIRS for guided in (True, False)]
+        return [ShapeSetting(512, 4), ShapeSetting(256, 4), ShapeSetting(512, 4, reuse=True)]
+    return [ShapeSetting(size, pairs, guided) for size in SIZES for pairs in PAIRS for guided in (True, False)]
 
 
-def cases(setting: Setting, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+def cases(setting: ShapeSetting, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Every operator's case at a setting, one at a time, so that their memory is not held together."""
     if setting.reuse:
         # Of the others, only the number of rows is another.
@@ -132,15 +132,18 @@ def plain_operator(operator: str) -> Callable[..., Any]:
 
 def variants(
     operator: str, arguments: tuple[Any, ...], device: torch.device
-) -> tuple[dict[str, Variant], dict[str, str]]:
+) -> tuple[dict[str, OperatorVariant], dict[str, str]]:
     """Ours, eager PyTorch and compiled PyTorch of an operator; and what is skipped, with the reason."""
     plain, ours = plain_operator(operator), getattr(lavin_kernels, operator)
     # torch compiles the same code eight times at most and then runs it eagerly: every case starts afresh.
     torch._dynamo.reset()
     compiled = torch.compile(plain, dynamic=False)
-    calls = {"eager": Variant(lambda: plain(*arguments)), "compiled": Variant(lambda: compiled(*arguments))}
+    calls = {
+        "eager": OperatorVariant(lambda: plain(*arguments)),
+        "compiled": OperatorVariant(lambda: compiled(*arguments)),
+    }
     if device.type == "cuda":
-        return {"ours": Variant(lambda: ours(*arguments)), **calls}, {}
+        return {"ours": OperatorVariant(lambda: ours(*arguments)), **calls}, {}
     return calls, {"ours": "the kernels need a CUDA device"}
 
 
@@ -168,7 +171,9 @@ class _Random:
         return values.mul_(scale)
 
 
-def _row_case(operator: str, setting: Setting, device: torch.device, arguments: tuple[Any, ...], moved: int) -> Case:
+def _row_case(
+    operator: str, setting: ShapeSetting, device: torch.device, arguments: tuple[Any, ...], moved: int
+) -> Case:
     calls, skipped = variants(operator, arguments, device)
 
     def truth() -> Tensors:
@@ -178,32 +183,34 @@ def _row_case(operator: str, setting: Setting, device: torch.device, arguments: 
     return Case(operator, setting.name, moved, 0, calls, truth, skipped)
 
 
-def _rows(setting: Setting, device: torch.device, dtype: torch.dtype, count: int) -> tuple[_Random, Branches, list]:
+def _rows(
+    setting: ShapeSetting, device: torch.device, dtype: torch.dtype, count: int
+) -> tuple[_Random, Branches, list]:
     random, branches = _Random(device, dtype), setting.layout(device).branches
     return random, branches, [random(branches.rows, setting.config.hidden_size) for _ in range(count)]
 
 
-def _ada_rms_norm(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:
+def _ada_rms_norm(setting: ShapeSetting, device: torch.device, dtype: torch.dtype) -> Case:
     random, branches, [rows] = _rows(setting, device, dtype, 1)
     scale = random(2, rows.shape[1]).float()
     return _row_case("ada_rms_norm", setting, device, (rows, branches.split, scale), 2 * _nbytes(rows))
 
 
-def _gated_residual(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:
+def _gated_residual(setting: ShapeSetting, device: torch.device, dtype: torch.dtype) -> Case:
     random, branches, [residual, update] = _rows(setting, device, dtype, 2)
     gate = random(2, residual.shape[1]).float()
     arguments = (residual, update, branches.split, gate)
     return _row_case("gated_residual", setting, device, arguments, 3 * _nbytes(residual))
 
 
-def _gated_residual_ada_rms_norm(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:
+def _gated_residual_ada_rms_norm(setting: ShapeSetting, device: torch.device, dtype: torch.dtype) -> Case:
     random, branches, [residual, update] = _rows(setting, device, dtype, 2)
     gate, scale = random(2, residual.shape[1]).float(), random(2, residual.shape[1]).float()
     arguments = (residual, update, branches.split, gate, scale)
     return _row_case("gated_residual_ada_rms_norm", setting, device, arguments, 4 * _nbytes(residual))
 
 
-def _qk_norm_rope(setting: Setting, device: torch.device, dtype: torch.dtype, into: bool = False) -> Case:
+def _qk_norm_rope(setting: ShapeSetting, device: torch.device, dtype: torch.dtype, into: bool = False) -> Case:
     config, layout = setting.config, setting.layout(device)
     random, branches = _Random(device, dtype), layout.branches
     qkv = random(branches.rows, config.hidden_size + 2 * config.kv_size)
@@ -219,13 +226,13 @@ def _qk_norm_rope(setting: Setting, device: torch.device, dtype: torch.dtype, in
     return _row_case("qk_norm_rope_into" if into else "qk_norm_rope", setting, device, arguments, moved)
 
 
-def _swiglu(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:
+def _swiglu(setting: ShapeSetting, device: torch.device, dtype: torch.dtype) -> Case:
     random, branches = _Random(device, dtype), setting.layout(device).branches
     gate_up = random(branches.rows, 2 * setting.config.mlp_size)
     return _row_case("swiglu", setting, device, (gate_up,), _nbytes(gate_up) * 3 // 2)
 
 
-def _linears(setting: Setting, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+def _linears(setting: ShapeSetting, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     config = setting.config
     random, branches = _Random(device, dtype), setting.layout(device).branches
     for name, inner, outer in (
@@ -250,7 +257,7 @@ def _feature_map(random: _Random, channels: int, size: int) -> torch.Tensor:
     return random(1, channels, 1, size, size).contiguous(memory_format=torch.channels_last_3d)
 
 
-def _norm_case(operator: str, setting: Setting, device: torch.device, arguments: tuple[Any, ...]) -> Case:
+def _norm_case(operator: str, setting: ShapeSetting, device: torch.device, arguments: tuple[Any, ...]) -> Case:
     x = arguments[0]
     # Read once and written once: the second reading may come from the L2, and a share must not exceed the whole.
     moved = 2 * _nbytes(x) + _nbytes(*(part for part in arguments[4:] if isinstance(part, torch.Tensor)))
@@ -258,20 +265,22 @@ def _norm_case(operator: str, setting: Setting, device: torch.device, arguments:
     return _row_case(operator, named, device, arguments, moved)
 
 
-def _group_norm_silu(setting: Setting, device: torch.device, dtype: torch.dtype, channels: int, size: int) -> Case:
+def _group_norm_silu(setting: ShapeSetting, device: torch.device, dtype: torch.dtype, channels: int, size: int) -> Case:
     random = _Random(device, dtype)
     arguments = (_feature_map(random, channels, size), random(channels), random(channels), 32)
     return _norm_case("group_norm_silu", setting, device, arguments)
 
 
-def _spatial_norm_silu(setting: Setting, device: torch.device, dtype: torch.dtype, channels: int, size: int) -> Case:
+def _spatial_norm_silu(
+    setting: ShapeSetting, device: torch.device, dtype: torch.dtype, channels: int, size: int
+) -> Case:
     random = _Random(device, dtype)
     latents = [_feature_map(random, channels, setting.size // 8) for _ in range(2)]
     arguments = (_feature_map(random, channels, size), random(channels), random(channels), 32, *latents)
     return _norm_case("spatial_norm_silu", setting, device, arguments)
 
 
-def _joint_attention(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:
+def _joint_attention(setting: ShapeSetting, device: torch.device, dtype: torch.dtype) -> Case:
     config, branches = setting.config, setting.layout(device).branches
     random = _Random(device, dtype)
     heads, kv_heads, head_size = config.num_heads, config.num_kv_heads, config.head_size
@@ -284,7 +293,7 @@ def _joint_attention(setting: Setting, device: torch.device, dtype: torch.dtype)
     q_padded, k_padded, v_padded = (torch.nn.functional.pad(part, (0, -head_size % 16)) for part in (q, k, v))
     calls, skipped = variants("joint_attention", (q, k, v, branches, head_size), device)
     if "ours" in calls:
-        calls["ours"] = Variant(
+        calls["ours"] = OperatorVariant(
             lambda: lavin_kernels.joint_attention(q_padded, k_padded, v_padded, branches, head_size)
         )
 
@@ -302,7 +311,7 @@ def _joint_attention(setting: Setting, device: torch.device, dtype: torch.dtype)
     stream_rows = torch.argsort(branches.branch_rows)  # stream-major row of every branch-contiguous one
     starts = [sum(lens[:branch]) for branch in range(len(lens))]
     picked_rows = torch.cat([stream_rows[picked + start] for picked, start in zip(sampled, starts, strict=True)])
-    calls = {name: Variant(variant.call, lambda out: (out[picked_rows],)) for name, variant in calls.items()}
+    calls = {name: OperatorVariant(variant.call, lambda out: (out[picked_rows],)) for name, variant in calls.items()}
 
     def of_branches(outputs: list[torch.Tensor]) -> Tensors:
         """Of outputs `[1, heads, rows, padded]` a branch."""
@@ -310,7 +319,7 @@ def _joint_attention(setting: Setting, device: torch.device, dtype: torch.dtype)
         return (torch.cat([out[0, :, picked, :head_size].transpose(0, 1).flatten(1) for out, picked in pairs]),)
 
     libraries, more_skipped = attention_backends(q, k, v, lens, key_lens)
-    calls |= {name: Variant(call, of_branches) for name, call in libraries.items()}
+    calls |= {name: OperatorVariant(call, of_branches) for name, call in libraries.items()}
     flops = sum(4 * rows * keys * heads * head_size for rows, keys in zip(lens, key_lens, strict=True))
     moved = 2 * _nbytes(q) + _nbytes(k, v)
     return Case("joint_attention", setting.name, moved, flops, calls, truth, {**skipped, **more_skipped})

@@ -133,7 +133,7 @@ def _parameter(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-class Stream(nn.Module):
+class AuthorsStream(nn.Module):
     """What a block holds for one of its two streams; the weights are the given model's, not copies."""
 
     def __init__(self, block: Any, stream: int, kv_size: int, weight: torch.Tensor, bias: torch.Tensor):
@@ -187,8 +187,8 @@ class Network(nn.Module):
         streams = []
         for index, block in enumerate(dit.blocks):
             weight, bias = dit.modulation_parameters(index)
-            streams.append(nn.ModuleList(Stream(block, i, config.kv_size, weight, bias) for i in range(2)))
-        self.blocks = cast("Sequence[Sequence[Stream]]", nn.ModuleList(streams))
+            streams.append(nn.ModuleList(AuthorsStream(block, i, config.kv_size, weight, bias) for i in range(2)))
+        self.blocks = cast("Sequence[Sequence[AuthorsStream]]", nn.ModuleList(streams))
         self.head_modulation, self.head = dit.head.modulation, dit.head.linear
 
     def forward(

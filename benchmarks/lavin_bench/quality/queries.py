@@ -14,7 +14,7 @@ from lavin_rt.mini.world.data import CLIP_MOMENTS, SceneArrays, render_arrays
 from lavin_rt.mini.world.families import Member
 from lavin_rt.mini.world.scenes import VARIED, Picture, Scene
 from lavin_rt.mini.world.sources import SCENE_SEEDS, photograph_crop
-from lavin_rt.mini.world.tasks import TASKS, Task
+from lavin_rt.mini.world.tasks import TASKS, WorldTask
 
 SPLIT = "evaluation"
 # The scenes of contexts begin here within the split, so that no query's scene is in a context.
@@ -41,7 +41,7 @@ class TaskQueries:
         held_out: whether these are members that are never trained.
     """
 
-    task: Task
+    task: WorldTask
     pool: np.ndarray
     picks: np.ndarray
     queries: np.ndarray
@@ -91,7 +91,7 @@ class Scenery:
             self._kept[seed, moments] = render_arrays([first + seed], self.size, moments)
         return [self._kept[seed, moments] for seed in seeds]
 
-    def pictures(self, task: Task, first: int, count: int) -> list[Any]:
+    def pictures(self, task: WorldTask, first: int, count: int) -> list[Any]:
         """What a task's function takes, of `count` scenes from the seed `first` on that suit the task."""
         if task.is_clip:
             seeds = range(CLIPS_FROM + first, CLIPS_FROM + first + count)
@@ -108,7 +108,7 @@ class Scenery:
         return found
 
     @staticmethod
-    def _likely(task: Task, seed: int) -> bool:
+    def _likely(task: WorldTask, seed: int) -> bool:
         """Whether it is worth rendering a scene to see if it suits the task."""
         return len(Scene.from_seed(seed).solids) == 1 if task.source == "single" else seed % VARIED == VARIED - 1
 
@@ -117,7 +117,7 @@ def draw(
     size: int,
     scenes: int,
     pairs: int,
-    tasks: Sequence[Task],
+    tasks: Sequence[WorldTask],
     seed: int = 0,
     show: bool = True,
     split: str = SPLIT,
@@ -144,7 +144,9 @@ def draw(
     return drawn
 
 
-def _drawn(scenery: Scenery, task: Task, members: Sequence[Member], scenes: int, pairs: int, seed: int) -> TaskQueries:
+def _drawn(
+    scenery: Scenery, task: WorldTask, members: Sequence[Member], scenes: int, pairs: int, seed: int
+) -> TaskQueries:
     index = list(TASKS).index(task.name)
     photographs = round(CROPS_PER_SCENE * scenes) if task.source == "any" else 0
     # A few queries need no large pool.

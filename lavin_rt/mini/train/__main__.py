@@ -69,7 +69,7 @@ class Stages:
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class TrainingSetting:
     """How and where a training runs.
 
     Attributes:
@@ -114,7 +114,7 @@ class Setting:
         )
 
 
-def train(chosen: Preset, setting: Setting) -> None:
+def train(chosen: Preset, setting: TrainingSetting) -> None:
     """All stages of lavin-mini; see the module. Of several processes the first one renders and trains the VAE."""
     from lavin_rt.mini.world.tasks import TASKS
 
@@ -155,13 +155,13 @@ def train(chosen: Preset, setting: Setting) -> None:
         maker.close()
 
 
-def _compiled(chosen: Preset, setting: Setting, dit: JDiT | None) -> TransformerRun:
+def _compiled(chosen: Preset, setting: TrainingSetting, dit: JDiT | None) -> TransformerRun:
     run = setting.run(chosen, dit)
     run.compile(shapes_of(chosen.plan), chosen.size // PATCH)
     return run
 
 
-def _train_vae(chosen: Preset, setting: Setting, maker: PieceMaker) -> None:
+def _train_vae(chosen: Preset, setting: TrainingSetting, maker: PieceMaker) -> None:
     """Unless the folder says that it is done."""
     finished, plan = setting.output / "vae-finished", chosen.vae_plan
     length = str((plan.steps, plan.seconds))
@@ -175,7 +175,7 @@ def _train_vae(chosen: Preset, setting: Setting, maker: PieceMaker) -> None:
         _write(finished, length)
 
 
-def train_on_folders(chosen: Preset, setting: Setting, folders: list[Path], size: int) -> None:
+def train_on_folders(chosen: Preset, setting: TrainingSetting, folders: list[Path], size: int) -> None:
     """The transformer alone, on folders of example pairs, each a task.
 
     Args:
@@ -259,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.lora and (given.warm_start is None or dist.is_torchelastic_launched()):
             raise InputError("--lora trains a change to given weights in one process; give --warm-start CHECKPOINT")
         device, chosen = _device(given.device), _chosen(given)
-        setting = Setting(
+        setting = TrainingSetting(
             given.output,
             given.cache,
             device,

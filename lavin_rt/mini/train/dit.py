@@ -101,7 +101,7 @@ def task_shares(pool: LatentPool, weights: Mapping[str, float], families: float)
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class BatchShape:
     """A kind of batch: `pairs` 0 is the null condition."""
 
     clips: bool
@@ -121,12 +121,12 @@ def chances(plan: Plan, clips: bool, progress: float) -> list[float]:
     return [a + (b - a) * progress for a, b in zip(first, last, strict=True)]
 
 
-def shapes_of(plan: Plan) -> list[Shape]:
+def shapes_of(plan: Plan) -> list[BatchShape]:
     """All that can come, the most frequent first."""
-    found: dict[Shape, float] = {}
+    found: dict[BatchShape, float] = {}
     for clips, share in ((False, 1 - plan.clips), (True, plan.clips)):
         of_pairs = [NULL_SHARE, *chances(plan, clips, 0.5)]
-        found |= {Shape(clips, pairs): share * chance for pairs, chance in enumerate(of_pairs)}
+        found |= {BatchShape(clips, pairs): share * chance for pairs, chance in enumerate(of_pairs)}
     return sorted((shape for shape, chance in found.items() if chance > 0), key=lambda shape: -found[shape])
 
 
@@ -150,22 +150,22 @@ class Contexts:
         self.names = [task.name for pool in self.pools.values() for task in pool.tasks]
         self.first_clip = len(pictures.tasks) if pictures is not None else 0
 
-    def shape(self, generator: torch.Generator, progress: float) -> Shape:
+    def shape(self, generator: torch.Generator, progress: float) -> BatchShape:
         """A random one; `generator` is the processor's."""
         kind, null = torch.rand(2, generator=generator).tolist()
         clips = False not in self.pools or (True in self.pools and kind < self.plan.clips)
         if null < NULL_SHARE:
-            return Shape(clips, 0)
-        return Shape(
+            return BatchShape(clips, 0)
+        return BatchShape(
             clips, int(torch.tensor(chances(self.plan, clips, progress)).multinomial(1, generator=generator)) + 1
         )
 
-    def sizes(self, shape: Shape, tokens: int) -> tuple[int, int, int]:
+    def sizes(self, shape: BatchShape, tokens: int) -> tuple[int, int, int]:
         """Batch, latent frames of a query, and side of its latents."""
         frames, side = (self.pools[shape.clips].latents.shape[i] for i in (2, 3))
         return shape.batch(tokens, frames, side), frames, side
 
-    def draw(self, shape: Shape, tokens: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    def draw(self, shape: BatchShape, tokens: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Conditions, targets, noise, times and the samples' tasks (places in `names`), all on the device."""
         pool = self.pools[shape.clips]
         batch, frames, _ = self.sizes(shape, tokens)
@@ -234,7 +234,7 @@ class TransformerRun:
             shard_(network)
         self.network = Compiled(network, flow_loss, compile, network.blocks)
 
-    def compile(self, shapes: list[Shape], side: int, clip_frames: int = 2) -> None:
+    def compile(self, shapes: list[BatchShape], side: int, clip_frames: int = 2) -> None:
         """Compiles for batches of these shapes; `side` of the latents."""
         sizes = []
         for shape in shapes:

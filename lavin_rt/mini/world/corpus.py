@@ -12,7 +12,7 @@ import torch
 from lavin_rt.mini.world.data import CLIP_MOMENTS, SceneArrays, cached_scenes, render_arrays
 from lavin_rt.mini.world.scenes import CYLINDER, Picture, ScenePicture
 from lavin_rt.mini.world.sources import SCENE_SEEDS, photograph_crop
-from lavin_rt.mini.world.tasks import CLASS_SEEN, Task
+from lavin_rt.mini.world.tasks import CLASS_SEEN, WorldTask
 
 PHOTOGRAPHS_SHARE = 0.4  # of the pictures of a task that photographs serve for as well
 CLIPS_FROM = 500_000  # clips' scenes begin here within their split
@@ -70,7 +70,7 @@ class Corpus:
         frames = [self.clips.picture(index, moment) for moment in range(CLIP_MOMENTS)]
         return [frame.mirrored() for frame in frames] if mirrored else frames
 
-    def draw(self, task: Task, rng: np.random.Generator) -> np.ndarray:
+    def draw(self, task: WorldTask, rng: np.random.Generator) -> np.ndarray:
         """A random pair of the task: input and target, uint8 `[2, T, S, S, 3]`."""
         mirrored = bool(rng.random() < 0.5)
         if task.is_clip:

@@ -21,7 +21,7 @@ from lavin_rt.mini.world.encodings import (
     grey,
 )
 from lavin_rt.mini.world.figures import decode_joints
-from lavin_rt.mini.world.tasks import Task
+from lavin_rt.mini.world.tasks import WorldTask
 
 Value = TypeVar("Value", float, np.ndarray)
 
@@ -176,7 +176,7 @@ _FUNCTIONS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[float, ...]]] = {
 }
 
 
-def measure(task: Task, result: np.ndarray, target: np.ndarray) -> dict[str, float]:
+def measure(task: WorldTask, result: np.ndarray, target: np.ndarray) -> dict[str, float]:
     """The figures of a result by their names, the deciding one first."""
     values = _FUNCTIONS[task.measure](result, target)
     return {m.name: value for m, value in zip(MEASURES[task.measure], values, strict=True)}

@@ -22,7 +22,7 @@ CLASS_SEEN = 0.01  # share of a picture that an object to be boxed, or each clas
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Task:
+class WorldTask:
     """A task.
 
     Attributes:
@@ -88,48 +88,48 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("depth_estimation", perception.depth, "scene", "depth", 1.2),
-        Task("normal_estimation", perception.normals, "scene", "normals", 1.2),
-        Task("foreground_segmentation", perception.foreground, "scene", "mask", 1.2),
-        Task("panoptic_segmentation", perception.panoptic, "scene", "segments", 1.6),
-        Task("object_detection", perception.detection, "single", "box", 1.2),
-        Task("instance_contours", perception.contours, "scene", "contours", 1.0),
-        Task("shadow_detection", perception.shadows, "scene", "mask", 0.8),
-        Task("edge_detection", perception.edges, "any", "restoration", 1.0),
-        Task("keypoint_detection", perception.keypoints, "any", "joints", 1.4),
-        Task("figure_from_keypoints", perception.figure_from_keypoints, "any", "restoration", 0.7),
-        Task("image_from_depth", perception.image_from_depth, "scene", "restoration", 0.8),
-        Task("image_from_normals", perception.image_from_normals, "scene", "restoration", 0.0),
-        Task("inpainting", restorations.inpainting, "any", "restoration", 1.0),
-        Task("colorization", restorations.colorization, "any", "colour", 1.0),
-        Task("deblurring", restorations.deblurring, "any", "restoration", 1.0),
-        Task("super_resolution", restorations.super_resolution, "any", "restoration", 0.8),
-        Task("deraining", restorations.deraining, "any", "restoration", 0.0),
-        Task("desnowing", restorations.desnowing, "any", "restoration", 0.8),
-        Task("denoising", restorations.denoising, "any", "restoration", 1.0),
-        Task("low_light", restorations.low_light, "any", "restoration", 0.8),
-        Task("dehazing", restorations.dehazing, "scene", "restoration", 0.8),
-        Task("shadow_removal", restorations.shadow_removal, "scene", "restoration", 0.8),
-        Task("frame_prediction", moving.frame_prediction, "clip", "restoration", 1.5),
-        Task("frame_interpolation", moving.frame_interpolation, "clip", "restoration", 1.0),
-        Task("video_depth_estimation", moving.video_depth, "clip", "depth", 1.0),
-        Task("video_normal_estimation", moving.video_normals, "clip", "normals", 1.0),
-        Task("video_segmentation", moving.video_segmentation, "clip", "mask", 1.0),
-        Task("optical_flow", moving.optical_flow, "clip", "flow", 1.2),
-        Task("negative", families.negative, "any", "restoration", 1.5, families.POLARITY),
-        Task("hue", families.hue, "any", "restoration", 2.0, families.HUE),
-        Task("channel_order", families.channel_order, "any", "restoration", 2.0, families.CHANNELS),
-        Task("orientation", families.orientation, "any", "restoration", 1.5, families.ORIENTATION),
-        Task("class_mask", families.class_mask, "varied", "mask", 2.0, families.CLASS_MASK),
-        Task("class_colours", families.class_mask, "varied", "restoration", 2.0, families.CLASS_COLOURS),
-        Task("mask_colours", families.class_mask, "scene", "restoration", 1.5, families.MASK_COLOURS),
+        WorldTask("depth_estimation", perception.depth, "scene", "depth", 1.2),
+        WorldTask("normal_estimation", perception.normals, "scene", "normals", 1.2),
+        WorldTask("foreground_segmentation", perception.foreground, "scene", "mask", 1.2),
+        WorldTask("panoptic_segmentation", perception.panoptic, "scene", "segments", 1.6),
+        WorldTask("object_detection", perception.detection, "single", "box", 1.2),
+        WorldTask("instance_contours", perception.contours, "scene", "contours", 1.0),
+        WorldTask("shadow_detection", perception.shadows, "scene", "mask", 0.8),
+        WorldTask("edge_detection", perception.edges, "any", "restoration", 1.0),
+        WorldTask("keypoint_detection", perception.keypoints, "any", "joints", 1.4),
+        WorldTask("figure_from_keypoints", perception.figure_from_keypoints, "any", "restoration", 0.7),
+        WorldTask("image_from_depth", perception.image_from_depth, "scene", "restoration", 0.8),
+        WorldTask("image_from_normals", perception.image_from_normals, "scene", "restoration", 0.0),
+        WorldTask("inpainting", restorations.inpainting, "any", "restoration", 1.0),
+        WorldTask("colorization", restorations.colorization, "any", "colour", 1.0),
+        WorldTask("deblurring", restorations.deblurring, "any", "restoration", 1.0),
+        WorldTask("super_resolution", restorations.super_resolution, "any", "restoration", 0.8),
+        WorldTask("deraining", restorations.deraining, "any", "restoration", 0.0),
+        WorldTask("desnowing", restorations.desnowing, "any", "restoration", 0.8),
+        WorldTask("denoising", restorations.denoising, "any", "restoration", 1.0),
+        WorldTask("low_light", restorations.low_light, "any", "restoration", 0.8),
+        WorldTask("dehazing", restorations.dehazing, "scene", "restoration", 0.8),
+        WorldTask("shadow_removal", restorations.shadow_removal, "scene", "restoration", 0.8),
+        WorldTask("frame_prediction", moving.frame_prediction, "clip", "restoration", 1.5),
+        WorldTask("frame_interpolation", moving.frame_interpolation, "clip", "restoration", 1.0),
+        WorldTask("video_depth_estimation", moving.video_depth, "clip", "depth", 1.0),
+        WorldTask("video_normal_estimation", moving.video_normals, "clip", "normals", 1.0),
+        WorldTask("video_segmentation", moving.video_segmentation, "clip", "mask", 1.0),
+        WorldTask("optical_flow", moving.optical_flow, "clip", "flow", 1.2),
+        WorldTask("negative", families.negative, "any", "restoration", 1.5, families.POLARITY),
+        WorldTask("hue", families.hue, "any", "restoration", 2.0, families.HUE),
+        WorldTask("channel_order", families.channel_order, "any", "restoration", 2.0, families.CHANNELS),
+        WorldTask("orientation", families.orientation, "any", "restoration", 1.5, families.ORIENTATION),
+        WorldTask("class_mask", families.class_mask, "varied", "mask", 2.0, families.CLASS_MASK),
+        WorldTask("class_colours", families.class_mask, "varied", "restoration", 2.0, families.CLASS_COLOURS),
+        WorldTask("mask_colours", families.class_mask, "scene", "restoration", 1.5, families.MASK_COLOURS),
     )
 }
 PICTURE_TASKS = tuple(task for task in TASKS.values() if not task.is_clip)
 CLIP_TASKS = tuple(task for task in TASKS.values() if task.is_clip)
 
 
-def find_task(name: str) -> Task:
+def find_task(name: str) -> WorldTask:
     """The task of that name.
 
     Raises:

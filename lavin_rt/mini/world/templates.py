@@ -11,13 +11,13 @@ import numpy as np
 
 from lavin_rt.files import written_whole
 from lavin_rt.mini.world.corpus import Corpus
-from lavin_rt.mini.world.tasks import TASKS, Task
+from lavin_rt.mini.world.tasks import TASKS, WorldTask
 
 PAIRS = 8
 TEMPLATE_SCENES, TEMPLATE_CLIPS = 64, PAIRS
 
 
-def template_pairs(corpus: Corpus, task: Task, count: int = PAIRS, seed: int = 0) -> list[np.ndarray]:
+def template_pairs(corpus: Corpus, task: WorldTask, count: int = PAIRS, seed: int = 0) -> list[np.ndarray]:
     """Pairs of a task, uint8 `[2, T, S, S, 3]`, no two equal; of pictures two may show one scene."""
     rng = np.random.default_rng([seed, list(TASKS).index(task.name), 5])
     if task.is_clip:
