@@ -63,7 +63,7 @@ def add_export(commands: Any) -> None:
 def export(options: argparse.Namespace) -> None:
     """Runs the command."""
     if options.kind == "verify":
-        from lavin_export.verify.artifact import from_arguments, shown
+        from lavin_export.verify.command import from_arguments, shown
         from lavin_rt.console import print_json
 
         verification = from_arguments(options)
@@ -81,7 +81,7 @@ def export(options: argparse.Namespace) -> None:
 
     manifest = Manifest.read(options.output)
     if manifest.verification.get("passed"):
-        from lavin_export.verify.artifact import shown
+        from lavin_export.verify.command import shown
 
         print("\n".join(shown(manifest.verification)))
     else:

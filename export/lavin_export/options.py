@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lavin_rt.cli.options import DTYPES
+from lavin_rt.cli.options import DTYPES, SPEEDS
 
 
 def add_common(command: argparse.ArgumentParser) -> None:
@@ -32,6 +32,15 @@ def add_common(command: argparse.ArgumentParser) -> None:
         "--steps", type=int, nargs="+", default=[20], help="schedules that it shall know, in knots (default: 20)"
     )
     command.add_argument(
+        "--speed",
+        dest="speeds",
+        nargs="+",
+        default=[],
+        choices=SPEEDS,
+        metavar="SPEED",
+        help=f"speeds that it shall serve besides exact: {', '.join(SPEEDS[1:])} (default: none)",
+    )
+    command.add_argument(
         "--clip-frames", type=int, nargs="+", default=[], help="lengths 1 + 4 k of clips that it shall take too"
     )
     command.add_argument(
@@ -45,4 +54,4 @@ def add_common(command: argparse.ArgumentParser) -> None:
 
 def common_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What of the options that all formats have goes to a format's `export_...` function by name and as it is."""
-    return {name: getattr(arguments, name) for name in ("steps", "clip_frames", "templates", "verify")}
+    return {name: getattr(arguments, name) for name in ("steps", "speeds", "clip_frames", "templates", "verify")}

@@ -20,7 +20,7 @@ from lavin_export.networks import denoiser as denoiser_part
 from lavin_export.networks import vae as vae_parts
 from lavin_export.options import common_options
 from lavin_export.verify.artifact import verify_written
-from lavin_export.writer import ArtifactWriter, writing
+from lavin_export.writer import ArtifactWriter, Speeds, writing
 from lavin_rt.artifact.aoti import CPU_LEVELS, PERMUTED
 from lavin_rt.artifact.parts import Ranges, Record, Target, TensorSpec
 from lavin_rt.checkpoint.files import Checkpoint
@@ -49,6 +49,7 @@ def export_aoti(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     steps: Sequence[int] = (20,),
+    speeds: Speeds = (),
     clip_frames: Sequence[int] = (),
     cpu: str = "native",
     templates: bool = True,
@@ -68,6 +69,7 @@ def export_aoti(
         dtype: that the networks compute in; "auto" as in `resolve_dtype`, but float32 for a CPU: the one that runs it
             may be another.
         steps: schedules to tabulate the modulation of.
+        speeds: that it shall serve besides `exact`; see `lavin_export.writer.writing`.
         clip_frames: frame counts `1 + 4 k` of clips to compile the VAE for, besides pictures.
         cpu: "native" (this machine's processor), "avx512" or "avx2" (any x86-64 processor with these).
         templates: copy the checkpoint's templates.
@@ -92,7 +94,7 @@ def export_aoti(
     if device.type == "cuda":
         target["compute_capability"] = list(torch.cuda.get_device_capability(device))
     options: Record = {"cpu": cpu, "clip_frames": list(clip_frames)}
-    with writing(output, "aoti", checkpoint, dtype, target, options, steps, templates) as artifact:
+    with writing(output, "aoti", checkpoint, dtype, target, options, steps, templates, speeds) as artifact:
         parts: list[Callable[[], None]] = [lambda: compile_denoiser(artifact, device, cpu)]
         parts += [
             partial(compile_vae, artifact, part, frames, device, cpu)

@@ -1,6 +1,6 @@
 """Writing an artifact: a folder that appears whole and verified, or not at all.
 
-    with writing(output, "onnx", checkpoint, dtype, target, options, steps=(20,)) as artifact:
+    with writing(output, "onnx", checkpoint, dtype, target, options, steps=(20,), speeds=["fast"]) as artifact:
         artifact.config, artifact.dtype, artifact.file      # the transformer's header, open for streaming
         artifact.vae()                                      # the checkpoint's STVAE, float32 on the CPU, loaded once
         artifact.dit()                                      # the checkpoint's JDiT in the artifact's dtype; NOT for
@@ -23,7 +23,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +31,7 @@ import torch
 
 from lavin_rt.artifact.manifest import FORMAT, KINDS, MODULATION, NAME, VERSION, Manifest, file_sha256
 from lavin_rt.artifact.parts import FileEntry, Part, Ranges, Record, Target, TensorSpec
+from lavin_rt.artifact.speeds import described, named_speeds, tables
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.header import check_tensors, dit_config, open_checkpoint, picture_size
 from lavin_rt.checkpoint.load import ModulationInFile, load_dit, load_vae
@@ -43,8 +44,11 @@ from lavin_rt.dit.modulation import modulation_table
 from lavin_rt.errors import InputError
 from lavin_rt.files import check_writable, is_vacant, written_whole
 from lavin_rt.sampling.schedule import schedule
+from lavin_rt.sampling.speeds import Speed
 from lavin_rt.vae.model import LATENT_SCALE, LATENT_SHIFT, STVAE, vae_fingerprint
 
+Speeds = Iterable[str] | Mapping[str, Speed]
+KINDS_THAT_KEEP: tuple[str, ...] = ()  # keys and values of a context
 ANY_DEVICE: Target = {"device": "any", "compute_capability": None}
 
 
@@ -58,6 +62,7 @@ def writing(
     options: Record | None = None,
     steps: Sequence[int] = (20,),
     templates: bool = True,
+    speeds: Speeds = (),
 ) -> Iterator[ArtifactWriter]:
     """A folder to export into, beside `output`, renamed to it when the block ends and removed if the block fails.
 
@@ -70,10 +75,12 @@ def writing(
         options: of the export, for the record; plain values.
         steps: schedules to tabulate the modulation of.
         templates: copy the checkpoint's template folder, where it has one, so that tasks go by name.
+        speeds: that it shall serve besides `exact`, by their names in `lavin_rt.sampling.speeds.SPEEDS`, or others with
+            the names that they shall have.
 
     Raises:
         InputError: a folder that is in use, a checkpoint that cannot be read, a schedule that does not exist or comes
-            twice.
+            twice, a speed that does not exist or cannot be served.
     """
     if kind not in KINDS or dtype not in DTYPES.values():
         raise InputError(f"cannot export {kind!r} in {dtype}; expected {', '.join(KINDS)} in {', '.join(DTYPES)}")
@@ -83,15 +90,32 @@ def writing(
         raise InputError(f"steps are {list(steps)}, which names a schedule twice; give each once")
     for count in steps:
         schedule(count)
+    served = named_speeds(speeds)
+    for name, speed in served.items():
+        check_served(name, speed, kind, max(steps))
     if os.path.lexists(output) and not (os.path.isdir(output) and is_vacant(output)):
         raise InputError(f"{output} is there and not empty; give another folder, or remove it first")
     check_writable(output, folder=True)
     with written_whole(output, folder=True) as partial:
-        artifact = ArtifactWriter(partial, kind, checkpoint, dtype, target or ANY_DEVICE, options or {}, tuple(steps))
+        artifact = ArtifactWriter(
+            partial, kind, checkpoint, dtype, target or ANY_DEVICE, options or {}, tuple(steps), served
+        )
         yield artifact
         if templates and checkpoint.templates is not None:
             shutil.copytree(checkpoint.templates, partial / "template", symlinks=False)
         artifact.write_manifest()
+
+
+def check_served(name: str, speed: Speed, kind: str, steps: int) -> None:
+    """Raises an `InputError` for a speed that artifacts of a kind cannot serve, or on none of the schedules up to one
+    of so many knots.
+    """
+    if speed.keeps and kind not in KINDS_THAT_KEEP:
+        raise InputError(
+            f"speed {name} keeps keys and values of the context, which {kind} artifacts do not: leave it out, or give "
+            "one that has no more than a grid of its own and held guidance"
+        )
+    speed.knots(None if speed.owns_grid else steps)
 
 
 class ArtifactWriter:
@@ -100,6 +124,7 @@ class ArtifactWriter:
     Attributes:
         folder: where its files go.
         kind, dtype, target, options, steps: as given to `writing`.
+        speeds: by name, `exact` among them.
         computes_in: that the networks compute in, where that is not the dtype of their files.
         config: the transformer's.
         file: the transformer's open header.
@@ -118,9 +143,10 @@ class ArtifactWriter:
         target: Target,
         options: Record,
         steps: tuple[int, ...],
+        speeds: dict[str, Speed],
     ):
         self.folder, self.kind, self.checkpoint = folder, kind, checkpoint
-        self.dtype, self.target, self.options, self.steps = dtype, target, options, steps
+        self.dtype, self.target, self.options, self.steps, self.speeds = dtype, target, options, steps, speeds
         self.computes_in = dtype
         self.file = open_checkpoint(os.path.abspath(checkpoint.dit))
         self.config: DiTConfig = dit_config(self.file)
@@ -172,18 +198,17 @@ class ArtifactWriter:
         self.parts[name] = cast("Part", {**part, **more})
 
     def write_modulation(self) -> None:
-        """Writes the modulation of every schedule, float32, from the weights as the checkpoint has them.
+        """Writes the modulation of every schedule and speed, float32, from the weights as the checkpoint has them.
 
-        `knots.N` `[N]`, `blocks.N` `[N - 1, depth, 2, 4, D]` and `head_scale.N` `[N - 1, D]`. Reads one block's linears
-        at a time.
+        For the schedule of N knots `knots.N` `[N]`, `blocks.N` `[N - 1, depth, 2, 4, D]` and `head_scale.N`
+        `[N - 1, D]`; `knots.speed.NAME` and so on for a speed that has a grid of its own, and `knots.context` for those
+        that make the context's keys and values once a task. Reads one block's linears at a time.
         """
         dit = modulation_model(self.file, self.config)
         tensors: dict[str, torch.Tensor] = {}
-        for steps in self.steps:
-            knots = schedule(steps)
+        for name, knots in tables(self.steps, self.speeds).items():
             table = modulation_table(dit, knots[:-1])
-            tensors |= {f"knots.{steps}": knots, f"blocks.{steps}": table.blocks}
-            tensors[f"head_scale.{steps}"] = table.head_scale
+            tensors |= {f"knots.{name}": knots, f"blocks.{name}": table.blocks, f"head_scale.{name}": table.head_scale}
         layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
         write_safetensors(self.folder / MODULATION, layout, tensors.values(), {"format": FORMAT})
 
@@ -208,6 +233,7 @@ class ArtifactWriter:
             "versions": self.versions,
             "source": self._source,
             "schedules": list(self.steps),
+            "speeds": {name: described(speed) for name, speed in self.speeds.items()},
             "parts": self.parts,
             "files": {path.name: self._entry(path) for path in sorted(self.folder.iterdir()) if _is_listed(path)},
             "verification": self.verification,

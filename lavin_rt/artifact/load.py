@@ -16,7 +16,7 @@ import torch
 
 from lavin_rt.artifact.manifest import KINDS_OF_CODE, MODULATION, Manifest
 from lavin_rt.artifact.sizes import check_ranges
-from lavin_rt.checkpoint.tensors import SafetensorsFile
+from lavin_rt.artifact.speeds import read_table, tables_of
 from lavin_rt.dit.layout import Form, Shape
 from lavin_rt.errors import InputError
 from lavin_rt.files import Progress
@@ -112,29 +112,16 @@ class ArtifactNetwork:
         Raises:
             InputError: a schedule that the artifact was exported without, with those it has; a damaged file.
         """
-        steps, config = len(knots), self.config
-        if steps not in self.manifest.schedules:
-            has = ", ".join(map(str, self.manifest.schedules))
+        steps, manifest = len(knots), self.manifest
+        names = tables_of(steps, manifest.schedules, manifest.speeds)
+        if not names:
+            has = ", ".join(map(str, manifest.schedules))
             raise InputError(
-                f"{self.manifest.folder} has no modulation for steps {steps}; it has {has}: "
+                f"{manifest.folder} has no modulation for steps {steps}; it has {has}: "
                 f"choose one of these, or export it with --steps {steps}"
             )
-        shapes = {
-            "knots": (steps,),
-            "blocks": (steps - 1, config.depth, 2, 4, config.hidden_size),
-            "head_scale": (steps - 1, config.hidden_size),
-        }
-        file, tensors = SafetensorsFile.open(self.manifest.folder / MODULATION), {}
-        with file.reader() as reader:
-            for name, shape in shapes.items():
-                entry = file.entries.get(f"{name}.{steps}")
-                if entry is None or entry.shape != shape or entry.dtype != "F32":
-                    raise InputError(f"{file.path}: {name}.{steps} is {entry}, expected F32 {shape}; export it again")
-                tensors[name] = torch.empty(shape, dtype=torch.float32)
-                reader.read_into(f"{name}.{steps}", tensors[name])
-        if not torch.equal(tensors["knots"], knots.cpu().float()):
-            raise InputError(f"{file.path}: its {steps} knots are not this package's; export the artifact again")
-        return tensors["blocks"].to(self.device), tensors["head_scale"].to(self.device)
+        found = read_table(manifest.folder / MODULATION, names, self.config, knots)
+        return found["blocks"].to(self.device), found["head_scale"].to(self.device)
 
     def embed(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents with their frames as rows, `[n, T, 16, h, w]`."""
@@ -154,8 +141,7 @@ class ArtifactNetwork:
 
     def check_speed(self, speed: Speed) -> None:
         """Raises an `InputError` for a speed that the artifact was not exported for, with those it has."""
-        if speed.name != "exact":
-            raise InputError(f"{self.manifest.folder} has no speed {speed.name}; it has exact: leave speed out")
+        self.manifest.check_speed(speed)
 
     def step(self, shape: Shape, form: Form | None = None, once: bool = False) -> LatentCondition:
         """The network at one shape; an `InputError` as of `check`."""

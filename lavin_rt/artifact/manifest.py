@@ -22,10 +22,12 @@ import torch
 
 from lavin_rt.artifact.parts import FileEntry, Part, Record, Target
 from lavin_rt.artifact.sizes import parse_size, ranges_of, shown
+from lavin_rt.artifact.speeds import parsed_speeds
 from lavin_rt.devices import DTYPES
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.errors import InputError
 from lavin_rt.files import Progress
+from lavin_rt.sampling.speeds import Speed
 
 T = TypeVar("T")
 FORMAT, VERSION = "lavin-rt artifact", 1
@@ -59,6 +61,7 @@ class Manifest:
         size: of the pictures that the checkpoint was trained on, pixels a side.
         target: the device that it was made for.
         schedules: numbers of knots that the modulation file has.
+        speeds: by name, those that it serves, `exact` always among them.
         parts: by name: "denoiser", "vae_encoder", "vae_decoder", "vae_encoder_clip5", ...
         files: every file but the manifest itself.
         versions, source, options, verification: of the export, for the record.
@@ -73,6 +76,7 @@ class Manifest:
     size: int
     target: Target
     schedules: tuple[int, ...]
+    speeds: dict[str, Speed]
     parts: dict[str, Part]
     files: dict[str, FileEntry]
     versions: dict[str, str]
@@ -112,6 +116,16 @@ class Manifest:
                 f"{self.folder} was exported in {made}, asked for {asked}; leave dtype out or export it again"
             )
         return dataclasses.replace(self, dtype=dtype)
+
+    def check_speed(self, speed: Speed) -> None:
+        """Raises an `InputError` for a speed that the artifact was not exported for, with those it has."""
+        if speed in self.speeds.values():
+            return
+        name, has = speed.name, ", ".join(self.speeds)
+        other = f"; its {name} is another one than this package's" if name in self.speeds else ""
+        raise InputError(
+            f"{self.folder} has no speed {name}; it has {has}{other}: choose one of these, or export it for that speed"
+        )
 
     def check_files(self, progress: Progress | None = None) -> None:
         """Compares every file with its size and hash.
@@ -193,6 +207,7 @@ class Manifest:
             **dataclasses.asdict(self.config),
             "size": self.size,
             "schedules": list(self.schedules),
+            "speeds": list(self.speeds),
             "parts": list(self.parts),
             "sizes (latents)": shown,
             "bytes": sum(entry["bytes"] for entry in self.files.values()),
@@ -279,6 +294,7 @@ def _parsed(folder: Path, values: Mapping[str, object]) -> Manifest:
     schedules = _typed(values, "schedules", list)
     if not schedules or not all(type(steps) is int and 2 <= steps <= 1000 for steps in schedules):
         raise InputError(f"schedules are {shown(schedules)}, expected numbers of knots")
+    speeds = parsed_speeds(values.get("speeds"))
     scaling = _typed(values, "latent_scaling", dict)
     if not all(isinstance(scaling.get(name), float | int) for name in ("shift", "scale")):
         raise InputError(f"latent_scaling is {shown(scaling)}, expected shift and scale")
@@ -303,6 +319,7 @@ def _parsed(folder: Path, values: Mapping[str, object]) -> Manifest:
         size=size,
         target=cast("Target", target),
         schedules=tuple(schedules),
+        speeds=speeds,
         parts=parts,
         files=files,
         versions={str(k): str(v) for k, v in _typed(values, "versions", dict).items()},

@@ -69,6 +69,8 @@ def _run(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     with progress.bar("loading", "B") as loading:
         checkpoint = opened(find_model(options.checkpoint, options.revision, options.trust, progress=loading))
+        if isinstance(checkpoint, Artifact):
+            checkpoint.manifest.check_speed(speed)
         check_task(options, checkpoint, size, queries, lengths, outputs)
         if checkpoint.source == BUNDLED_NAMES[1]:
             note(options, BUNDLED_NOTE)

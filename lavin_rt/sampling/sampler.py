@@ -11,7 +11,7 @@ from lavin_rt.dit.layout import Shape
 from lavin_rt.dit.model import JDiT
 from lavin_rt.errors import InputError
 from lavin_rt.host_state import own_state
-from lavin_rt.sampling.denoisers import make_network
+from lavin_rt.sampling.denoisers import Denoiser, make_network
 from lavin_rt.sampling.executor import Callback, Executor
 from lavin_rt.sampling.speeds import TASK, Speed, speed_of
 from lavin_rt.scalars import real, whole
@@ -53,18 +53,36 @@ def sample(
         NonFiniteError: naming the step at which the latents stopped being finite.
     """
     speed = speed_of(speed)
-    knots = speed.knots(steps)
+    speed.knots(steps)  # refuses them before work is done
     cond_latents, noise = torch.as_tensor(cond_latents), torch.as_tensor(noise)
-    shape = dataclasses.replace(check_inputs(dit, cond_latents, noise, query_frames, guidance), kept=speed.keeps)
+    check_inputs(dit, cond_latents, noise, query_frames, guidance)
+    network = make_network(dit, impl, compile)
+    return sampled(network, cond_latents, noise, speed, steps, float(guidance), query_frames, callback)
+
+
+def sampled(
+    network: Denoiser,
+    cond_latents: torch.Tensor,
+    noise: torch.Tensor,
+    speed: Speed,
+    steps: int | None = None,
+    guidance: float = 1.5,
+    query_frames: int = 1,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """What `sample` does, with a network: a model's, or an artifact's."""
+    knots = speed.knots(steps)
+    network.check_speed(speed)
+    shape = dataclasses.replace(check_inputs(network, cond_latents, noise, query_frames, guidance), kept=speed.keeps)
     # For a single run a capture would cost more than it saves.
-    executor = Executor(make_network(dit, impl, compile), graphs=False)
+    executor = Executor(network, graphs=False)
     frames = executor.embed(cond_latents)
     context_rows = frames.shape[1] // shape.cond_frames * (shape.cond_frames - shape.query_frames)
     context, query = frames[:, :context_rows], frames[:, context_rows:]
     keys = None
     if speed.refresh == TASK:
         keys = executor.context_keys(dataclasses.replace(shape, guided=False), context)
-    return executor.sample(shape, context, query, noise, knots, float(guidance), callback, speed, keys)
+    return executor.sample(shape, context, query, noise, knots, guidance, callback, speed, keys)
 
 
 def null_condition(cond_latents: torch.Tensor, query_frames: int = 1) -> torch.Tensor:
@@ -74,7 +92,7 @@ def null_condition(cond_latents: torch.Tensor, query_frames: int = 1) -> torch.T
 
 
 def check_inputs(
-    dit: JDiT, cond_latents: torch.Tensor, noise: torch.Tensor, query_frames: int, guidance: float
+    dit: JDiT | Denoiser, cond_latents: torch.Tensor, noise: torch.Tensor, query_frames: int, guidance: float
 ) -> Shape:
     """The shape of a run, or an `InputError` that says which input does not fit."""
     channels = dit.config.in_channels

@@ -46,7 +46,9 @@ def serve(options: argparse.Namespace) -> None:
     for package in PACKAGES if options.no_page else (*PACKAGES, "gradio"):
         if find_spec(package) is None:
             raise missing_extra(package, "serve", "lavin-rt serve")
+    from lavin_rt.find.model import Artifact, find_model
     from lavin_rt.pipeline import Pipeline
+    from lavin_rt.sampling.speeds import speed_of
     from lavin_rt.serve.app import make_app
     from lavin_rt.serve.server import Server, listen
     from lavin_rt.serve.service import Service
@@ -54,7 +56,10 @@ def serve(options: argparse.Namespace) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     with listen(options.host, options.port) as listening:
         with Progress(quiet=False).bar("loading", "B") as loading:
-            pipeline = Pipeline.from_pretrained(options.checkpoint, **loading_options(options), progress=loading)
+            model = find_model(options.checkpoint, options.revision, options.trust, progress=loading)
+            if isinstance(model, Artifact):
+                model.manifest.check_speed(speed_of(options.speed))
+            pipeline = Pipeline.from_pretrained(model, **loading_options(options), progress=loading)
         service = Service(pipeline, limits, options.tasks, options.speed)
         hosts = LOOPBACK if here and token is None and not options.no_token else None
         server = Server(make_app(service, token, hosts, page=not options.no_page), service.engine, options.grace)

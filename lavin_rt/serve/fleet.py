@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lavin_rt.artifact.manifest import Manifest, artifact_values
 from lavin_rt.console import loading_options, print_json
 from lavin_rt.errors import InputError, missing_extra, one_line
 from lavin_rt.pictures import images
@@ -37,6 +38,8 @@ def run_map(options: argparse.Namespace) -> None:
     if options.speed not in SPEEDS:
         raise InputError(f"--speed is {options.speed!r}; expected one of {', '.join(SPEEDS)}")
     SPEEDS[options.speed].knots(options.steps)
+    if options.checkpoint and (values := artifact_values(options.checkpoint)) is not None:
+        Manifest.of(Path(options.checkpoint), values).check_speed(SPEEDS[options.speed])
     if options.size is not None:
         images.parse_size(options.size)
     for name in ("workers", "batch_size"):

@@ -264,7 +264,7 @@ def build(page: Page) -> gr.Blocks:
                     cancel = gr.Button("Cancel", elem_id="cancel", min_width=90)
                 message = gr.HTML(status(""), elem_id="status")
                 with gr.Accordion("How", open=False, elem_id="how"):
-                    speed = gr.Radio(list(SPEEDS), value=service.speed, label="Speed")
+                    speed = gr.Radio(service.speeds, value=service.speed, label="Speed")
                     steps = gr.Slider(
                         4, service.limits.steps, value=20, step=2, label="Steps", info="of speed exact alone"
                     )

@@ -86,7 +86,8 @@ class Service:
         self.pipeline, self.limits = pipeline, limits or Limits()
         if speed not in SPEEDS:
             raise InputError(f"speed is {speed!r}; expected one of {', '.join(SPEEDS)}")
-        self.speed = speed
+        pipeline.speed(speed)
+        self.speed, self.speeds = speed, [name for name in SPEEDS if _serves(pipeline, name)]
         self.library = Library(pipeline, self.limits, files)
         self.engine = ServingEngine(self._run, self._most, self.limits, self._observe)
         self.metrics = Metrics(lambda: self.engine.waiting, lambda: self.engine.running, pipeline.device)
@@ -110,7 +111,7 @@ class Service:
         speed = self.speed if speed is None else speed
         if speed not in SPEEDS:
             raise _unfit(f"speed is {speed[:40]!r}; expected one of {', '.join(SPEEDS)}")
-        knots = len(SPEEDS[speed].knots(steps))
+        knots = len(self.pipeline.speed(speed).knots(steps))
         asked = None if size is None else images.parse_size(size)
         if knots > self.limits.steps:
             raise _unfit(f"steps is {knots}; expected {self.limits.steps} at most")
@@ -262,6 +263,15 @@ class Service:
             "batch": answer.batch,
             "seconds": {"waited": round(answer.waited, 4), "ran": round(answer.ran, 4)},
         }
+
+
+def _serves(pipeline: Pipeline, speed: str) -> bool:
+    """Whether a pipeline has a speed, which one of an artifact may not."""
+    try:
+        pipeline.speed(speed)
+    except InputError:
+        return False
+    return True
 
 
 def _unfit(message: str) -> Refused:

@@ -60,10 +60,12 @@ def test_the_modulation_is_read_once(tmp_path, monkeypatch):
     blocks = ModulationInFile.__call__
     monkeypatch.setattr(ModulationInFile, "__call__", lambda *given: read.append(given[1]) or blocks(*given))
     config = describe(checkpoint).config
-    manifest = types.SimpleNamespace(schedules=[8], config=config, parts={"denoiser": {"ranges": denoiser.RANGES}})
+    manifest = types.SimpleNamespace(
+        schedules=[8], speeds={}, config=config, parts={"denoiser": {"ranges": denoiser.RANGES}}
+    )
     cases = verify.Cases(manifest, checkpoint, 3)
     with torch.no_grad():
-        passes, run = cases._of_transformer(torch.float32, torch.device("cpu"))
+        passes, _, run = cases._of_transformer(torch.float32, torch.device("cpu"))
     assert len(passes) == 3 and run.isfinite().all()
     assert read == list(range(config.depth))
 

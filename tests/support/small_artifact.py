@@ -1,7 +1,7 @@
 """An artifact made by hand in a second: graphs of one layer where a model's would be, but everything else as exported.
 
 The denoiser's velocity is `weight * latents`, the encoder averages blocks of 8 x 8 pixels into every channel, the
-decoder repeats the mean of the channels.
+decoder repeats the mean of the channels. Besides `exact` it serves the speed `held`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from safetensors.torch import save_file
 from lavin_rt.artifact.manifest import FORMAT, VERSION
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.sampling.schedule import schedule
+from lavin_rt.sampling.speeds import Speed
 
 CONFIG = DiTConfig(hidden_size=24, depth=1, num_heads=1, kv_group=1)
 GRID = ["height", "width"]
 RANGES = {"batch": [1, 4], "target_frames": [1, 2], "cond_frames": [1, 9], "height": [2, 64], "width": [2, 64]}
 WEIGHT = -0.5
+HELD = Speed(times=(0, 0.25, 0.5, 1), guided={0, 1})
 
 
 def write_small_artifact(folder: Path) -> Path:
@@ -55,7 +57,11 @@ def write_small_artifact(folder: Path) -> Path:
     parts["vae_decoder"] = _part(
         folder, "vae_decoder", nodes, {"weight": decoder}, [("latents", latent)], [pixels], sizes
     )
-    tables = {"knots.20": schedule(20), "blocks.20": torch.zeros(19, 1, 2, 4, 24), "head_scale.20": torch.zeros(19, 24)}
+    tables = {}
+    for name, knots in {"20": schedule(20), "speed.held": HELD.knots()}.items():
+        count = len(knots) - 1
+        tables |= {f"knots.{name}": knots, f"blocks.{name}": torch.zeros(count, 1, 2, 4, 24)}
+        tables[f"head_scale.{name}"] = torch.zeros(count, 24)
     save_file(tables, folder / "modulation.safetensors")
     values = {
         "format": FORMAT,
@@ -70,6 +76,7 @@ def write_small_artifact(folder: Path) -> Path:
         "versions": {},
         "source": {"name": "by hand"},
         "schedules": [20],
+        "speeds": {"exact": {}, "held": {"times": [0, 0.25, 0.5, 1], "guided": [0, 1]}},
         "parts": parts,
         "files": {},
         "verification": {},

@@ -18,7 +18,7 @@ from lavin_export.options import common_options
 from lavin_export.to_onnx import graph as onnx_graph
 from lavin_export.to_onnx.support import Report
 from lavin_export.verify.artifact import verify_written
-from lavin_export.writer import ArtifactWriter, writing
+from lavin_export.writer import ArtifactWriter, Speeds, writing
 from lavin_rt.artifact.manifest import Manifest
 from lavin_rt.artifact.parts import Ranges, TensorSpec
 from lavin_rt.checkpoint.files import Checkpoint
@@ -55,6 +55,7 @@ def export_onnx(
     *,
     dtype: torch.dtype = torch.float32,
     steps: Sequence[int] = (20,),
+    speeds: Speeds = (),
     clip_frames: Sequence[int] = (),
     templates: bool = True,
     verify: bool = True,
@@ -70,6 +71,7 @@ def export_onnx(
         output: the artifact's folder; must not exist, or be empty.
         dtype: float32, float16 or bfloat16 (which ONNX Runtime computes on CUDA only).
         steps: schedules to tabulate the modulation of.
+        speeds: that it shall serve besides `exact`; see `lavin_export.writer.writing`.
         clip_frames: frame counts `1 + 4 k` of clips to export the VAE for, besides pictures.
         templates: copy the checkpoint's templates.
         verify: run the parts against the plain model; an artifact that fails leaves nothing behind.
@@ -87,7 +89,7 @@ def export_onnx(
         raise missing_extra(error.name or "onnx", "onnx", "exporting to ONNX") from None
     lengths = vae_parts.clip_lengths(clip_frames)
     options = {"clip_frames": list(clip_frames), "opset": onnx_graph.OPSET}
-    with writing(output, "onnx", checkpoint, dtype, options=options, steps=steps, templates=templates) as artifact:
+    with writing(output, "onnx", checkpoint, dtype, None, options, steps, templates, speeds) as artifact:
         artifact.versions |= {"onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
         for part in write_graphs(artifact, artifact.folder, lengths, progress):
             needs = {"tensorrt": ".".join(map(str, part.support.tensorrt)), "operators": part.support.operators}

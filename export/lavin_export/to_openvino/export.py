@@ -14,7 +14,7 @@ from lavin_export.options import common_options
 from lavin_export.to_onnx import export as to_onnx
 from lavin_export.to_openvino.int8 import import_nncf, quantize_denoiser
 from lavin_export.verify.artifact import verify_written
-from lavin_export.writer import writing
+from lavin_export.writer import Speeds, writing
 from lavin_rt.artifact.manifest import Manifest
 from lavin_rt.artifact.openvino import core, import_openvino, precision
 from lavin_rt.artifact.parts import Record, Target
@@ -36,6 +36,7 @@ def export_openvino(
     int8: bool = False,
     calibrate: str | os.PathLike | None = None,
     steps: Sequence[int] = (20,),
+    speeds: Speeds = (),
     clip_frames: Sequence[int] = (),
     templates: bool = True,
     verify: bool = True,
@@ -53,6 +54,7 @@ def export_openvino(
         int8: the denoiser's products of weights, see `int8.quantize_denoiser`.
         calibrate: folder of tasks' folders to quantise with; by default the checkpoint's templates.
         steps: schedules to tabulate the modulation of.
+        speeds: that it shall serve besides `exact`; see `lavin_export.writer.writing`.
         clip_frames: frame counts `1 + 4 k` of clips to export the VAE for, besides pictures.
         templates: copy the checkpoint's templates.
         verify: run the parts against the plain model; an artifact that fails leaves nothing behind.
@@ -75,7 +77,7 @@ def export_openvino(
             )
     options: Record = {"clip_frames": list(clip_frames), "int8": int8}
     with (
-        writing(output, "openvino", checkpoint, torch.float32, CPU, options, steps, templates) as artifact,
+        writing(output, "openvino", checkpoint, torch.float32, CPU, options, steps, templates, speeds) as artifact,
         scratch(artifact.folder.parent) as graphs,
     ):
         artifact.computes_in = dtype

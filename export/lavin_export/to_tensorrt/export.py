@@ -22,7 +22,7 @@ from lavin_export.to_onnx import export as to_onnx
 from lavin_export.to_tensorrt.build import BuildOptions, build_plan
 from lavin_export.to_tensorrt.profiles import Profile, for_vae, parse, with_null_branches
 from lavin_export.verify.artifact import verify_written
-from lavin_export.writer import ArtifactWriter, writing
+from lavin_export.writer import ArtifactWriter, Speeds, writing
 from lavin_rt.artifact.manifest import Manifest
 from lavin_rt.artifact.parts import Target
 from lavin_rt.artifact.tensorrt_library import import_tensorrt, version_numbers
@@ -45,6 +45,7 @@ def export_tensorrt(
     options: BuildOptions | None = None,
     keep_onnx: bool = False,
     steps: Sequence[int] = (20,),
+    speeds: Speeds = (),
     clip_frames: Sequence[int] = (),
     templates: bool = True,
     verify: bool = True,
@@ -67,6 +68,7 @@ def export_tensorrt(
         options: of the builder; see `BuildOptions`.
         keep_onnx: keep the graphs beside the plans.
         steps: schedules to tabulate the modulation of.
+        speeds: that it shall serve besides `exact`; see `lavin_export.writer.writing`.
         clip_frames: frame counts `1 + 4 k` of clips to build the VAE for, besides pictures.
         templates: copy the checkpoint's templates.
         verify: run the parts against the plain model; an artifact that fails leaves nothing behind.
@@ -89,7 +91,7 @@ def export_tensorrt(
     target: Target = {"device": "cuda", "compute_capability": list(torch.cuda.get_device_capability(device))}
     with (
         torch.cuda.device(device),
-        writing(output, "tensorrt", checkpoint, dtype, target, _record(options), steps, templates) as artifact,
+        writing(output, "tensorrt", checkpoint, dtype, target, _record(options), steps, templates, speeds) as artifact,
         scratch(artifact.folder.parent) as graphs,
     ):
         artifact.versions |= {"tensorrt": trt.__version__, "gpu": torch.cuda.get_device_name(device)}

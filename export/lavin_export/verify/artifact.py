@@ -7,12 +7,11 @@ what the plain one makes whose linears' inputs are rounded to 8 bits, and weight
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import itertools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +23,22 @@ from lavin_export.networks import vae as vae_parts
 from lavin_export.networks.denoiser import BranchDenoiser
 from lavin_export.verify.int8 import EightBits, in_int8
 from lavin_export.verify.onnx_weights import widened
+from lavin_export.verify.speeds import PlainBranches, at_speeds, other_speeds
 from lavin_export.verify.weights import check_weights
 from lavin_export.writer import ArtifactWriter
 from lavin_rt.artifact.aoti import read_weights
 from lavin_rt.artifact.load import ArtifactNetwork, ArtifactVAE, Session, assemble
-from lavin_rt.artifact.manifest import Manifest, file_sha256
+from lavin_rt.artifact.manifest import Manifest
 from lavin_rt.artifact.parts import Part
 from lavin_rt.artifact.sizes import check_ranges, ranges_of, sized
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.load import load_dit, load_vae
 from lavin_rt.checkpoint.names import official_layout
-from lavin_rt.devices import current_device, resolve_device
+from lavin_rt.devices import current_device
 from lavin_rt.dit.model import JDiT
-from lavin_rt.dit.modulation import modulation_table
 from lavin_rt.errors import InputError
 from lavin_rt.files import scratch
-from lavin_rt.find.model import find_checkpoint
+from lavin_rt.sampling.denoisers import Denoiser, PlainNetwork
 from lavin_rt.sampling.schedule import schedule
 from lavin_rt.vae.model import STVAE
 
@@ -124,7 +123,7 @@ def verify_artifact(
         found = cases.of_artifact(network, vae)
     checks = []
     for index, ((part, sizes), result, right, plain) in enumerate(zip(cases.keys, found, truth, own, strict=True)):
-        fixed = RUN if part == "sampling" else PASS
+        fixed = RUN if part.startswith(("sampling", "speed")) else PASS
         exact = manifest.dtype == torch.float32 and index not in eight
         budget = fixed if exact else max(2 * relative_error(eight.get(index, plain), right), AGREE_LEAST)
         checks.append(Check(part, sizes, relative_error(result, right), budget))
@@ -140,7 +139,12 @@ def verify_artifact(
         "method": method,
         "parts": {
             name: [{"sizes": check.sizes, "error": check.error, "budget": check.budget} for check in of_part]
-            for name, of_part in itertools.groupby((c for c in checks if c.part != "sampling"), lambda c: c.part)
+            for name, of_part in itertools.groupby((c for c in checks if c.part in manifest.parts), lambda c: c.part)
+        },
+        "speeds": {
+            check.part.partition(" ")[2]: {"error": check.error, "budget": check.budget}
+            for check in checks
+            if check.part.startswith("speed ")
         },
         "sampling": {
             "evaluations": evaluations,
@@ -210,22 +214,26 @@ class Cases:
         self.pictures = [
             (name, sizes)
             for name, part in manifest.parts.items()
-            if name != "denoiser"
+            if name.startswith("vae")
             for sizes in sizes_to_check(part, LARGEST_PICTURE, ODD_PICTURE, lambda sizes: True)
         ]
         self.run = dict(self.passes[0])
         fits = _within(manifest.parts["denoiser"], {**self.run, "height": 4, "width": 6, "cond_frames": 3})
         if fits:
             self.run |= {"height": 4, "width": 6, "cond_frames": 3}
-        self.keys = [("denoiser", sizes) for sizes in self.passes] + [*self.pictures, ("sampling", self.run)]
+        self.keys = [("denoiser", sizes) for sizes in self.passes] + self.pictures
+        self.keys += [(f"speed {name}", self.run) for name in other_speeds(manifest)] + [("sampling", self.run)]
 
     def of_plain(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
         """Results of the plain model, on the CPU in float32."""
-        passes, run = self._of_transformer(dtype, device)
+        passes, speeds, run = self._of_transformer(dtype, device)
         vae = load_vae(self.checkpoint.vae, device=device, dtype=dtype).in_form("plain")
-        return [*passes, *self._pictures(vae, device), run]
+        return [*passes, *self._pictures(vae, device), *speeds, run]
 
-    def _of_transformer(self, dtype: torch.dtype, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def _of_transformer(
+        self, dtype: torch.dtype, device: torch.device
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+        """The passes, the runs at other speeds, the sampling run."""
         dit = load_dit(self.checkpoint.dit, device=device, dtype=dtype)
 
         def velocity(latents: torch.Tensor, evaluation: int, cond_latents: torch.Tensor) -> torch.Tensor:
@@ -233,22 +241,22 @@ class Cases:
 
         # Read once for all calls: from the file a call takes as long to read 28 % of the model as to compute.
         with dit.resident_modulation():
-            return self._passes(velocity, device), self._sampled(velocity, device)
+            speeds = self._at_speeds(PlainNetwork(dit))
+            return self._passes(velocity, device), speeds, self._sampled(velocity, device)
 
     def of_artifact(self, network: ArtifactNetwork, vae: ArtifactVAE) -> list[torch.Tensor]:
         """Results of an artifact, on the CPU in float32."""
         passes, run = self._of_denoiser(network.session, network.table(self.knots), network.dtype, network.device)
-        return [*passes, *self._pictures(vae, network.device), run]
+        return [*passes, *self._pictures(vae, network.device), *self._at_speeds(network), run]
 
     def of_eight_bits(self) -> dict[int, torch.Tensor]:
         """Results of the plain denoiser with linears of 8-bit operands, by their places among `keys`."""
         dit = load_dit(self.checkpoint.dit, dtype=torch.float32)
-        denoiser, table = BranchDenoiser(dit), modulation_table(dit, self.knots[:-1])
+        network = PlainBranches(self.manifest, dit)
         with EightBits():
-            passes, run = self._of_denoiser(
-                lambda *given: (denoiser(*given),), (table.blocks, table.head_scale), torch.float32, torch.device("cpu")
-            )
-        return {**dict(enumerate(passes)), len(self.keys) - 1: run}
+            passes, run = self._of_denoiser(network.session, network.table(self.knots), torch.float32, network.device)
+            runs = [*self._at_speeds(network), run]
+        return {**dict(enumerate(passes)), **dict(enumerate(runs, len(self.keys) - len(runs)))}
 
     def _of_denoiser(
         self,
@@ -273,11 +281,19 @@ class Cases:
             results.append(velocity(latents, evaluation, cond_latents).float().cpu())
         return results
 
+    def _at_speeds(self, network: Denoiser) -> list[torch.Tensor]:
+        noise, cond_latents = self._latents(self.run, network.device, 100)
+        return at_speeds(network, self.manifest, cond_latents, noise, GUIDANCE if self._guided() else 1.0)
+
+    def _guided(self) -> bool:
+        """Whether the denoiser takes the null branch of the sampling run."""
+        return _within(self.manifest.parts["denoiser"], {**self.run, "cond_frames": 2})
+
     def _sampled(self, velocity: Velocity, device: torch.device) -> torch.Tensor:
         latents, cond_latents = self._latents(self.run, device, 100)
         query = cond_latents[:, :, -1:]
         null = torch.cat([torch.zeros_like(query), query], dim=2)
-        guided = _within(self.manifest.parts["denoiser"], {**self.run, "cond_frames": 2})
+        guided = self._guided()
         # A few wide Euler steps over the whole schedule: its first knots lie so close that they would move nothing.
         last = len(self.knots) - 1
         chosen = [round(index * last / self.evaluations) for index in range(self.evaluations)] + [last]
@@ -346,34 +362,3 @@ def _within(part: Part, sizes: Sizes) -> bool:
     except InputError:
         return False
     return True
-
-
-def from_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs `lavin-rt export verify`."""
-    manifest = Manifest.read(arguments.artifact)
-    checkpoint = find_checkpoint(arguments.checkpoint, revision=arguments.revision)
-    for role, path in (("dit", checkpoint.dit), ("vae", checkpoint.vae)):
-        if file_sha256(path) != manifest.source.get(f"{role}_sha256"):
-            raise InputError(
-                f"{arguments.artifact} was not exported from {path} (another SHA-256); give the checkpoint that it was "
-                f"exported from: {manifest.source.get('name')}"
-            )
-    device = resolve_device(arguments.device if arguments.device != "auto" else _device_of(manifest))
-    return verify_artifact(Path(arguments.artifact), checkpoint, device)
-
-
-def _device_of(manifest: Manifest) -> str:
-    return "cuda" if manifest.target["device"] == "cuda" else "cpu"
-
-
-def shown(verification: Mapping[str, Any]) -> Sequence[str]:
-    """A verification in lines."""
-    lines = []
-    for name, checks in verification["parts"].items():
-        worst = max(checks, key=lambda check: check["error"] / check["budget"])
-        lines.append(f"ok  {name}: error {worst['error']:.1e}, allowed {worst['budget']:.1e}, {len(checks)} shapes")
-    run = verification["sampling"]
-    lines.append(
-        f"ok  sampling, {run['evaluations']} evaluations: error {run['error']:.1e}, allowed {run['budget']:.1e}"
-    )
-    return [*lines, f"on {verification['device']}, {verification['method']}"]
