@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from lavin_rt.dit.model import JDiT
 from lavin_rt.dit.packed import padded_head_size
 from lavin_rt.errors import InputError
 from lavin_rt.pictures.encoded import ANEW, KeptKeys
@@ -61,16 +62,29 @@ def _swapped(keys: torch.Tensor, inner: int, outer: int) -> torch.Tensor:
     return keys.unflatten(-1, (3, inner, outer)).transpose(-1, -2).flatten(-3)
 
 
+def transformer_of(network: Denoiser) -> JDiT:
+    """The transformer that a network runs.
+
+    Raises:
+        InputError: it is an artifact's, whose parameters are not at hand.
+    """
+    dit = getattr(network, "dit", None)
+    if dit is None:
+        raise InputError(
+            "keys and values in a file belong to weights by their fingerprint, which an artifact does not have; make "
+            "and use such packs with its checkpoint"
+        )
+    return dit
+
+
 def fingerprint(network: Denoiser) -> str:
     """32 hexadecimal digits that tell transformers apart, in any dtype: a hash of a part of every parameter.
 
     Raises:
-        InputError: the network is an artifact, whose parameters are not at hand.
+        InputError: as `transformer_of`.
     """
-    if not hasattr(network, "dit"):
-        raise InputError("an artifact keeps no keys and values; make and use such packs with its checkpoint")
     parts = {f"made at {CONTEXT_TIME}": torch.zeros(0)}
-    for name, parameter in network.dit.named_parameters():
+    for name, parameter in transformer_of(network).named_parameters():
         values = parameter.detach().flatten()
         parts[f"{name} {list(parameter.shape)}"] = values[:: max(1, len(values) // SAMPLES)]
     return vae_fingerprint(parts)

@@ -16,7 +16,7 @@ from lavin_rt.dit.layout import Shape
 from lavin_rt.engine import Engine
 from lavin_rt.errors import InputError
 from lavin_rt.host_state import own_state
-from lavin_rt.kept_keys import kept_tensors, keys_to_keep
+from lavin_rt.kept_keys import kept_tensors, keys_to_keep, transformer_of
 from lavin_rt.pictures import context as contexts
 from lavin_rt.pictures import images
 from lavin_rt.pictures.encoded import EncodedContext
@@ -321,6 +321,7 @@ class Task:
             InputError: an artifact's, or too little memory.
         """
         network = self.engine.network
+        transformer_of(network)  # refuses an artifact's before work is done
         return dataclasses.replace(self.context, kept=keys_to_keep(network, self._kept_keys()))
 
     def _encode(self, clips: Sequence[torch.Tensor], seed: int) -> torch.Tensor:

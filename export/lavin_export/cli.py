@@ -49,7 +49,7 @@ def add_export(commands: Any) -> None:
     verify = kinds.add_parser(
         "verify",
         help="hold an artifact against its checkpoint",
-        description="Runs every part of an artifact, and a short sampling run, beside the checkpoint's plain model.",
+        description="Runs every part of an artifact, and sampling runs, beside the checkpoint's plain model.",
     )
     verify.add_argument("artifact", metavar="DIR", help="the artifact")
     verify.add_argument("--checkpoint", metavar="PATH|HUB-ID", help="that it was exported from (default: mini)")

@@ -17,12 +17,15 @@ import torch
 from torch import nn
 
 from lavin_export.networks import denoiser as denoiser_part
+from lavin_export.networks import kept_denoiser
 from lavin_export.networks import vae as vae_parts
 from lavin_export.options import common_options
 from lavin_export.verify.artifact import verify_written
 from lavin_export.writer import ArtifactWriter, Speeds, writing
-from lavin_rt.artifact.aoti import CPU_LEVELS, PERMUTED
+from lavin_rt.artifact.aoti import CPU_LEVELS, PERMUTED, read_weights
+from lavin_rt.artifact.manifest import KEPT
 from lavin_rt.artifact.parts import Ranges, Record, Target, TensorSpec
+from lavin_rt.artifact.speeds import named_speeds
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.load import load_dit
 from lavin_rt.checkpoint.tensors import write_safetensors
@@ -89,6 +92,12 @@ def export_aoti(
         raise InputError(f"cpu is {cpu!r}; expected one of {', '.join(CPUS)}")
     if cpu != "native" and platform.machine() != "x86_64":
         raise InputError(f"cpu is {cpu!r}, this is an {platform.machine()} machine; use native")
+    keeping = [name for name, speed in named_speeds(speeds).items() if speed.keeps]
+    if keeping and device.type != "cpu":
+        raise InputError(
+            f"speed {keeping[0]} keeps keys and values of the context, which aoti artifacts for {device.type} do not: "
+            "leave it out, or export for --device cpu"
+        )
     lengths = vae_parts.clip_lengths(clip_frames)
     target: Target = {"device": device.type, "compute_capability": None}
     if device.type == "cuda":
@@ -114,7 +123,9 @@ def export_aoti(
 
 
 def compile_denoiser(artifact: ArtifactWriter, device: torch.device, cpu: str) -> None:
-    """Compiles one branch of an evaluation into the artifact."""
+    """Compiles one branch of an evaluation into the artifact, and where its speeds keep keys and values the one that
+    takes and gives them, of the same weights.
+    """
     config = artifact.config
     # Not the artifact's own copy: its joined matrices go one by one as they are reordered.
     dit = load_dit(artifact.checkpoint.dit, dtype=artifact.dtype, device=device)
@@ -135,6 +146,20 @@ def compile_denoiser(artifact: ArtifactWriter, device: torch.device, cpu: str) -
     example = denoiser_part.example_inputs(config, artifact.dtype, device, EXAMPLE)
     described = (inputs, outputs, ranges)
     _compile(artifact, "denoiser", network.eval(), example, shapes, device, cpu, described, impl=impl)
+    if artifact.keeps:
+        assert isinstance(network, denoiser_part.BranchDenoiser)  # as of a CPU, which alone is served
+        _compile(
+            artifact,
+            KEPT,
+            kept_denoiser.KeptDenoiser(network).eval(),
+            kept_denoiser.example_inputs(config, artifact.dtype, device, EXAMPLE),
+            kept_denoiser.dynamic_shapes(),
+            device,
+            cpu,
+            kept_denoiser.specification(config, artifact.dtype_name),
+            weights_of="denoiser",
+            impl=impl,
+        )
 
 
 def compile_vae(artifact: ArtifactWriter, part: str, frames: int, device: torch.device, cpu: str) -> None:
@@ -174,18 +199,33 @@ def _compile(
     device: torch.device,
     cpu: str,
     specification: tuple[list[TensorSpec], list[TensorSpec], Ranges],
+    weights_of: str | None = None,
     **more: Any,
 ) -> None:
-    file, weights = f"{name}.pt2", f"{name}.weights.safetensors"
+    """Compiles a network into the artifact, with weights of its own or those of a part that has the same ones."""
+    file, weights = f"{name}.pt2", f"{weights_of or name}.weights.safetensors"
     with _compiling(name), torch.no_grad():
         program = torch.export.export(network, inputs, dynamic_shapes=dynamic_shapes)
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(artifact.folder / file), inductor_configs=inductor_options(cpu)
         )
-    write_weights(artifact.folder / weights, {**program.state_dict, **program.constants})
+    tensors = {**program.state_dict, **program.constants}
+    if weights_of is None:
+        write_weights(artifact.folder / weights, tensors)
+    else:
+        _check_shared(artifact.folder / weights, tensors)
     level = {"avx512": "AVX512", "avx2": "AVX2"}.get(cpu, torch.backends.cpu.get_cpu_capability())
     more |= {"machine": platform.machine(), "cpu_level": level if level in CPU_LEVELS else "DEFAULT"}
     artifact.add_part(name, file, [weights], *specification, **more)
+
+
+def _check_shared(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises a `RuntimeError` unless a weights file has these tensors, to the bit and in their order of memory."""
+    found = read_weights(path, torch.device("cpu"))
+    for name, tensor in tensors.items():
+        same = name in found and found[name].dtype == tensor.dtype and torch.equal(found[name], tensor.detach())
+        if not same or found[name].stride() != tensor.stride():
+            raise RuntimeError(f"{path.name} does not have the constant {name} of a part that shares it")
 
 
 def inductor_options(cpu: str) -> dict[str, Any]:

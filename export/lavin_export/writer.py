@@ -23,7 +23,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,8 +47,8 @@ from lavin_rt.sampling.schedule import schedule
 from lavin_rt.sampling.speeds import Speed
 from lavin_rt.vae.model import LATENT_SCALE, LATENT_SHIFT, STVAE, vae_fingerprint
 
-Speeds = Iterable[str] | Mapping[str, Speed]
-KINDS_THAT_KEEP: tuple[str, ...] = ()  # keys and values of a context
+Speeds = Sequence[str] | Mapping[str, Speed]
+KINDS_THAT_KEEP: tuple[str, ...] = ("aoti",)  # keys and values of a context
 ANY_DEVICE: Target = {"device": "any", "compute_capability": None}
 
 
@@ -158,6 +158,11 @@ class ArtifactWriter:
         self._source: Record | None = None
         self._vae: STVAE | None = None
         self._dit: JDiT | None = None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a speed keeps keys and values of the context."""
+        return any(speed.keeps for speed in self.speeds.values())
 
     @property
     def dtype_name(self) -> str:

@@ -42,20 +42,32 @@ class AotiSession:
         part: of `manifest.parts`.
         manifest: whose files are known to be those that were exported.
         device: where the inputs are and the outputs will be.
+        weights: of the files that other parts have read, by name; what this one reads is added, so that parts which
+            name one file share its memory.
 
     Raises:
         InputError: another device, processor or torch version than it was made for, weights that do not belong to the
             package, or a package that cannot be loaded.
     """
 
-    def __init__(self, folder: Path, part: Part, manifest: Manifest, device: torch.device):
+    def __init__(
+        self,
+        folder: Path,
+        part: Part,
+        manifest: Manifest,
+        device: torch.device,
+        weights: dict[str, dict[str, torch.Tensor]] | None = None,
+    ):
         self.part, self.device = part, device
         self.path = Path(folder) / part["file"]
         manifest.check_device(device)
         check_versions(self.path, manifest.versions.get("torch", "none"), part, device)
         self._weights: dict[str, torch.Tensor] = {}
+        known = {} if weights is None else weights
         for name in part["weights"]:
-            self._weights |= read_weights(Path(folder) / name, device)
+            if name not in known:
+                known[name] = read_weights(Path(folder) / name, device)
+            self._weights |= known[name]
         with _loading(self.path):
             # What torch._inductor.aoti_load_package wraps, without the compiler, whose import takes a second. The third
             # argument leaves out locks between threads, which a capture into a CUDA graph does not allow.

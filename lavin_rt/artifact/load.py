@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from lavin_rt.artifact.manifest import KINDS_OF_CODE, MODULATION, Manifest
-from lavin_rt.artifact.sizes import check_ranges
+from lavin_rt.artifact.manifest import KEPT, KINDS_OF_CODE, MODULATION, Manifest
+from lavin_rt.artifact.sizes import check_ranges, token_grid
 from lavin_rt.artifact.speeds import read_table, tables_of
 from lavin_rt.dit.layout import Form, Shape
 from lavin_rt.errors import InputError
 from lavin_rt.files import Progress
-from lavin_rt.sampling.denoisers import LatentCondition, Tensors
+from lavin_rt.sampling.denoisers import KeptCondition, KeptContext, LatentCondition, Tensors
 from lavin_rt.sampling.speeds import Speed
 from lavin_rt.vae.model import LATENT_SCALE, LATENT_SHIFT, Posterior
 from lavin_rt.vae.tiling import Axis, blended, decode_axes, encode_axes
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lavin_rt.artifact.tensorrt import Session as Plan
 
 Session = Callable[..., Tensors]
+SMALL_WEIGHTS = 32 * 2**20  # bytes of a denoiser's, up to which it is loaded beside the other one
 
 
 def load(
@@ -72,11 +73,11 @@ def load(
 
 def assemble(manifest: Manifest, device: torch.device, provider: str = "auto") -> tuple[ArtifactNetwork, ArtifactVAE]:
     """The networks of an artifact whose files have been checked."""
-    open_part = _opener(manifest, device, provider)
-    return ArtifactNetwork(manifest, device, open_part("denoiser")), ArtifactVAE(manifest, device, open_part)
+    open_part = opener(manifest, device, provider)
+    return ArtifactNetwork(manifest, device, open_part("denoiser"), open_part), ArtifactVAE(manifest, device, open_part)
 
 
-def _opener(manifest: Manifest, device: torch.device, provider: str) -> Callable[[str], Session]:
+def opener(manifest: Manifest, device: torch.device, provider: str = "auto") -> Callable[[str], Session]:
     """Loads a part by its name."""
     if manifest.kind == "onnx":
         from lavin_rt.artifact.onnxruntime import Session
@@ -89,22 +90,56 @@ def _opener(manifest: Manifest, device: torch.device, provider: str) -> Callable
     if manifest.kind == "openvino":
         from lavin_rt.artifact.openvino import OpenVinoSession
 
-        return lambda name: OpenVinoSession(manifest.folder, manifest.parts[name], manifest)
+        # Compiled once, as a run asks it for four sets of shapes, of each of which it would have weights of its own.
+        return lambda name: OpenVinoSession(manifest.folder, manifest.parts[name], manifest, any_shape=name == KEPT)
     from lavin_rt.artifact.aoti import AotiSession
 
-    return lambda name: AotiSession(manifest.folder, manifest.parts[name], manifest, device)
+    weights: dict[str, dict[str, torch.Tensor]] = {}  # a file's are those of all parts that name it
+    return lambda name: AotiSession(manifest.folder, manifest.parts[name], manifest, device, weights)
 
 
 class ArtifactNetwork:
-    """An artifact's network as an executor runs it (`lavin_rt.sampling.denoisers.Denoiser`): one call a branch kind."""
+    """An artifact's network as an executor runs it (`lavin_rt.sampling.denoisers.Denoiser`): one call a branch kind.
+
+    Speeds that keep keys and values run a denoiser of their own, which is loaded when one is asked for. AOTInductor's
+    two share their weights; of other kinds, whose sessions have them each for itself, one of the two is loaded at a
+    time, unless they are small.
+
+    Args:
+        session: the denoiser.
+        open_part: loads a part by its name.
+    """
 
     compiles = False
 
-    def __init__(self, manifest: Manifest, device: torch.device, session: Session):
-        self.manifest, self.device, self.session = manifest, device, session
+    def __init__(
+        self,
+        manifest: Manifest,
+        device: torch.device,
+        session: Session,
+        open_part: Callable[[str], Session] | None = None,
+    ):
+        self.manifest, self.device, self._open = manifest, device, open_part
+        self._sessions = {"denoiser": session}
+        weights = sum(manifest.files[name]["bytes"] for name in manifest.parts["denoiser"]["weights"])
+        self._both = manifest.kind == "aoti" or weights <= SMALL_WEIGHTS
         self.config, self.dtype, self.impl = manifest.config, manifest.dtype, manifest.kind
         self.forkable = manifest.kind == "aoti"  # others have threads of their own
         self.capturable = bool(getattr(session, "capturable", manifest.kind in KINDS_OF_CODE))
+
+    @property
+    def session(self) -> Session:
+        """The denoiser that keeps nothing."""
+        return self.loaded("denoiser")
+
+    def loaded(self, name: str) -> Session:
+        """The denoiser of a part's name; another one may be let go for it."""
+        if name not in self._sessions:
+            if not self._both:
+                self._sessions.clear()
+            assert self._open is not None  # of every network that is assembled
+            self._sessions[name] = self._open(name)
+        return self._sessions[name]
 
     def table(self, knots: torch.Tensor) -> Tensors:
         """Modulation `[n - 1, depth, 2, 4, D]` and head scale `[n - 1, D]` float32 of a schedule's knots `[n]`.
@@ -129,6 +164,10 @@ class ArtifactNetwork:
 
     def check(self, shape: Shape) -> None:
         """Raises an `InputError` for a shape that the artifact was not exported for."""
+        name = KEPT if shape.kept else "denoiser"
+        if name not in self.manifest.parts:
+            raise InputError(f"{self.manifest.folder} keeps no keys and values; export it for a speed that does")
+        part = self.manifest.parts[name]
         for frames in {shape.cond_frames, *([1 + shape.query_frames] if shape.guided else [])}:
             sizes = {
                 "batch": shape.queries,
@@ -137,7 +176,9 @@ class ArtifactNetwork:
                 "height": shape.height,
                 "width": shape.width,
             }
-            check_ranges(self.manifest.parts["denoiser"], sizes, str(self.manifest.folder))
+            if shape.kept:
+                sizes |= {"kept_frames": frames - shape.query_frames, **token_grid(shape.height, shape.width)}
+            check_ranges(part, sizes, str(self.manifest.folder))
 
     def check_speed(self, speed: Speed) -> None:
         """Raises an `InputError` for a speed that the artifact was not exported for, with those it has."""
@@ -147,24 +188,51 @@ class ArtifactNetwork:
         """The network at one shape; an `InputError` as of `check`."""
         self.check(shape)
         form = Form.exact(shape) if form is None else form
+        if shape.kept:
+            return KeptCondition(shape, self.dtype, self.device, self.kept_velocity, form, self.config, self.dtype)
         # What a plan needs for a shape goes with the shape's graph.
-        session = cast("Plan", self.session).calls() if self.manifest.kind == "tensorrt" else self.session
-        return LatentCondition(shape, self.dtype, self.device, partial(self._velocity, session), form)
+        plan = cast("Plan", self.session).calls() if self.manifest.kind == "tensorrt" else None
+        return LatentCondition(shape, self.dtype, self.device, partial(self._velocity, plan), form)
 
     def _velocity(
-        self, session: Session, latents: torch.Tensor, cond_latents: torch.Tensor, *rows: torch.Tensor
+        self, session: Session | None, latents: torch.Tensor, cond_latents: torch.Tensor, *rows: torch.Tensor
     ) -> torch.Tensor:
-        velocity = session(latents.to(self.dtype), cond_latents, *rows)[0]
-        # A session may answer in memory of its own, which its next call writes over.
+        return self._own((session or self.session)(latents.to(self.dtype), cond_latents, *rows)[0])
+
+    def _own(self, velocity: torch.Tensor) -> torch.Tensor:
+        """A velocity that no later call writes over, as a session may answer in memory of its own."""
         return velocity.clone() if self.manifest.kind == "onnx" and self.device.type == "cuda" else velocity
+
+    def kept_velocity(
+        self,
+        latents: torch.Tensor,
+        cond_latents: torch.Tensor,
+        modulation: torch.Tensor,
+        head_scale: torch.Tensor,
+        kept: KeptContext,
+    ) -> torch.Tensor:
+        """Velocity of one branch kind that stores or reuses its context's keys and values (`KeptCondition`)."""
+        grid = token_grid(*latents.shape[3:])
+        frames = kept.keys.shape[2] // (grid["rows"] * grid["columns"])
+        given = frames if kept.reused else 0
+        keys, values = (
+            part.flatten(3).unflatten(2, (frames, *grid.values()))[:, :, :given] for part in (kept.keys, kept.values)
+        )
+        inputs = latents.to(self.dtype), cond_latents[:, :, given:], modulation, head_scale, keys, values
+        velocity, new_keys, new_values = self.loaded(KEPT)(*inputs)
+        if not kept.reused:
+            for part, new in ((kept.keys, new_keys), (kept.values, new_values)):
+                part.copy_(new[:, :, :frames].reshape(part.shape))
+        return self._own(velocity)
 
     def workspace(self, shape: Shape) -> int:
         """Bytes of one branch kind's activations; a half more than the packed step takes a row, as nothing is reused
-        on purpose.
+        on purpose. Of a shape that keeps keys and values those, and a call's own, in and out.
         """
         rows = shape.queries * (shape.cond_frames + shape.target_frames) * shape.frame_tokens
         width = 8 * self.config.hidden_size + 4 * self.config.mlp_size
-        return rows * width * self.dtype.itemsize
+        kept = 2 * self.config.depth * self.config.kv_size * (shape.rows + 2 * rows) if shape.kept else 0
+        return (rows * width + kept) * self.dtype.itemsize
 
     def running(self) -> AbstractContextManager[object]:
         return nullcontext()

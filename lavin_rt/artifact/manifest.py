@@ -38,13 +38,14 @@ KINDS_OF_CODE = ("tensorrt", "aoti")
 KINDS_OF_ANY_DTYPE = ("openvino",)  # whose files are float32, and computed in what is asked for
 MODULATION = "modulation.safetensors"
 PARTS = ("denoiser", "vae_encoder", "vae_decoder")
+KEPT = "denoiser_kept"  # the part with keys and values of the context among its inputs and outputs
 MAX_BYTES = 16 * 2**20
 BLOCK = 4 * 2**20
 # Options of TensorRT exports that only 0.1 had; its plans with one of them are not run.
 ONLY_IN_0_1 = ("plugins", "refit", "strip_plan", "weight_streaming", "version_compatible")
 
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-_PART = re.compile(r"denoiser|vae_(?:encoder|decoder)(?:_clip[0-9]{1,4})?")
+_PART = re.compile(r"denoiser(?:_kept)?|vae_(?:encoder|decoder)(?:_clip[0-9]{1,4})?")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -295,6 +296,9 @@ def _parsed(folder: Path, values: Mapping[str, object]) -> Manifest:
     if not schedules or not all(type(steps) is int and 2 <= steps <= 1000 for steps in schedules):
         raise InputError(f"schedules are {shown(schedules)}, expected numbers of knots")
     speeds = parsed_speeds(values.get("speeds"))
+    keeping = [name for name, speed in speeds.items() if speed.keeps]
+    if keeping and KEPT not in parts:
+        raise InputError(f"it has the speed {keeping[0]}, but no part {KEPT}")
     scaling = _typed(values, "latent_scaling", dict)
     if not all(isinstance(scaling.get(name), float | int) for name in ("shift", "scale")):
         raise InputError(f"latent_scaling is {shown(scaling)}, expected shift and scale")
@@ -362,8 +366,12 @@ def _check_part(name: str, part: object, files: Mapping[str, object]) -> None:
                 raise InputError(f"part {name}: no input gives the size {', '.join(sorted(names - sizes))}")
     ranges = part.get("ranges")
     for one in ranges if isinstance(ranges, list) and ranges else [ranges]:
-        bounds = one.values() if isinstance(one, dict) else [None]
-        if not all(isinstance(b, list) and len(b) == 2 and all(type(n) is int and n > 0 for n in b) for b in bounds):
+        bounds = one.items() if isinstance(one, dict) else [("", None)]
+        # Of frames whose keys and values are given there may be none.
+        if not all(
+            isinstance(b, list) and len(b) == 2 and all(type(n) is int and n >= (size != "kept_frames") for n in b)
+            for size, b in bounds
+        ):
             raise InputError(f"part {name} has the ranges {shown(ranges)}")
 
 

@@ -39,13 +39,14 @@ class OpenVinoSession:
         part: of `manifest.parts`.
         manifest: the artifact's; its dtype is what is computed in: float32 exactly, or bfloat16 where the processor has
             it. One without is told of in a warning, and computes in float32.
+        any_shape: compile it once for all shapes, however small it is.
 
     Raises:
         InputError: OpenVINO is missing, a dtype that it does not compute in here, a network that it cannot read, or
             another one than the manifest says.
     """
 
-    def __init__(self, folder: Path, part: Part, manifest: Manifest):
+    def __init__(self, folder: Path, part: Part, manifest: Manifest, any_shape: bool = False):
         self.part, self.path = part, Path(folder) / part["file"]
         self._library = openvino = import_openvino("running an OpenVINO artifact")
         self._core = core(openvino)
@@ -59,7 +60,7 @@ class OpenVinoSession:
         self._model = read_network(openvino, folder, part)
         self._check_tensors()
         weights = sum((Path(folder) / name).stat().st_size for name in part["weights"])
-        self._held = min(SHAPES_HELD, BYTES_HELD // max(1, weights))
+        self._held = 1 if any_shape else min(SHAPES_HELD, BYTES_HELD // max(1, weights))
         self._requests: OrderedDict[tuple[tuple[int, ...], ...], Any] = OrderedDict()
         self._lock = threading.Lock()  # a request serves one call at a time
         self.computes_in = computes_in(self._core, manifest.dtype)

@@ -69,6 +69,11 @@ def sized(shape: Sequence[int | str], sizes: Mapping[str, int]) -> tuple[int, ..
     return tuple(numbers)
 
 
+def token_grid(height: int, width: int) -> dict[str, int]:
+    """The sizes "rows" and "columns" of tokens that latents of a height and width give."""
+    return {"rows": height // 2, "columns": width // 2}
+
+
 def parse_size(item: str) -> tuple[int, str]:
     """`"rows"` and `"8*rows"` as (multiple, name)."""
     match = _SIZE.fullmatch(item) if isinstance(item, str) else None

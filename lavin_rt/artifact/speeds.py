@@ -18,7 +18,7 @@ from lavin_rt.checkpoint.tensors import SafetensorsFile
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.errors import InputError
 from lavin_rt.sampling.schedule import schedule
-from lavin_rt.sampling.speeds import CONTEXT_TIME, TASK, Speed, speed_of
+from lavin_rt.sampling.speeds import CONTEXT_TIME, MOST_EVALUATIONS, TASK, Speed, speed_of
 
 EXACT = "exact"
 # The table of the time at which a task's keys and values are made, which has the knots of one evaluation.
@@ -28,7 +28,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _FIELDS = tuple(field.name for field in dataclasses.fields(Speed))
 
 
-def named_speeds(speeds: Iterable[str] | Mapping[str, Speed]) -> dict[str, Speed]:
+def named_speeds(speeds: Sequence[str] | Mapping[str, Speed]) -> dict[str, Speed]:
     """Speeds by name, `exact` first among them: those of `lavin_rt.sampling.speeds.SPEEDS`, or of names given here.
 
     Raises:
@@ -90,9 +90,9 @@ def _check_field(name: str, field: str, value: object) -> None:
     if field == "evaluations":
         fits = type(value) is int
     elif field == "times":
-        fits = isinstance(value, list) and all(type(time) in (int, float) for time in value)
+        fits = isinstance(value, list) and all(type(time) in (int, float) and 0 <= time <= 1 for time in value)
     else:
-        fits = isinstance(value, list) and all(type(index) is int for index in value)
+        fits = isinstance(value, list) and all(type(index) is int and 0 <= index < MOST_EVALUATIONS for index in value)
         fits = fits or (field == "refresh" and value == TASK)
     if not fits:
         raise InputError(f"speed {name}: {field} is {shown(value)}, expected {_EXPECTED[field]}")
@@ -100,9 +100,9 @@ def _check_field(name: str, field: str, value: object) -> None:
 
 _EXPECTED = {
     "evaluations": "a whole number",
-    "times": "a list of numbers",
-    "refresh": f'a list of whole numbers, or "{TASK}"',
-    "guided": "a list of whole numbers",
+    "times": "a list of numbers from 0 to 1",
+    "refresh": f'a list of whole numbers from 0 to {MOST_EVALUATIONS - 1}, or "{TASK}"',
+    "guided": f"a list of whole numbers from 0 to {MOST_EVALUATIONS - 1}",
 }
 
 

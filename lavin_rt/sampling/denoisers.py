@@ -229,8 +229,15 @@ class PlainNetwork:
     def step(self, shape: Shape, form: Form | None = None, once: bool = False) -> Step:
         form = Form.exact(shape) if form is None else form
         if shape.kept:
-            return _PlainKept(shape, torch.float32, self.device, self._velocity, form, self)
+            return KeptCondition(shape, torch.float32, self.device, self._kept_velocity, form, self.config, self.dtype)
         return LatentCondition(shape, torch.float32, self.device, self._velocity, form)
+
+    def _kept_velocity(
+        self, latents: torch.Tensor, cond_latents: torch.Tensor, t: torch.Tensor, kept: KeptContext
+    ) -> torch.Tensor:
+        pairs = zip(kept.keys, kept.values, strict=True)
+        blocks = [KeptBlock(keys, values, kept.reused) for keys, values in pairs]
+        return self._velocity(latents, cond_latents, t, blocks)
 
     def _velocity(
         self,
@@ -297,21 +304,44 @@ class LatentCondition:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _PlainKept(LatentCondition):
-    """A step of the plain model that stores or reuses keys and values of the context."""
+class KeptContext:
+    """Keys and values of a branch's context, stored by one call and reused by later ones.
 
-    network: PlainNetwork
+    Attributes:
+        keys, values: `[depth, queries, context rows, kv_heads, head_size]`, keys after norm and rotary positions;
+            stored in place.
+        reused: whether they are read; else they are written.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    reused: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KeptCondition(LatentCondition):
+    """A step of a one-branch network that stores or reuses keys and values of the context.
+
+    Attributes:
+        velocity: as of `LatentCondition`, with the branch's `KeptContext` behind the rows; of one that is reused, the
+            condition's first frames are not read.
+        config: the network's.
+        kept_dtype: of keys and values.
+    """
+
+    config: DiTConfig
+    kept_dtype: torch.dtype
 
     def buffers(self) -> Tensors:
         """Those of `LatentCondition`, then of every branch kind keys and values
         `[depth, queries, context rows, kv_heads, head_size]`.
         """
-        shape, config = self.shape, self.network.config
+        shape, config = self.shape, self.config
         context_frames = (shape.cond_frames - shape.query_frames, 1)[: 1 + shape.guided]
         kept = [
             torch.zeros(
                 *(config.depth, shape.queries, frames * shape.frame_tokens, config.num_kv_heads, config.head_size),
-                dtype=self.network.dtype,
+                dtype=self.kept_dtype,
                 device=self.device,
             )
             for frames in context_frames
@@ -327,7 +357,7 @@ class _PlainKept(LatentCondition):
         conditions, kept = condition[: 1 + self.shape.guided], condition[1 + self.shape.guided :]
         velocities = []
         for kind, source in enumerate((self.form.context, self.form.null)[: 2 if self.form.null else 1]):
-            pairs = zip(*kept[2 * kind : 2 * kind + 2], strict=True)
-            blocks = [KeptBlock(keys, values, source == REUSED) for keys, values in pairs]
-            velocities.append(self.velocity(latents, conditions[kind], *rows, blocks))
+            keys, values = kept[2 * kind : 2 * kind + 2]
+            context = KeptContext(keys, values, source == REUSED)
+            velocities.append(self.velocity(latents, conditions[kind], *rows, context))
         return torch.cat(velocities)

@@ -105,12 +105,18 @@ def test_a_table_of_other_knots(folder):
         ({"a": {"times": "01"}}, "times is '01', expected a list of numbers"),
         ({"a": {"times": [0, True]}}, "times is [0, True], expected a list of numbers"),
         ({"a": {"times": [0, 0.5]}}, "expected numbers increasing from 0 to 1"),
+        ({"a": {"times": [0, 10**400]}}, "expected a list of numbers from 0 to 1"),
+        ({"a": {"guided": [0, 1000]}}, "guided is [0, 1000], expected a list of whole numbers from 0 to 999"),
+        ({"a": {"refresh": [0]}}, "it has the speed a, but no part denoiser_kept"),
         ({"a": {"times": [0, 1], "evaluations": 1}}, "expected one of them"),
         ({"a": {"guided": {"0": 0}}}, "guided is {'0': 0}, expected a list of whole numbers"),
         ({"a": {"guided": "task"}}, "guided is 'task', expected a list"),
         ({"a": {"guided": [0, 1.0]}}, "guided is [0, 1.0], expected a list"),
         ({"a": {"evaluations": 2, "guided": [0, 2]}}, "guided has evaluation 2, the grid has 2"),
-        ({"a": {"refresh": "tasks"}}, "refresh is 'tasks', expected a list of whole numbers, or \"task\""),
+        (
+            {"a": {"refresh": "tasks"}},
+            "refresh is 'tasks', expected a list of whole numbers from 0 to 999, or \"task\"",
+        ),
         ({"exact": {"evaluations": 3}}, "speed exact is {'evaluations': 3}, expected {}"),
     ],
 )
@@ -118,6 +124,17 @@ def test_manifests_that_contradict_themselves(folder, speeds, said):
     write_manifest(folder, {**read_manifest(folder), "speeds": speeds})
     message = refusal(Manifest.read, folder)
     assert said in message and message.endswith("export it again")
+
+
+def test_only_of_given_frames_there_may_be_none(folder):
+    values = read_manifest(folder)
+    for size, fits in (("kept_frames", True), ("cond_frames", False)):
+        values["parts"]["denoiser_kept"] = {**values["parts"]["denoiser"], "ranges": {size: [0, 4]}}
+        write_manifest(folder, values)
+        if fits:
+            Manifest.read(folder)
+        else:
+            assert "part denoiser_kept has the ranges {'cond_frames': [0, 4]}" in refusal(Manifest.read, folder)
 
 
 def test_definitions_come_back():
@@ -180,6 +197,13 @@ def test_the_commands(sound, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out.png").exists() and not (tmp_path / "out").exists()
     assert exit_code(["export", "onnx", "--speed", "quick", "-o", str(tmp_path / "new")]) == 2
     assert "invalid choice: 'quick'" in capsys.readouterr().err
+
+
+def test_keys_and_values_are_kept_in_no_file(sound):
+    picture = torch.zeros(32, 48, 3, dtype=torch.uint8)
+    task = Pipeline.from_pretrained(sound, device="cpu").task([(picture, picture)], size=(32, 48))
+    assert "by their fingerprint, which an artifact does not have" in refusal(task.with_keys)
+    assert "keeps no keys and values" in refusal(task._kept_keys)
 
 
 def test_a_service_offers_what_the_artifact_has(sound):

@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.aoti_artifact import artifact, changed, golden_checkpoint, pipeline_cases, sessions
+from support.aoti_artifact import SPEEDS, artifact, changed, golden_checkpoint, pipeline_cases, sessions
 from support.checks import refusal
 from support.golden import golden_cases, relative_error
 
 import lavin_rt
 from lavin_rt.artifact.aoti import PERMUTED, AotiSession, check_versions, read_weights
 from lavin_rt.artifact.load import load
-from lavin_rt.artifact.manifest import Manifest
+from lavin_rt.artifact.manifest import KEPT, Manifest
 from lavin_rt.dit.layout import Shape
 from lavin_rt.dit.modulation import modulation_table
 from lavin_rt.sampling.executor import Executor
+from lavin_rt.sampling.sampler import sampled as sampled_at
 
 CPU = torch.device("cpu")
 
@@ -172,6 +173,32 @@ def sampled(folder: Path, cond: torch.Tensor, noise: torch.Tensor, steps: int) -
     executor = Executor(network)
     frames = executor.embed(cond)
     return executor.sample(shape, frames[:, :-1], frames[:, -1:], noise, lavin_rt.schedule(steps), 1.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPEEDS)
+def test_speeds(compiled, golden_dit, name):
+    """Two queries, with and without guidance, and a context without pairs, as the plain model samples them."""
+    network, speed = load(compiled, trust=True)[0], SPEEDS[name]
+    generator = torch.Generator().manual_seed(2)
+    for queries, frames, guidance in ((2, 5, 1.5), (1, 5, 1.0), (1, 1, 1.5)):
+        cond = torch.randn(queries, 16, frames, 6, 8, generator=generator)
+        noise = torch.randn(queries, 16, 1, 6, 8, generator=generator)
+        truth = lavin_rt.sample(golden_dit("dit_c"), cond, noise, guidance=guidance, impl="plain", speed=speed)
+        assert relative_error(sampled_at(network, cond, noise, speed, guidance=guidance), truth) <= 1e-4
+
+
+@pytest.mark.slow
+def test_both_denoisers_share_their_weights(compiled):
+    """One file, and once they are loaded one memory."""
+    network, _, manifest = load(compiled, trust=True)
+    assert manifest.parts[KEPT]["weights"] == manifest.parts["denoiser"]["weights"] == ["denoiser.weights.safetensors"]
+    checked = manifest.verification
+    assert set(checked["speeds"]) == set(SPEEDS) and len(checked["parts"][KEPT]) == 9
+    plain, kept = network.session._weights, network.loaded(KEPT)._weights
+    assert kept.keys() == plain.keys()
+    assert all(kept[name].data_ptr() == tensor.data_ptr() for name, tensor in plain.items())
+    assert network.session is network.loaded("denoiser"), "one was let go for the other"
 
 
 @pytest.mark.slow

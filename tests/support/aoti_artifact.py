@@ -12,8 +12,15 @@ import torch
 
 from lavin_rt.artifact.manifest import Manifest, file_sha256
 from lavin_rt.find.model import find_checkpoint
-from support.golden import GOLDEN, golden_cases
+from lavin_rt.sampling.speeds import SPEEDS as SPEEDS_BY_NAME
+from support.golden import CASES, GOLDEN, golden_cases
 from support.once import made_once
+
+# On grids of their own and on the artifact's schedules, with and without kept keys, once a task and refreshed.
+SPEEDS = {
+    **{name: CASES[name] for name in ("uniform8", "uniform8_both", "official20_held", "official20_reuse")},
+    "fastest": SPEEDS_BY_NAME["fastest"],
+}
 
 
 def golden_checkpoint(folder: Path):
@@ -25,7 +32,7 @@ def golden_checkpoint(folder: Path):
 
 
 def artifact(temporary: pytest.TempPathFactory) -> Path:
-    """The artifact's folder; about a minute and a half."""
+    """The artifact's folder, verified; some minutes."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ on this machine")
 
@@ -33,7 +40,8 @@ def artifact(temporary: pytest.TempPathFactory) -> Path:
         from lavin_export.to_aoti import export_aoti
 
         # Compiled code asks how many threads there are when it runs, whatever it was compiled with.
-        export_aoti(golden_checkpoint(folder / "checkpoint"), folder / "artifact", device="cpu", steps=[20, 6])
+        checkpoint = golden_checkpoint(folder / "checkpoint")
+        export_aoti(checkpoint, folder / "artifact", device="cpu", steps=[20, 6], speeds=SPEEDS)
 
     return made_once(temporary, "golden-aoti", export) / "artifact"
 

@@ -7,7 +7,7 @@ of the table, and in the last block the cond stream stops at its keys and values
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -95,14 +95,31 @@ class BranchDenoiser(nn.Module):
     def forward(
         self, latents: torch.Tensor, cond_latents: torch.Tensor, modulation: torch.Tensor, head_scale: torch.Tensor
     ) -> torch.Tensor:
+        return self.velocity(latents, cond_latents, modulation, head_scale)
+
+    def velocity(
+        self,
+        latents: torch.Tensor,
+        cond_latents: torch.Tensor,
+        modulation: torch.Tensor,
+        head_scale: torch.Tensor,
+        first_frame: int = 0,
+        joined: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> torch.Tensor:
+        """The velocity, with the place of the first condition frame in the joint sequence, and what makes of a block's
+        keys and values `[B, L, kv_heads, head_size]`, cond's rows first, those that are attended to.
+        """
         frames, height, width = latents.shape[2:]
         joint = cond_latents.shape[2] + frames
-        angles = [self._angles(table, joint, height // 2, width // 2) for table in (self.rotary_cos, self.rotary_sin)]
+        angles = [
+            self._angles(table, first_frame, joint, height // 2, width // 2)
+            for table in (self.rotary_cos, self.rotary_sin)
+        ]
         cond, x = self.cond_embedder(patchify(cond_latents)), self.x_embedder(patchify(latents))
         rows = modulation.flatten(0, 2)  # [depth * 2 * 4, D]
         for index, block in enumerate(self.blocks):
             of_cond, of_x = ([rows[8 * index + 4 * stream + kind] for kind in range(4)] for stream in range(2))
-            cond, x = self._block(block, cond, x, (of_cond, of_x), angles)
+            cond, x = self._block(block, cond, x, (of_cond, of_x), angles, joined)
         return unpatchify(self.head(self._ada_norm(x, head_scale)), frames, height, width)
 
     def _block(
@@ -112,6 +129,7 @@ class BranchDenoiser(nn.Module):
         x: torch.Tensor,
         modulation: tuple[list[torch.Tensor], list[torch.Tensor]],
         angles: list[torch.Tensor],
+        joined: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`cond` `[B, Lc, D]`, `x` `[B, Lx, D]`, `modulation` four `[D]` per stream; returns the new cond and x, the
         old cond where the block wants its keys and values only.
@@ -122,19 +140,21 @@ class BranchDenoiser(nn.Module):
         last = hasattr(of_cond, "kv")
         cond_qkv = F.linear(self._ada_norm(cond, cond_mod[SCALE_MSA]), of_cond.kv if last else of_cond.qkv)
         x_qkv = F.linear(self._ada_norm(x, x_mod[SCALE_MSA]), of_x.qkv)
-        q = self._heads(self._norm(x_qkv[..., :hidden], of_x.q_norm))
+        q = self.heads(self._norm(x_qkv[..., :hidden], of_x.q_norm))
         if not last:
-            q = torch.cat([self._heads(self._norm(cond_qkv[..., :hidden], of_cond.q_norm)), q], dim=1)
+            q = torch.cat([self.heads(self._norm(cond_qkv[..., :hidden], of_cond.q_norm)), q], dim=1)
             cond_qkv = cond_qkv[..., hidden:]
         keys = [
-            self._heads(self._norm(part[..., :kv], weight))
+            self.heads(self._norm(part[..., :kv], weight))
             for part, weight in ((cond_qkv, of_cond.k_norm), (x_qkv[..., hidden:], of_x.k_norm))
         ]
-        values = [self._heads(part) for part in (cond_qkv[..., kv:], x_qkv[..., hidden + kv :])]
+        values = [self.heads(part) for part in (cond_qkv[..., kv:], x_qkv[..., hidden + kv :])]
         k, v = torch.cat(keys, dim=1), torch.cat(values, dim=1)  # [B, L, kv heads, head size]
         length = cond.shape[1]
         q_angles = [table[length:] for table in angles] if last else angles
         q, k = rotated(q, *q_angles), rotated(k, *angles)
+        if joined is not None:
+            k, v = joined(k, v)
         joint = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=config.head_size**-0.5, enable_gqa=True
         )
@@ -152,7 +172,7 @@ class BranchDenoiser(nn.Module):
         update = F.linear(F.silu(gate_up[..., :inner]) * gate_up[..., inner:], of.down)
         return rows + self._norm(update, self.unit) * mod[GATE_MLP].to(rows.dtype)
 
-    def _heads(self, rows: torch.Tensor) -> torch.Tensor:
+    def heads(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.unflatten(-1, (-1, self.config.head_size))
 
     def _norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -161,10 +181,12 @@ class BranchDenoiser(nn.Module):
     def _ada_norm(self, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return self._norm(rows, self.unit) * (1 + scale).to(rows.dtype)
 
-    def _angles(self, table: torch.Tensor, frames: int, rows: int, columns: int) -> torch.Tensor:
-        """Cosines or sines of every token, `[tokens, 1, 3, 1, head_size / 6]`, as `lavin_rt.dit.rope.token_angles`."""
+    def _angles(self, table: torch.Tensor, first: int, frames: int, rows: int, columns: int) -> torch.Tensor:
+        """Cosines or sines of every token of frames from the first on, `[tokens, 1, 3, 1, head_size / 6]`, as
+        `lavin_rt.dit.rope.token_angles`.
+        """
         shape = (frames, rows, columns, table.shape[1])
-        axes = table[:frames, None, None], table[:rows, None], table[:columns]
+        axes = table[first : first + frames, None, None], table[:rows, None], table[:columns]
         return torch.stack([axis.expand(shape) for axis in axes], dim=-2).flatten(0, 2)[:, None, :, None]
 
 

@@ -1,4 +1,4 @@
-"""Holding an artifact against the checkpoint it was made of: every part, and a short sampling run.
+"""Holding an artifact against the checkpoint it was made of: every part, a short sampling run, and one at every speed.
 
 Every error is against the plain model in float32. In float32 it may be 1e-5 for a pass and 1e-4 for the sampling run;
 in 16 bits at most twice the error that the plain model itself makes in that dtype; of a denoiser in int8 at most twice
@@ -23,12 +23,12 @@ from lavin_export.networks import vae as vae_parts
 from lavin_export.networks.denoiser import BranchDenoiser
 from lavin_export.verify.int8 import EightBits, in_int8
 from lavin_export.verify.onnx_weights import widened
-from lavin_export.verify.speeds import PlainBranches, at_speeds, other_speeds
+from lavin_export.verify.speeds import PlainBranches, at_speeds, kept_passes, kept_sizes, other_speeds
 from lavin_export.verify.weights import check_weights
 from lavin_export.writer import ArtifactWriter
 from lavin_rt.artifact.aoti import read_weights
 from lavin_rt.artifact.load import ArtifactNetwork, ArtifactVAE, Session, assemble
-from lavin_rt.artifact.manifest import Manifest
+from lavin_rt.artifact.manifest import KEPT, Manifest
 from lavin_rt.artifact.parts import Part
 from lavin_rt.artifact.sizes import check_ranges, ranges_of, sized
 from lavin_rt.checkpoint.files import Checkpoint
@@ -84,7 +84,7 @@ def verify_written(artifact: ArtifactWriter, device: torch.device | str = "cpu",
 def verify_artifact(
     folder: Path, checkpoint: Checkpoint, device: torch.device | str = "cpu", evaluations: int = EVALUATIONS
 ) -> dict[str, Any]:
-    """Runs every part of an artifact, and a short sampling run, beside the plain model.
+    """Runs every part of an artifact, a short sampling run and whole ones at its other speeds, beside the plain model.
 
     At the smallest sizes that the artifact takes, odd ones, and the largest up to 2,560 rows (fewer for a large model:
     a minute of a small CPU). The plain models and the artifact are in memory one after another.
@@ -170,7 +170,7 @@ def check_compiled_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
         return load_vae(checkpoint.vae, dtype=torch.float32)
 
     for name, part in manifest.parts.items():
-        if name == "denoiser":
+        if name in ("denoiser", KEPT):
             wanted = _denoiser(part, load_dit(checkpoint.dit, dtype=manifest.dtype)).state_dict()
         else:
             wanted = vae_parts.network_of(name, vae()).to(manifest.dtype).state_dict()
@@ -209,7 +209,7 @@ class Cases:
         self.manifest, self.checkpoint, self.evaluations = manifest, checkpoint, evaluations
         self.knots = schedule(manifest.schedules[0])
         parameters = sum(torch.Size(place.shape).numel() for place in official_layout(manifest.config))
-        rows = min(MOST_ROWS, int(WORK / (2 * parameters)))
+        self.rows = rows = min(MOST_ROWS, int(WORK / (2 * parameters)))
         self.passes = sizes_to_check(manifest.parts["denoiser"], LARGEST, ODD, lambda sizes: _rows(sizes) <= rows)
         self.pictures = [
             (name, sizes)
@@ -221,7 +221,8 @@ class Cases:
         fits = _within(manifest.parts["denoiser"], {**self.run, "height": 4, "width": 6, "cond_frames": 3})
         if fits:
             self.run |= {"height": 4, "width": 6, "cond_frames": 3}
-        self.keys = [("denoiser", sizes) for sizes in self.passes] + self.pictures
+        self.keys = [("denoiser", sizes) for sizes in self.passes]
+        self.keys += [(KEPT, sizes) for sizes in kept_sizes(manifest, rows) for _ in range(3)] + self.pictures
         self.keys += [(f"speed {name}", self.run) for name in other_speeds(manifest)] + [("sampling", self.run)]
 
     def of_plain(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
@@ -241,12 +242,14 @@ class Cases:
 
         # Read once for all calls: from the file a call takes as long to read 28 % of the model as to compute.
         with dit.resident_modulation():
-            speeds = self._at_speeds(PlainNetwork(dit))
-            return self._passes(velocity, device), speeds, self._sampled(velocity, device)
+            plain = PlainNetwork(dit)
+            passes = self._passes(velocity, device) + kept_passes(plain, self.manifest, self.rows)
+            return passes, self._at_speeds(plain), self._sampled(velocity, device)
 
     def of_artifact(self, network: ArtifactNetwork, vae: ArtifactVAE) -> list[torch.Tensor]:
         """Results of an artifact, on the CPU in float32."""
         passes, run = self._of_denoiser(network.session, network.table(self.knots), network.dtype, network.device)
+        passes += kept_passes(network, self.manifest, self.rows)
         return [*passes, *self._pictures(vae, network.device), *self._at_speeds(network), run]
 
     def of_eight_bits(self) -> dict[int, torch.Tensor]:

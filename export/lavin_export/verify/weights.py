@@ -9,7 +9,7 @@ from lavin_export.networks import vae as vae_parts
 from lavin_export.networks.weights import denoiser_weights, weight_names
 from lavin_export.verify import onnx_weights, openvino_weights
 from lavin_export.verify.int8 import in_int8
-from lavin_rt.artifact.manifest import Manifest
+from lavin_rt.artifact.manifest import KEPT, Manifest
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.header import dit_config, open_checkpoint
 from lavin_rt.checkpoint.load import load_vae
@@ -33,7 +33,7 @@ def check_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
     for part_name, part in manifest.parts.items():
         if part_name == "denoiser" and in_int8(manifest):
             continue  # its results tell
-        if part_name == "denoiser":
+        if part_name in ("denoiser", KEPT):
             weight, names = denoiser_weights(file, manifest.config, dtype), set(weight_names(manifest.config))
         else:
             network = vae_parts.in_dtype(vae_parts.network_of(part_name, vae), dtype)
