@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <future>
 
 #include "error.h"
@@ -17,11 +18,46 @@ namespace {
 
 constexpr char kManifest[] = "manifest.json";
 constexpr size_t kMaxBytes = 16 << 20;
+constexpr char kExact[] = "exact";
+constexpr int64_t kMostEvaluations = 1000;
 
 bool plain_name(const std::string& name) {
   static constexpr char kKnown[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-";
   return !name.empty() && name.size() <= 200 && std::isalnum(static_cast<unsigned char>(name[0])) &&
          name != kManifest && name.find_first_not_of(kKnown) == std::string::npos;
+}
+
+bool speed_name(const std::string& name) {
+  static constexpr char kKnown[] = "abcdefghijklmnopqrstuvwxyz0123456789_-";
+  return !name.empty() && name.size() <= 64 && name[0] >= 'a' && name[0] <= 'z' &&
+         name.find_first_not_of(kKnown) == std::string::npos;
+}
+
+// Indices of evaluations with 0 among them.
+std::set<int64_t> evaluations_of(const Json& json) {
+  std::set<int64_t> found;
+  for (const int64_t index : wholes(json)) {
+    if (index < 0 || index >= kMostEvaluations) throw InputError("it has evaluation " + std::to_string(index));
+    found.insert(index);
+  }
+  if (!found.count(0)) throw InputError("a set of evaluations lacks 0");
+  return found;
+}
+
+std::vector<double> times_of(const Json& json) {
+  if (!json.is_array()) throw InputError("times is no list of numbers");
+  std::vector<double> times;
+  for (const Json& item : json) {
+    if (!item.is_number()) throw InputError("times is no list of numbers");
+    times.push_back(item.get<double>());
+  }
+  const bool ends = times.size() >= 2 && times.front() == 0 && times.back() == 1;
+  const auto falls = [](double before, double after) { return !(before < after); };
+  if (!ends || std::adjacent_find(times.begin(), times.end(), falls) != times.end()) {
+    throw InputError("times is no list of numbers increasing from 0 to 1");
+  }
+  if (times.size() > kMostEvaluations + 1) throw InputError("times has too many numbers");
+  return times;
 }
 
 void check_file(const fs::path& path, int64_t size) {
@@ -111,6 +147,31 @@ static void from_json(const Json& json, Part& part) {
   for (const Json& one : ranges.is_array() ? ranges : Json::array({ranges})) part.ranges.push_back(ranges_of(one));
 }
 
+static void from_json(const Json& json, Speed& speed) {
+  if (!json.is_object()) throw InputError("a speed is no object");
+  for (const auto& [name, value] : json.items()) {
+    if (name == "evaluations") {
+      speed.evaluations = whole(value);
+      if (*speed.evaluations < 1 || *speed.evaluations > kMostEvaluations) {
+        throw InputError("a speed has " + std::to_string(*speed.evaluations) + " evaluations");
+      }
+    } else if (name == "times") {
+      speed.times = times_of(value);
+    } else if (name == "refresh" && value.is_string()) {
+      if (value != "task") throw InputError("refresh is " + one_line(value.get<std::string>(), 40));
+      speed.once_a_task = true;
+    } else if (name == "refresh") {
+      speed.refresh = evaluations_of(value);
+    } else if (name == "guided") {
+      speed.guided = evaluations_of(value);
+    } else {
+      throw InputError("a speed has " + one_line(name, 40));
+    }
+  }
+  if (speed.evaluations && speed.times) throw InputError("a speed has evaluations and times, expected one of them");
+  if (speed.owns_grid()) speed.check_sets(speed.count());
+}
+
 static void from_json(const Json& json, FileEntry& entry) {
   entry.bytes = whole(json.at("bytes"));
   json.at("sha256").get_to(entry.sha256);
@@ -126,6 +187,9 @@ static void from_json(const Json& json, Manifest& manifest) {
   json.at("latent_scaling").at("scale").get_to(manifest.latent_scale);
   manifest.size = whole(json.at("size"));
   manifest.schedules = wholes(json.at("schedules"));
+  const Json speeds = json.value("speeds", Json());  // artifacts of the first version have none
+  if (!speeds.is_null() && !speeds.is_object()) throw InputError("speeds is no object");
+  if (!speeds.is_null()) speeds.get_to(manifest.speeds);
   json.at("files").get_to(manifest.files);
   json.at("parts").get_to(manifest.parts);
   const Json& target = json.at("target");
@@ -133,6 +197,25 @@ static void from_json(const Json& json, Manifest& manifest) {
   const Json capability = target.value("compute_capability", Json());
   if (!capability.is_null()) manifest.capability = wholes(capability);
   manifest.torch = json.at("versions").value("torch", "none");
+}
+
+void Speed::check_sets(int64_t count) const {
+  for (const auto& [name, indices] : {std::pair{"refresh", &refresh}, {"guided", &guided}}) {
+    if (*indices && *(*indices)->rbegin() >= count) {
+      throw InputError(std::string(name) + " has evaluation " + std::to_string(*(*indices)->rbegin()) +
+                       ", the grid has " + std::to_string(count) + ": 0 to " + std::to_string(count - 1) +
+                       "; take it out or give a longer grid");
+    }
+  }
+}
+
+const Speed& Manifest::speed(const std::string& name) const {
+  const auto found = speeds.find(name);
+  if (found != speeds.end()) return found->second;
+  std::vector<std::string> names;
+  for (const auto& [known, speed] : speeds) names.push_back(known);
+  throw InputError(folder.string() + " has no speed " + one_line(name, 60) + "; it has " + joined(names) +
+                   ": choose one of these, or export it for that speed");
 }
 
 Manifest Manifest::read(const fs::path& folder) {
@@ -165,7 +248,21 @@ Manifest Manifest::parse(std::string_view text) {
       throw InputError("part " + one_line(name, 40) + " needs a file that is not listed");
     }
   }
-  for (const char* name : {"denoiser", "vae_encoder", "vae_decoder"}) {
+  for (const auto& [name, speed] : manifest.speeds) {
+    if (!speed_name(name)) throw InputError("a speed is named " + one_line(name, 60));
+    if (speed.keeps() && !manifest.parts.count(kKeptDenoiser)) {
+      throw InputError("it has the speed " + name + ", but no part " + kKeptDenoiser);
+    }
+  }
+  const Speed& exact = manifest.speeds[kExact];  // which is there even if it is not listed
+  if (exact.owns_grid() || exact.keeps() || exact.guided) throw InputError("its speed exact is another one");
+  if (const auto kept = manifest.parts.find(kKeptDenoiser); kept != manifest.parts.end()) {
+    const auto& inputs = kept->second.inputs;
+    if (inputs.size() != kKeys + 2 || inputs[kKeys].shape.size() != 6) {
+      throw InputError(std::string("part ") + kKeptDenoiser + " does not take keys and values");
+    }
+  }
+  for (const char* name : {kDenoiser, "vae_encoder", "vae_decoder"}) {
     if (!manifest.parts.count(name)) throw InputError(std::string("it has no part ") + name);
   }
   if (!listed("modulation.safetensors")) throw InputError("it lists no modulation.safetensors");

@@ -4,6 +4,8 @@
 #include <ATen/ATen.h>
 
 #include <map>
+#include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -11,6 +13,10 @@
 #include "files.h"
 
 namespace lavin {
+
+inline constexpr char kDenoiser[] = "denoiser";
+inline constexpr char kKeptDenoiser[] = "denoiser_kept";  // takes and gives keys and values
+inline constexpr size_t kKeys = 4;                        // which of its inputs are the keys; the values follow
 
 // One of a shape's sizes: so many, or so many times the size of a name ("rows", "8*rows").
 struct Dimension {
@@ -35,6 +41,21 @@ struct Part {
   std::vector<Ranges> ranges;  // of which one has to fit
 };
 
+// How often the network is evaluated along a run, and how much of it each time; as lavin_rt.sampling.speeds.Speed.
+struct Speed {
+  std::optional<int64_t> evaluations;
+  std::optional<std::vector<double>> times;
+  std::optional<std::set<int64_t>> refresh, guided;
+  bool once_a_task = false;  // the pairs' keys and values, in place of `refresh`
+
+  bool owns_grid() const { return evaluations || times; }
+  bool keeps() const { return once_a_task || refresh; }
+  // The evaluations of a grid of its own, else 0.
+  int64_t count() const { return times ? static_cast<int64_t>(times->size()) - 1 : evaluations.value_or(0); }
+  // Throws InputError for a set beyond a grid of so many evaluations.
+  void check_sets(int64_t count) const;
+};
+
 struct FileEntry {
   int64_t bytes = 0;
   std::string sha256;
@@ -50,6 +71,9 @@ struct Manifest {
   // Compares every file with its size and hash; throws InputError for the first that is missing or another one.
   void check_files() const;
 
+  // A speed by its name; throws InputError, with those there are, where there is none.
+  const Speed& speed(const std::string& name) const;
+
   // Throws InputError where the artifact was made for another kind of device, another GPU or another torch.
   void check_target(at::Device on) const;
 
@@ -58,6 +82,7 @@ struct Manifest {
   double latent_shift = 0, latent_scale = 1;
   int64_t size = 512;  // of the pictures that the checkpoint was trained on
   std::vector<int64_t> schedules;
+  std::map<std::string, Speed> speeds;  // "exact" always among them
   std::map<std::string, Part> parts;
   std::map<std::string, FileEntry> files;
   std::string device, torch;        // that it was made for, and by

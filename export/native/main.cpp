@@ -33,7 +33,8 @@ constexpr char kAbout[] =
 
 struct Options {
   std::string artifact, task, query, output, size, noise, save_latents, device = "cpu", seed_text = "0";
-  int64_t pairs = 4, steps = 20, threads = 0, repeat = 1;
+  std::string speed = "exact";
+  int64_t pairs = 4, steps = 0, threads = 0, repeat = 1;
   uint64_t seed = 0;
   double guidance = 1.5;
   bool allow_huge = false, time = false, quiet = false;
@@ -85,6 +86,7 @@ void add_options(CLI::App& app, Options& options) {
   integer("--pairs", options.pairs, 1, 100'000, "pairs chosen from the task's folder (default: 4)");
   text("--size", "N|HxW", options.size,
        "height x width, multiples of 16 (default: the saved context's or the model's)");
+  text("--speed", "NAME", options.speed, "exact, or another that the artifact serves (default: exact)");
   integer("--steps", options.steps, 2, 1000, "knots of the schedule, one that the artifact has (default: 20)");
   app.add_option_function<std::string>("--guidance", guidance, "guidance scale; 1.0 is faster (default: 1.5)")
       ->type_name("X");
@@ -138,7 +140,8 @@ void run(const Options& options) {
   }
   const int64_t most = options.allow_huge ? std::numeric_limits<int64_t>::max() : lavin::kMaxPixels;
   const at::Tensor query = lavin::load_picture(options.query, most);
-  const lavin::Runner runner(options.artifact, at::Device(options.device));
+  const std::optional<int64_t> steps = options.steps ? std::optional(options.steps) : std::nullopt;
+  const lavin::Runner runner(options.artifact, at::Device(options.device), options.speed, steps);
   const double loading = seconds_since(start);
 
   start = std::chrono::steady_clock::now();
@@ -162,6 +165,7 @@ void run(const Options& options) {
       frames.push_back(runner.encode(lavin::resize(lavin::load_picture(path, most), height, width)).cpu());
     }
   }
+  const lavin::Kept kept = runner.context_keys(at::cat(frames, 2));
   const double context = seconds_since(start);
 
   const bool shown = !options.quiet && ::isatty(STDERR_FILENO);
@@ -176,7 +180,7 @@ void run(const Options& options) {
     std::vector<at::Tensor> condition = frames;
     condition.push_back(runner.encode(lavin::resize(query, height, width)).cpu());
     const auto began = std::chrono::steady_clock::now();
-    latents = runner.sample(at::cat(condition, 2), noise, options.steps, options.guidance, progress).cpu();
+    latents = runner.sample(at::cat(condition, 2), noise, options.guidance, kept, progress).cpu();
     sampling.push_back(seconds_since(began));
     picture = runner.decode(latents);
     answering.push_back(seconds_since(start));

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support.aoti_artifact import artifact, changed, pipeline_cases
+from support.aoti_artifact import SPEEDS, artifact, changed, pipeline_cases
 from support.golden import relative_error
 
 from lavin_rt.pictures import context as contexts
@@ -113,6 +113,23 @@ def test_seed_and_encoded_context_as_in_python(native, compiled, tasks, tmp_path
         assert (read_picture(tmp_path / "out.png") - result.frames[0].int()).abs().max() <= 1
 
 
+@pytest.mark.parametrize("name", SPEEDS)
+def test_speeds_as_in_python(native, compiled, tasks, tmp_path, name):
+    pipe, task = Pipeline.from_pretrained(compiled, device="cpu"), tasks[0]
+    python = pipe.task(task["folder"] / "task", pairs=2, size=(32, 48), seed=task["seed"])
+    python.context.save(tmp_path / "context.safetensors")
+    query = task["folder"] / "query.png"
+    for guidance in (1.5, 1.0):
+        done = native(
+            "--artifact", compiled, "--task", tmp_path / "context.safetensors", "--query", query, "--speed", name,
+            "--guidance", guidance, "--repeat", 2, "--save-latents", tmp_path / "latents.safetensors",
+            "-o", tmp_path / "out.png", "--threads", 1,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        result = python.run([query], speed=SPEEDS[name], guidance=guidance)[0]
+        assert relative_error(load_file(tmp_path / "latents.safetensors")["latents"], result.latents) < 1e-5
+
+
 def test_pairs_are_chosen_as_in_python(native, compiled, tasks, tmp_path):
     """One pair of four: the latents are those of the pair that Python chooses by the same seed."""
     task = tasks[1]
@@ -185,6 +202,9 @@ def test_help_version_and_times(native, compiled, tasks, tmp_path):
     ("change", "said"),
     [
         ({"--steps": "8"}, "has the schedules of 20, 6"),
+        ({"--speed": "near"}, "has no speed near; it has exact, fastest, official20_held"),
+        ({"--speed": "fastest", "--steps": "20"}, "speed fastest has a grid of its own, --steps is 20"),
+        ({"--speed": "official20_held", "--steps": "6"}, "guided has evaluation 16, the grid has 5: 0 to 4"),
         ({"--size": "40"}, "multiples of 16"),
         ({"--pairs": "9"}, "4 are there"),
         ({"--pairs": "some"}, "--pairs is some; expected a whole number"),
@@ -245,6 +265,10 @@ def without_inputs(folder: Path, values: dict) -> None:
     del values["parts"]["denoiser"]["inputs"]
 
 
+def without_kept(folder: Path, values: dict) -> None:
+    del values["parts"]["denoiser_kept"]
+
+
 def with_half_a_size(folder: Path, values: dict) -> None:
     values["parts"]["denoiser"]["ranges"]["height"] = [1, 8.5]
 
@@ -265,6 +289,16 @@ def outside(folder: Path, values: dict) -> None:
         (with_foreign(size=512.0), "expected a whole number, not 512.0"),
         (with_foreign(schedules={"20": 20}), "expected a list of whole numbers"),
         (with_foreign(kind="onnx"), "this program runs aoti"),
+        (with_foreign(speeds=[]), "speeds is no object"),
+        (with_foreign(speeds={"Fast": {}}), "a speed is named Fast"),
+        (with_foreign(speeds={"a": {"steps": 3}}), "a speed has steps"),
+        (with_foreign(speeds={"a": {"evaluations": 3.0}}), "expected a whole number, not 3.0"),
+        (with_foreign(speeds={"a": {"times": [0, 0.5]}}), "no list of numbers increasing from 0 to 1"),
+        (with_foreign(speeds={"a": {"refresh": [1]}}), "a set of evaluations lacks 0"),
+        (with_foreign(speeds={"a": {"refresh": "tasks"}}), "refresh is tasks"),
+        (with_foreign(speeds={"a": {"evaluations": 2, "guided": [0, 2]}}), "guided has evaluation 2, the grid has 2"),
+        (with_foreign(speeds={"exact": {"guided": [0]}}), "its speed exact is another one"),
+        (without_kept, "it has the speed fastest, but no part denoiser_kept"),
         (with_foreign(version=2), "its version is another one"),
         (with_foreign(format="else"), "not of a lavin-rt artifact"),
         (with_foreign(versions={"torch": "1.0.0"}), "compiled for torch 1.0.0"),
