@@ -48,7 +48,7 @@ from lavin_rt.sampling.speeds import Speed
 from lavin_rt.vae.model import LATENT_SCALE, LATENT_SHIFT, STVAE, vae_fingerprint
 
 Speeds = Sequence[str] | Mapping[str, Speed]
-KINDS_THAT_KEEP: tuple[str, ...] = ("aoti",)  # keys and values of a context
+KINDS_THAT_KEEP = ("aoti", "onnx", "openvino")  # keys and values of a context
 ANY_DEVICE: Target = {"device": "any", "compute_capability": None}
 
 

@@ -7,21 +7,23 @@ import types
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.aoti_artifact import golden_checkpoint
 from support.checks import refusal
+from support.denoiser_artifact import CPU, network_of, write_onnx, write_openvino
 from support.golden import CASES, GOLDEN, relative_error
+from support.onnx_exports import golden_checkpoint
 
 from lavin_export.networks import denoiser, kept_denoiser
 from lavin_export.networks.denoiser import BranchDenoiser
 from lavin_export.networks.kept_denoiser import KeptDenoiser
 from lavin_export.verify.speeds import PlainBranches, kept_passes, kept_sizes
 from lavin_rt.artifact import load as artifact
-from lavin_rt.artifact.manifest import KEPT
+from lavin_rt.artifact.manifest import KEPT, Manifest
 from lavin_rt.sampling.denoisers import make_network
 from lavin_rt.sampling.sampler import sample, sampled
 from lavin_rt.sampling.speeds import Speed
 
 ONCE = Speed(evaluations=3, refresh="task", guided={0, 2})
+SPEEDS = {**CASES, "once": ONCE}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +112,7 @@ def test_one_of_two_large_denoisers_is_loaded_at_a_time(modules):
         manifest = types.SimpleNamespace(
             **{**vars(modules.manifest), "kind": kind, "files": {"weights": {"bytes": size}}}
         )
-        network = artifact.ArtifactNetwork(manifest, torch.device("cpu"), open_part("denoiser"), open_part)
+        network = artifact.ArtifactNetwork(manifest, CPU, open_part("denoiser"), open_part)
         for name in (KEPT, "denoiser", KEPT):
             network.loaded(name)
             assert set(network._sessions) == ({"denoiser", KEPT} if both else {name})
@@ -120,9 +122,45 @@ def test_one_of_two_large_denoisers_is_loaded_at_a_time(modules):
 
 def test_what_keeps_nothing_is_said_at_export(tmp_path, monkeypatch):
     from lavin_export import to_aoti
+    from lavin_export.to_openvino.export import export_openvino
 
-    checkpoint, output = golden_checkpoint(tmp_path / "checkpoint"), tmp_path / "out"
+    checkpoint, output = golden_checkpoint(tmp_path / "checkpoint", "dit_c"), tmp_path / "out"
     monkeypatch.setattr(to_aoti, "resolve_device", lambda device: torch.device("cuda"))
-    message = refusal(to_aoti.export_aoti, checkpoint, output, dtype="float32", speeds=["exact", "fast"])
-    assert "speed fast keeps keys and values of the context, which aoti artifacts for cuda do not" in message
+    for export, options, said in (
+        (
+            to_aoti.export_aoti,
+            {"dtype": "float32"},
+            "which aoti artifacts for cuda do not: leave it out, or export for",
+        ),
+        (export_openvino, {"int8": True}, "which artifacts in int8 do not: leave out that speed, or --int8"),
+    ):
+        message = refusal(export, checkpoint, output, speeds=["exact", "fast"], **options)
+        assert "speed fast keeps keys and values of the context" in message and said in message
     assert not output.exists()
+
+
+@pytest.fixture(scope="module")
+def onnx_artifact(tmp_path_factory):
+    return write_onnx(tmp_path_factory.mktemp("onnx") / "made", "dit_a", SPEEDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_golden_artifacts(tmp_path, onnx_artifact, tiers, golden_dit, kind):
+    """Every golden speed, a context that is kept once a task, two queries, other sizes than were traced, no pairs."""
+    folder = onnx_artifact
+    if kind == "openvino":
+        folder = write_openvino(tmp_path / "made", "dit_a", SPEEDS, onnx_artifact)
+    manifest = Manifest.read(folder)
+    parts = manifest.parts
+    assert parts[KEPT]["weights"] == parts["denoiser"]["weights"] and len(parts[KEPT]["weights"]) == 1
+    assert len(manifest.files) == 6, "two graphs, a file of weights, the modulation, and what stands for a VAE"
+    network = network_of(folder)
+    for name, speed in CASES.items():
+        assert relative_error(sampled(network, tiers["cond_latents"], tiers["noise"], speed), tiers[name]) <= 1e-4
+    generator = torch.Generator().manual_seed(0)
+    for queries, frames, height, width in ((2, 5, 6, 4), (1, 1, 2, 2)):
+        cond = torch.randn(queries, 16, frames, height, width, generator=generator)
+        noise = torch.randn(queries, 16, 1, height, width, generator=generator)
+        truth = sample(golden_dit("dit_a"), cond, noise, impl="plain", speed=ONCE)
+        assert relative_error(sampled(network, cond, noise, ONCE), truth) <= 1e-4

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from lavin_export.networks import denoiser as denoiser_part
+from lavin_export.networks import kept_denoiser
 from lavin_export.networks import vae as vae_parts
 from lavin_export.networks.denoiser import BranchDenoiser
 from lavin_export.networks.weights import denoiser_weights
@@ -19,7 +20,7 @@ from lavin_export.to_onnx import graph as onnx_graph
 from lavin_export.to_onnx.support import Report
 from lavin_export.verify.artifact import verify_written
 from lavin_export.writer import ArtifactWriter, Speeds, writing
-from lavin_rt.artifact.manifest import Manifest
+from lavin_rt.artifact.manifest import KEPT, Manifest
 from lavin_rt.artifact.parts import Ranges, TensorSpec
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.devices import resolve_device, resolve_dtype
@@ -120,7 +121,7 @@ def graphs(
     """The graphs of `write_graphs` one after another, each written when it is asked for; with `cuda` ONNX Runtime has
     CUDA kernels for all of them.
     """
-    yield write_denoiser(artifact, folder, progress, cuda)
+    yield from denoisers(artifact, folder, progress, cuda)
     for frames in lengths:
         for part in ("encoder", "decoder"):
             yield write_vae(artifact, folder, part, frames, cuda)
@@ -129,7 +130,16 @@ def graphs(
 def write_denoiser(
     artifact: ArtifactWriter, folder: Path, progress: Progress | None = None, cuda: bool = False
 ) -> Part:
-    """Writes `denoiser.onnx` and `denoiser.onnx.data`; with `cuda` ONNX Runtime has CUDA kernels for all of it."""
+    """The first of `denoisers`."""
+    return next(denoisers(artifact, folder, progress, cuda))
+
+
+def denoisers(
+    artifact: ArtifactWriter, folder: Path, progress: Progress | None = None, cuda: bool = False
+) -> Iterator[Part]:
+    """Writes `denoiser.onnx` and `denoiser.onnx.data`, and where the artifact's speeds keep keys and values
+    `denoiser_kept.onnx`, of the same weights; with `cuda` ONNX Runtime has CUDA kernels for all of it.
+    """
     config, dtype = artifact.config, artifact.dtype
     specification = denoiser_part.specification(config, artifact.dtype_name)
     inputs, outputs, ranges = specification
@@ -137,8 +147,17 @@ def write_denoiser(
         module = BranchDenoiser(JDiT(config).to(dtype))
     examples = [tensor.to("meta") for tensor in denoiser_part.example_inputs(config, dtype)]
     graph = onnx_graph.trace(module, examples, denoiser_part.dynamic_shapes(), inputs, outputs, cuda)
+    weights = ["denoiser.onnx.data"]
     onnx_graph.write(graph, folder / "denoiser.onnx", denoiser_weights(artifact.file, config, dtype), progress)
-    return Part("denoiser", "denoiser.onnx", ["denoiser.onnx.data"], inputs, outputs, ranges, graph.support)
+    yield Part("denoiser", "denoiser.onnx", weights, inputs, outputs, ranges, graph.support)
+    if not artifact.keeps:
+        return
+    inputs, outputs, ranges = kept_denoiser.specification(config, artifact.dtype_name)
+    kept = kept_denoiser.KeptDenoiser(module)
+    examples = [tensor.to("meta") for tensor in kept_denoiser.example_inputs(config, dtype)]
+    kept_graph = onnx_graph.trace(kept, examples, kept_denoiser.dynamic_shapes(), inputs, outputs, cuda)
+    onnx_graph.write_sharing(kept_graph, folder / f"{KEPT}.onnx", graph)
+    yield Part(KEPT, f"{KEPT}.onnx", weights, inputs, outputs, ranges, kept_graph.support)
 
 
 def write_vae(artifact: ArtifactWriter, folder: Path, part: str, frames: int, cuda: bool = False) -> Part:

@@ -167,6 +167,34 @@ def write(
     onnx_ir.save(graph.model, path)
 
 
+def write_sharing(graph: Graph, path: Path, other: Graph) -> None:
+    """Writes `path` with the weights of a graph that has been written beside it, in that one's file.
+
+    Args:
+        graph: of `trace`, whose weights are among the other's.
+        path: ending in `.onnx`.
+        other: of `trace`, behind `write`.
+
+    Raises:
+        RuntimeError: a weight that the other lacks, or has in another form.
+    """
+    import onnx_ir
+
+    places = other.model.graph.initializers
+    for value in graph.model.graph.initializers.values():
+        if value.const_value is not None:
+            continue
+        name, shape, dtype = described(value)
+        stored = places[name].const_value if name in places else None
+        forms = [(name in one.transposed, name in one.widened) for one in (graph, other)]
+        if not isinstance(stored, onnx_ir.ExternalTensor) or forms[0] != forms[1] or stored.shape != shape:
+            raise RuntimeError(f"{path.name}: the weight {name} has another form in the graph that it is shared with")
+        value.const_value = onnx_ir.ExternalTensor(
+            stored.location, stored.offset, stored.length, dtype, shape=shape, name=name, base_dir=path.parent
+        )
+    onnx_ir.save(graph.model, path)
+
+
 def on_meta(module: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """The module moved to the meta device, and the values that its parameters and buffers had."""
     values = {**dict(module.named_parameters()), **dict(module.named_buffers())}

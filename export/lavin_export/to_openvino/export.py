@@ -13,11 +13,13 @@ from lavin_export.networks.vae import clip_lengths
 from lavin_export.options import common_options
 from lavin_export.to_onnx import export as to_onnx
 from lavin_export.to_openvino.int8 import import_nncf, quantize_denoiser
+from lavin_export.to_openvino.shared import share_weights
 from lavin_export.verify.artifact import verify_written
-from lavin_export.writer import Speeds, writing
-from lavin_rt.artifact.manifest import Manifest
+from lavin_export.writer import ArtifactWriter, Speeds, writing
+from lavin_rt.artifact.manifest import KEPT, Manifest
 from lavin_rt.artifact.openvino import core, import_openvino, precision
 from lavin_rt.artifact.parts import Record, Target
+from lavin_rt.artifact.speeds import named_speeds
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.devices import resolve_device, resolve_dtype
 from lavin_rt.errors import InputError, one_line
@@ -68,6 +70,12 @@ def export_openvino(
     version = openvino.__version__.partition("-")[0]
     precision(dtype, output)
     lengths, tasks = clip_lengths(clip_frames), calibrate or checkpoint.templates
+    keeping = [name for name, speed in named_speeds(speeds).items() if speed.keeps]
+    if int8 and keeping:
+        raise InputError(
+            f"speed {keeping[0]} keeps keys and values of the context, which artifacts in int8 do not: leave out "
+            "that speed, or --int8"
+        )
     if int8:
         import_nncf()
         if tasks is None or not task_folders(tasks):
@@ -83,20 +91,7 @@ def export_openvino(
         artifact.computes_in = dtype
         artifact.versions |= {"openvino": version}
         for part in to_onnx.graphs(artifact, graphs, lengths, progress):
-            network, weights = f"{part.name}.xml", f"{part.name}.bin"
-            try:
-                model = core(openvino).read_model(str(graphs / part.file))
-            except Exception as error:  # OpenVINO's errors have no common type
-                raise InputError(
-                    f"OpenVINO {version} cannot read the graph of the {part.name} ({one_line(error, 400)}); "
-                    "install a newer one: pip install -U 'lavin-rt[openvino]'"
-                ) from error
-            # Its own default rounds weights to float16.
-            openvino.save_model(model, str(artifact.folder / network), compress_to_fp16=False)
-            del model  # which maps the files that go now
-            for name in (part.file, *part.weights):
-                (graphs / name).unlink()
-            artifact.add_part(part.name, network, [weights], part.inputs, part.outputs, part.ranges)
+            write_network(artifact, graphs, part)
         artifact.write_modulation()
         if int8 and tasks is not None:
             artifact.versions["nncf"] = import_nncf().__version__
@@ -105,6 +100,33 @@ def export_openvino(
         if verify:
             verify_written(artifact)
     return Manifest.read(output)
+
+
+def write_network(artifact: ArtifactWriter, graphs: Path, part: to_onnx.Part) -> None:
+    """Writes a graph that lies in `graphs` as a network of the artifact, and enters it; the graph's files go, but for
+    weights that the next one names, too.
+    """
+    openvino = import_openvino("exporting to OpenVINO")
+    version = artifact.versions["openvino"]
+    network, weights = f"{part.name}.xml", f"{part.name}.bin"
+    try:
+        model = core(openvino).read_model(str(graphs / part.file))
+    except Exception as error:  # OpenVINO's errors have no common type
+        raise InputError(
+            f"OpenVINO {version} cannot read the graph of the {part.name} ({one_line(error, 400)}); "
+            "install a newer one: pip install -U 'lavin-rt[openvino]'"
+        ) from error
+    # Its own default rounds weights to float16.
+    openvino.save_model(model, str(artifact.folder / network), compress_to_fp16=False)
+    del model  # which maps the files that go now
+    (graphs / part.file).unlink()
+    if not (part.name == "denoiser" and artifact.keeps):  # whose weights the next one names, too
+        for name in part.weights:
+            (graphs / name).unlink()
+    if part.name == KEPT:
+        share_weights(artifact.folder / network, artifact.folder / "denoiser.xml")
+        weights = "denoiser.bin"
+    artifact.add_part(part.name, network, [weights], part.inputs, part.outputs, part.ranges)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
