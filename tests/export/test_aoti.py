@@ -84,7 +84,9 @@ def test_a_package_for_more_instructions_is_refused(monkeypatch):
     check_versions(Path("denoiser.pt2"), torch.__version__, {**part, "cpu_level": "AVX2"}, CPU)
 
 
-@pytest.mark.parametrize(("part", "weight"), [("denoiser", "blocks.1.x.proj"), ("vae_decoder", "network.conv_in.weight")])
+@pytest.mark.parametrize(
+    ("part", "weight"), [("denoiser", "blocks.1.x.proj"), ("vae_decoder", "network.conv_in.weight")]
+)
 def test_a_weight_slightly_off_is_found(tmp_path, part, weight):
     """By the bits themselves, nothing compiled: a change as small as this may pass for rounding in the results."""
     from types import SimpleNamespace

@@ -86,7 +86,8 @@ def test_what_the_manifest_says(made):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("part", "name"), [("denoiser", "blocks.0.x.down"), ("denoiser", "rotary_cos"), ("vae_decoder", "network.conv_in.bias")]
+    ("part", "name"),
+    [("denoiser", "blocks.0.x.down"), ("denoiser", "rotary_cos"), ("vae_decoder", "network.conv_in.bias")],
 )
 def test_one_changed_weight(made, folder, part, name):
     """By its hash; with the hash made right, by its value; and by what it does to the results."""
