@@ -26,7 +26,7 @@ from lavin_rt.vae.model import LATENT_SCALE, LATENT_SHIFT, Posterior
 from lavin_rt.vae.tiling import Axis, blended, decode_axes, encode_axes
 
 if TYPE_CHECKING:
-    from lavin_rt.artifact.tensorrt import Session as Plan
+    from lavin_rt.artifact.tensorrt import TensorRTSession
 
 Session = Callable[..., Tensors]
 SMALL_WEIGHTS = 32 * 2**20  # bytes of a denoiser's, up to which it is loaded beside the other one
@@ -47,7 +47,7 @@ def load(
         trust: whether code of this artifact may run: TensorRT plans and AOTInductor packages are code, ONNX and
             OpenVINO graphs are not and need none.
         progress: `(bytes hashed, bytes in all)`.
-        provider: of ONNX Runtime, see `lavin_rt.artifact.onnxruntime.Session`.
+        provider: of ONNX Runtime, see `lavin_rt.artifact.onnxruntime.OrtSession`.
 
     Raises:
         InputError: not an artifact, one of another version, not trusted, for another device, damaged or incomplete.
@@ -80,13 +80,13 @@ def assemble(manifest: Manifest, device: torch.device, provider: str = "auto") -
 def opener(manifest: Manifest, device: torch.device, provider: str = "auto") -> Callable[[str], Session]:
     """Loads a part by its name."""
     if manifest.kind == "onnx":
-        from lavin_rt.artifact.onnxruntime import Session
+        from lavin_rt.artifact.onnxruntime import OrtSession
 
-        return lambda name: Session(manifest.folder, manifest.parts[name], manifest, device, provider)
+        return lambda name: OrtSession(manifest.folder, manifest.parts[name], manifest, device, provider)
     if manifest.kind == "tensorrt":
-        from lavin_rt.artifact.tensorrt import Session as Plan
+        from lavin_rt.artifact.tensorrt import TensorRTSession
 
-        return lambda name: Plan(manifest.folder, manifest.parts[name], manifest, device)
+        return lambda name: TensorRTSession(manifest.folder, manifest.parts[name], manifest, device)
     if manifest.kind == "openvino":
         from lavin_rt.artifact.openvino import OpenVinoSession
 
@@ -191,7 +191,7 @@ class ArtifactNetwork:
         if shape.kept:
             return KeptCondition(shape, self.dtype, self.device, self.kept_velocity, form, self.config, self.dtype)
         # What a plan needs for a shape goes with the shape's graph.
-        plan = cast("Plan", self.session).calls() if self.manifest.kind == "tensorrt" else None
+        plan = cast("TensorRTSession", self.session).calls() if self.manifest.kind == "tensorrt" else None
         return LatentCondition(shape, self.dtype, self.device, partial(self._velocity, plan), form)
 
     def _velocity(

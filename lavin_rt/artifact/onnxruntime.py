@@ -37,7 +37,7 @@ class _Bound:
     captured: bool
 
 
-class Session:
+class OrtSession:
     """One graph, loaded.
 
     On a CPU inputs and outputs are bound where torch has them, nothing is copied. On CUDA every set of shapes has

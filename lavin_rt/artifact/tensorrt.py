@@ -48,7 +48,7 @@ class Calls:
     knows how long the graphs live.
     """
 
-    def __init__(self, session: Session):
+    def __init__(self, session: TensorRTSession):
         self._session = session
         self._bound: dict[tuple[tuple[int, ...], ...], _Bound] = {}
 
@@ -61,7 +61,7 @@ class Calls:
             torch.cuda.synchronize(self._session.device)
 
 
-class Session:
+class TensorRTSession:
     """One plan, deserialised on a GPU.
 
     A call runs on torch's current stream without waiting for it (on a stream of its own, joined by events, where that

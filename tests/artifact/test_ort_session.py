@@ -11,7 +11,7 @@ import torch
 from support.cuda_stand_in import Cuda
 
 from lavin_rt.artifact import onnxruntime as ort_session
-from lavin_rt.artifact.onnxruntime import SHAPES_HELD, Session
+from lavin_rt.artifact.onnxruntime import SHAPES_HELD, OrtSession
 from lavin_rt.errors import InputError
 
 PART = {
@@ -79,16 +79,16 @@ def load(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     monkeypatch.setattr(ort_session, "check_external_files", lambda *files: None)
 
-    def of(runtime: Runtime, provider: str = "auto") -> Session:
+    def of(runtime: Runtime, provider: str = "auto") -> OrtSession:
         monkeypatch.setattr(ort_session, "import_onnxruntime", lambda: runtime)
-        session = Session(tmp_path, PART, types.SimpleNamespace(dtype=torch.float32), DEVICE, provider)
+        session = OrtSession(tmp_path, PART, types.SimpleNamespace(dtype=torch.float32), DEVICE, provider)
         session.device = torch.device("cpu")
         return session
 
     return of
 
 
-def doubles(session: Session, rows: int) -> bool:
+def doubles(session: OrtSession, rows: int) -> bool:
     x = torch.randn(rows, 2)
     return torch.equal(session(x)[0], 2 * x)
 

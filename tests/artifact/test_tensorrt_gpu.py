@@ -18,7 +18,7 @@ def test_exported_verified_and_captured(tmp_path, dtype):
     from lavin_export.to_tensorrt.build import BuildOptions
     from lavin_export.to_tensorrt.export import export_tensorrt
     from lavin_export.to_tensorrt.profiles import parse
-    from lavin_rt.artifact.tensorrt import Session
+    from lavin_rt.artifact.tensorrt import TensorRTSession
 
     checkpoint = golden_checkpoint(tmp_path / "checkpoint", "dit_c")
     options = BuildOptions(optimization_level=1)
@@ -28,7 +28,7 @@ def test_exported_verified_and_captured(tmp_path, dtype):
     build = manifest.parts["denoiser"]["build"]
     assert build["attention"]["nodes"] == manifest.config.depth
     device = torch.device("cuda", 0)
-    session = Session(manifest.folder, manifest.parts["denoiser"], manifest, device)
+    session = TensorRTSession(manifest.folder, manifest.parts["denoiser"], manifest, device)
     config = manifest.config
     latents, cond = (torch.randn(2, 16, frames, 4, 6, device=device, dtype=dtype) for frames in (1, 5))
     rows = (

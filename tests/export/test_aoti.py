@@ -102,8 +102,8 @@ def test_a_weight_slightly_off_is_found(tmp_path, part, weight):
     vae = load_vae(checkpoint.vae, dtype=torch.float32)
     networks = {
         "denoiser": BranchDenoiser(load_dit(checkpoint.dit, dtype=torch.float32)),
-        "vae_encoder_clip5": vae_parts.Encoder(vae, 5),
-        "vae_decoder": vae_parts.Decoder(vae),
+        "vae_encoder_clip5": vae_parts.ExportedEncoder(vae, 5),
+        "vae_decoder": vae_parts.ExportedDecoder(vae),
     }
     inner_first_(networks["denoiser"])
     parts = {name: {"weights": [f"{name}.weights.safetensors"]} for name in networks}

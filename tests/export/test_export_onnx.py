@@ -23,7 +23,7 @@ from lavin_export.verify.artifact import sizes_to_check
 from lavin_export.writer import writing
 from lavin_rt.artifact import load as artifact
 from lavin_rt.artifact.manifest import Manifest
-from lavin_rt.artifact.onnxruntime import Session
+from lavin_rt.artifact.onnxruntime import OrtSession
 from lavin_rt.checkpoint.load import load_vae
 from lavin_rt.checkpoint.names import official_layout
 from lavin_rt.dit.config import PRESETS
@@ -65,7 +65,7 @@ def test_vae_modules(case):
     frames = case["pixels"].shape[2]
     if frames % 4 != 1:
         pytest.skip("clips of a pipeline have 1 + 4 k frames")
-    encoder, decoder = (part(vae.float(), frames) for part in (vae_parts.Encoder, vae_parts.Decoder))
+    encoder, decoder = (part(vae.float(), frames) for part in (vae_parts.ExportedEncoder, vae_parts.ExportedDecoder))
     mean, logvar = encoder(case["pixels"])
     for result, truth in ((mean, "mean"), (logvar, "logvar"), (decoder(case["mean"]), "decoded")):
         assert relative_error(result, case[truth]) <= 1e-5
@@ -199,7 +199,7 @@ def test_golden_forward(tmp_path, golden_dit, name):
     onnx.checker.check_model(tmp_path / "graph" / part.file, full_check=True)
     described = {"file": part.file, "weights": part.weights, "inputs": part.inputs, "outputs": part.outputs}
     manifest = type("Manifest", (), {"dtype": torch.float32})
-    session = Session(tmp_path / "graph", {**described, "ranges": part.ranges}, manifest, torch.device("cpu"))
+    session = OrtSession(tmp_path / "graph", {**described, "ranges": part.ranges}, manifest, torch.device("cpu"))
     for case in golden_cases(name, "forward").values():
         for index in range(len(case["t"])):
             one = slice(index, index + 1)

@@ -19,7 +19,7 @@ from support.small_artifact import read_manifest, write_manifest
 from lavin_export.errors import VerificationError
 from lavin_export.networks import denoiser
 from lavin_export.to_onnx import export as to_onnx
-from lavin_export.to_onnx.support import Report
+from lavin_export.to_onnx.support import SupportReport
 from lavin_export.verify import artifact as verify
 from lavin_export.verify.artifact import relative_error, verify_artifact
 from lavin_rt.artifact.manifest import Manifest
@@ -147,7 +147,7 @@ def test_a_failing_export_leaves_nothing_behind(made, tmp_path, monkeypatch, cap
         change_weight(folder)
         fields = [field.name for field in dataclasses.fields(to_onnx.Part)]
         for name, part in parts.items():
-            known = {"name": name, "support": Report({}, (10, 15), []), **part}
+            known = {"name": name, "support": SupportReport({}, (10, 15), []), **part}
             yield to_onnx.Part(**{field: known[field] for field in fields})
 
     monkeypatch.setattr(to_onnx, "write_graphs", wrong)

@@ -127,7 +127,7 @@ def whole(trt: ModuleType, classes: dict, build_module: ModuleType, session_modu
         assert report.plan_bytes == len(PLAN)
         session_module.import_tensorrt = lambda purpose: stand_in
         session_module.torch = Torch()
-        session = session_module.Session(folder, PART, a_manifest(trt), Device())
+        session = session_module.TensorRTSession(folder, PART, a_manifest(trt), Device())
         runs(session, session_module, libraries)
 
 
@@ -213,7 +213,7 @@ def sessions(trt: ModuleType, classes: dict) -> None:
             stand_in = StandIn(trt, classes, libraries.script())
             trt_session.import_tensorrt = lambda purpose: stand_in
             trt_session.torch = Torch()
-            return trt_session.Session(folder, part, manifest or a_manifest(trt), Device()), libraries
+            return trt_session.TensorRTSession(folder, part, manifest or a_manifest(trt), Device()), libraries
 
         session, libraries = load()
         runs(session, trt_session, libraries)

@@ -161,7 +161,7 @@ def pretend(stand_in: StandIn) -> None:
     host = Torch()
     host.cuda.get_device_capability = lambda device: (9, 0)
     host.cuda.get_device_name = lambda device: "a GPU"
-    own = trt_session.Session
+    own = trt_session.TensorRTSession
 
     class Session(own):
         def __init__(self, folder, part, manifest, device):
@@ -171,7 +171,7 @@ def pretend(stand_in: StandIn) -> None:
         module.torch, module.import_tensorrt = host, lambda purpose: stand_in
     to_tensorrt.resolve_device = lambda device: Device()
     to_tensorrt.resolve_dtype = lambda dtype, device: host.float32
-    trt_session.Session = Session
+    trt_session.TensorRTSession = Session
     Manifest.check_device = lambda manifest, device: None
 
 

@@ -24,7 +24,7 @@ from lavin_rt.vae.model import STVAE
 ROWS = [2, 512]  # latent rows and columns that a part takes: 16 to 4096 pixels
 
 
-class Encoder(nn.Module):
+class ExportedEncoder(nn.Module):
     """Pixels `[1, 3, frames, H, W]` in [-1, 1] to mean and log-variance `[1, 16, 1 + (frames - 1) / 4, H/8, W/8]`.
 
     Args:
@@ -43,7 +43,7 @@ class Encoder(nn.Module):
         return moments[:, :half], moments[:, half:].clamp(-30.0, 20.0)
 
 
-class Decoder(nn.Module):
+class ExportedDecoder(nn.Module):
     """Raw latents `[1, 16, t, h, w]` to pixels `[1, 3, frames, 8 h, 8 w]`, `t = 1 + (frames - 1) / 4`.
 
     Args:
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
         return self.network(latents.squeeze(2)).unsqueeze(2) if self.picture else self.network(latents)
 
 
-NETWORKS = {"encoder": Encoder, "decoder": Decoder}
+NETWORKS = {"encoder": ExportedEncoder, "decoder": ExportedDecoder}
 
 
 class PictureConv(nn.Module):
@@ -213,7 +213,7 @@ def _exchange(owner: nn.Module, picture: bool) -> None:
 
 
 def in_dtype(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Casts an `Encoder` or `Decoder`, its norms' weights aside, which stay in float32 as they compute."""
+    """Casts an `ExportedEncoder` or `ExportedDecoder`, its norms' weights aside, which stay in float32 as they compute."""
     for module in network.modules():
         if isinstance(module, Norm):
             continue

@@ -17,7 +17,7 @@ from lavin_export.networks.denoiser import BranchDenoiser
 from lavin_export.networks.weights import denoiser_weights
 from lavin_export.options import common_options
 from lavin_export.to_onnx import graph as onnx_graph
-from lavin_export.to_onnx.support import Report
+from lavin_export.to_onnx.support import SupportReport
 from lavin_export.verify.artifact import verify_written
 from lavin_export.writer import ArtifactWriter, Speeds, writing
 from lavin_rt.artifact.manifest import KEPT, Manifest
@@ -31,7 +31,7 @@ from lavin_rt.find.model import find_checkpoint
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Part:
+class TracedPart:
     """A network as an ONNX file.
 
     Attributes:
@@ -47,7 +47,7 @@ class Part:
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     ranges: Ranges
-    support: Report
+    support: SupportReport
 
 
 def export_onnx(
@@ -103,7 +103,7 @@ def export_onnx(
 
 def write_graphs(
     artifact: ArtifactWriter, folder: Path, lengths: Sequence[int], progress: Progress | None = None
-) -> list[Part]:
+) -> list[TracedPart]:
     """Writes the denoiser and the VAE's networks, for clips of these numbers of frames, as ONNX files into a folder, of
     nodes that ONNX Runtime has kernels for on a CPU and on CUDA.
     """
@@ -117,7 +117,7 @@ def write_graphs(
 
 def graphs(
     artifact: ArtifactWriter, folder: Path, lengths: Sequence[int], progress: Progress | None, cuda: bool = False
-) -> Iterator[Part]:
+) -> Iterator[TracedPart]:
     """The graphs of `write_graphs` one after another, each written when it is asked for; with `cuda` ONNX Runtime has
     CUDA kernels for all of them.
     """
@@ -129,14 +129,14 @@ def graphs(
 
 def write_denoiser(
     artifact: ArtifactWriter, folder: Path, progress: Progress | None = None, cuda: bool = False
-) -> Part:
+) -> TracedPart:
     """The first of `denoisers`."""
     return next(denoisers(artifact, folder, progress, cuda))
 
 
 def denoisers(
     artifact: ArtifactWriter, folder: Path, progress: Progress | None = None, cuda: bool = False
-) -> Iterator[Part]:
+) -> Iterator[TracedPart]:
     """Writes `denoiser.onnx` and `denoiser.onnx.data`, and where the artifact's speeds keep keys and values
     `denoiser_kept.onnx`, of the same weights; with `cuda` ONNX Runtime has CUDA kernels for all of it.
     """
@@ -149,7 +149,7 @@ def denoisers(
     graph = onnx_graph.trace(module, examples, denoiser_part.dynamic_shapes(), inputs, outputs, cuda)
     weights = ["denoiser.onnx.data"]
     onnx_graph.write(graph, folder / "denoiser.onnx", denoiser_weights(artifact.file, config, dtype), progress)
-    yield Part("denoiser", "denoiser.onnx", weights, inputs, outputs, ranges, graph.support)
+    yield TracedPart("denoiser", "denoiser.onnx", weights, inputs, outputs, ranges, graph.support)
     if not artifact.keeps:
         return
     inputs, outputs, ranges = kept_denoiser.specification(config, artifact.dtype_name)
@@ -157,10 +157,10 @@ def denoisers(
     examples = [tensor.to("meta") for tensor in kept_denoiser.example_inputs(config, dtype)]
     kept_graph = onnx_graph.trace(kept, examples, kept_denoiser.dynamic_shapes(), inputs, outputs, cuda)
     onnx_graph.write_sharing(kept_graph, folder / f"{KEPT}.onnx", graph)
-    yield Part(KEPT, f"{KEPT}.onnx", weights, inputs, outputs, ranges, kept_graph.support)
+    yield TracedPart(KEPT, f"{KEPT}.onnx", weights, inputs, outputs, ranges, kept_graph.support)
 
 
-def write_vae(artifact: ArtifactWriter, folder: Path, part: str, frames: int, cuda: bool = False) -> Part:
+def write_vae(artifact: ArtifactWriter, folder: Path, part: str, frames: int, cuda: bool = False) -> TracedPart:
     """Writes the VAE's "encoder" or "decoder" for clips of so many frames; `cuda` as above."""
     name = vae_parts.part_name(part, frames)
     inputs, outputs, ranges = vae_parts.specification(part, artifact.dtype_name, frames)
@@ -168,7 +168,7 @@ def write_vae(artifact: ArtifactWriter, folder: Path, part: str, frames: int, cu
     examples = [tensor.to("meta") for tensor in vae_parts.example_inputs(part, artifact.dtype, frames)]
     graph = onnx_graph.trace(module, examples, vae_parts.dynamic_shapes(part), inputs, outputs, cuda)
     onnx_graph.write(graph, folder / f"{name}.onnx", values.__getitem__)
-    return Part(name, f"{name}.onnx", [f"{name}.onnx.data"], inputs, outputs, ranges, graph.support)
+    return TracedPart(name, f"{name}.onnx", [f"{name}.onnx.data"], inputs, outputs, ranges, graph.support)
 
 
 def vae_module(artifact: ArtifactWriter, part: str, frames: int) -> torch.nn.Module:

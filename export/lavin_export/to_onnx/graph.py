@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lavin_export.to_onnx import cuda as onnx_cuda
-from lavin_export.to_onnx.support import OPSET, Report, check_support
+from lavin_export.to_onnx.support import OPSET, SupportReport, check_support
 from lavin_export.verify.onnx_weights import described
 from lavin_rt.artifact.parts import TensorSpec
 from lavin_rt.errors import missing_extra
@@ -48,7 +48,7 @@ class Graph:
     model: onnx_ir.Model
     transposed: frozenset[str]
     widened: frozenset[str]
-    support: Report
+    support: SupportReport
 
 
 def trace(

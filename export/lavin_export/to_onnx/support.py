@@ -71,7 +71,7 @@ OPSET = 23
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class SupportReport:
     """What a graph asks of TensorRT.
 
     Attributes:
@@ -85,7 +85,7 @@ class Report:
     faults: list[str]
 
 
-def check_support(model: onnx_ir.Model) -> Report:
+def check_support(model: onnx_ir.Model) -> SupportReport:
     """Holds every node of a graph against the table: operator, dtype, rank, constant inputs, Attention's attributes."""
     constants = set(model.graph.initializers)
     faults = [] if model.opset_imports.get("", 0) >= OPSET else [f"opset {model.opset_imports}, expected {OPSET}"]
@@ -110,7 +110,7 @@ def check_support(model: onnx_ir.Model) -> Report:
         if node.op_type == "Attention":
             faults += [f"{where}: {fault}" for fault in _attention_faults(node)]
     counted = Counter(node.op_type for node in model.graph)
-    return Report(dict(sorted(counted.items())), since, faults)
+    return SupportReport(dict(sorted(counted.items())), since, faults)
 
 
 def _attention_faults(node: Any) -> list[str]:

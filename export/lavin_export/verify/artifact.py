@@ -57,7 +57,7 @@ Velocity = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
+class PartCheck:
     """One comparison: of what, at which sizes, the error and what is allowed."""
 
     part: str
@@ -126,7 +126,7 @@ def verify_artifact(
         fixed = RUN if part.startswith(("sampling", "speed")) else PASS
         exact = manifest.dtype == torch.float32 and index not in eight
         budget = fixed if exact else max(2 * relative_error(eight.get(index, plain), right), AGREE_LEAST)
-        checks.append(Check(part, sizes, relative_error(result, right), budget))
+        checks.append(PartCheck(part, sizes, relative_error(result, right), budget))
     for check in checks:
         if not check.passed:
             raise VerificationError(
