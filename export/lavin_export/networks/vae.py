@@ -213,7 +213,7 @@ def _exchange(owner: nn.Module, picture: bool) -> None:
 
 
 def in_dtype(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Casts an `ExportedEncoder` or `ExportedDecoder`, its norms' weights aside, which stay in float32 as they compute."""
+    """Casts an exported encoder or decoder, its norms' weights aside, which stay in float32 as they compute."""
     for module in network.modules():
         if isinstance(module, Norm):
             continue
