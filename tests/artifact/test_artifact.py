@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
-from support.checks import refusal, write_dit_a
-from support.golden import GOLDEN
-from support.small_artifact import WEIGHT, read_manifest, write_manifest, write_small_artifact
+from support.checks import refusal
+from support.small_artifact import WEIGHT, add_parts, read_manifest, write_manifest
 
 from lavin_export.writer import modulation_model, writing
 from lavin_rt.artifact import load as artifact
-from lavin_rt.artifact import manifest
 from lavin_rt.artifact.manifest import Manifest, artifact_values
 from lavin_rt.artifact.sizes import bind_sizes, check_ranges, sized
 from lavin_rt.checkpoint.load import load_dit
@@ -20,29 +16,8 @@ from lavin_rt.cli.main import main
 from lavin_rt.dit.layout import Shape
 from lavin_rt.dit.modulation import modulation_table
 from lavin_rt.errors import InputError
-from lavin_rt.find.model import find_checkpoint
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.sampling.schedule import schedule
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    return write_small_artifact(tmp_path_factory.mktemp("sound") / "artifact")
-
-
-@pytest.fixture
-def folder(sound, tmp_path):
-    return shutil.copytree(sound, tmp_path / "artifact")
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    write_dit_a(folder)
-    shutil.copy(GOLDEN / "stvae.pt", folder)
-    (folder / "template" / "edges").mkdir(parents=True)
-    return find_checkpoint(folder)
 
 
 def test_is_artifact(sound, tmp_path):
@@ -138,13 +113,6 @@ def test_info_of_an_artifact(sound, folder, capsys):
     assert "no: " in capsys.readouterr().out
     (folder / "denoiser.onnx").write_bytes(b"")
     assert main(["info", str(folder), "--self-check"]) == 2
-
-
-def add_parts(writer):
-    for name in manifest.PARTS:
-        (writer.folder / name).write_bytes(name.encode())
-        inputs, outputs = ([{"name": tensor, "dtype": "float32", "shape": ["rows"]}] for tensor in ("x", "y"))
-        writer.add_part(name, name, [], inputs, outputs, {"rows": [1, 2]})
 
 
 def test_writing(checkpoint, tmp_path):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 
 import pytest
 import torch
-from support.checks import refusal, write_dit_a
+from support.checks import refusal
 from support.command import exit_code, write_picture, write_template
-from support.golden import GOLDEN
-from support.small_artifact import HELD, WEIGHT, read_manifest, write_manifest, write_small_artifact
-from test_artifact import add_parts
+from support.small_artifact import HELD, WEIGHT, add_parts, read_manifest, write_manifest
 
 from lavin_export.writer import writing
 from lavin_rt.artifact import load as artifact
@@ -19,32 +16,12 @@ from lavin_rt.artifact.manifest import Manifest
 from lavin_rt.artifact.speeds import described, named_speeds, parsed_speeds
 from lavin_rt.checkpoint.load import load_dit
 from lavin_rt.dit.modulation import modulation_table
-from lavin_rt.find.model import find_checkpoint
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.sampling.schedule import schedule
 from lavin_rt.sampling.speeds import SPEEDS, Speed
 
 GRID = Speed(evaluations=5)
 ON_A_SCHEDULE = Speed(guided={0, 9})
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    return write_small_artifact(tmp_path_factory.mktemp("sound") / "artifact")
-
-
-@pytest.fixture
-def folder(sound, tmp_path):
-    return shutil.copytree(sound, tmp_path / "artifact")
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    write_dit_a(folder)
-    shutil.copy(GOLDEN / "stvae.pt", folder)
-    return find_checkpoint(folder)
 
 
 def answer(folder, speed):

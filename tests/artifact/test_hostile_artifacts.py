@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 
 import numpy as np
 import onnx
@@ -13,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checks import refusal
-from support.small_artifact import read_manifest, write_manifest, write_small_artifact
+from support.small_artifact import read_manifest, write_manifest
 
 from lavin_rt.artifact import load as artifact
 from lavin_rt.artifact import manifest
@@ -21,18 +20,6 @@ from lavin_rt.artifact import onnxruntime as ort_session
 from lavin_rt.artifact import sizes as part_sizes
 from lavin_rt.artifact.onnx_file import external_files
 from lavin_rt.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """A sound artifact, not to be changed."""
-    return write_small_artifact(tmp_path_factory.mktemp("sound") / "artifact")
-
-
-@pytest.fixture
-def folder(sound, tmp_path):
-    """A copy of it to damage."""
-    return shutil.copytree(sound, tmp_path / "artifact")
 
 
 @pytest.fixture

@@ -40,12 +40,6 @@ def sound(tmp_path_factory):
     return write_small_openvino(tmp_path_factory.mktemp("sound") / "artifact")
 
 
-@pytest.fixture
-def folder(sound, tmp_path):
-    """A copy of it to damage."""
-    return shutil.copytree(sound, tmp_path / "artifact")
-
-
 def session(folder, dtype=torch.float32, part="denoiser") -> runtime.OpenVinoSession:
     manifest = Manifest.read(folder).computing_in(dtype)
     return runtime.OpenVinoSession(folder, manifest.parts[part], manifest)

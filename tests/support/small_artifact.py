@@ -17,7 +17,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
-from lavin_rt.artifact.manifest import FORMAT, VERSION
+from lavin_rt.artifact.manifest import FORMAT, PARTS, VERSION
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.sampling.schedule import schedule
 from lavin_rt.sampling.speeds import Speed
@@ -126,3 +126,11 @@ def _part(folder: Path, name: str, nodes: list, weights: dict, inputs: list, out
         "outputs": described[1],
         "ranges": ranges,
     }
+
+
+def add_parts(writer) -> None:
+    """Adds parts that hold nothing, for tests of what is around them."""
+    for name in PARTS:
+        (writer.folder / name).write_bytes(name.encode())
+        inputs, outputs = ([{"name": tensor, "dtype": "float32", "shape": ["rows"]}] for tensor in ("x", "y"))
+        writer.add_part(name, name, [], inputs, outputs, {"rows": [1, 2]})
