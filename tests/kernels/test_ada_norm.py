@@ -42,8 +42,9 @@ SHAPES = [
 
 
 @compiled_test
-def test_under_the_interpreter():
-    kernel_checks.run_under_interpreter(__file__)
+@pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_under_the_interpreter(marker):
+    kernel_checks.run_under_interpreter(__file__, marker)
 
 
 def arguments(operator, rows: int, split: int, width: int, dtype: torch.dtype, table_dtype: torch.dtype, magnitude=1.0):
@@ -161,6 +162,7 @@ SECOND_NORM = "tail.to(tl.float32)\n    inverse = _inverse_rms(main, tail, D, ep
 
 
 @kernel_test
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("operator", "original", "changed"),
     [

@@ -61,8 +61,9 @@ CASES = [
 
 
 @compiled_test
-def test_under_the_interpreter():
-    kernel_checks.run_under_interpreter(__file__)
+@pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_under_the_interpreter(marker):
+    kernel_checks.run_under_interpreter(__file__, marker)
 
 
 def arguments(case: Case, dtype: torch.dtype, magnitude: float = 1.0, weight_dtype: torch.dtype | None = None) -> list:
@@ -185,6 +186,7 @@ def test_every_candidate_is_right():
 
 
 @kernel_test
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("original", "changed"),
     [
