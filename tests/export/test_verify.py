@@ -145,10 +145,10 @@ def test_a_failing_export_leaves_nothing_behind(made, tmp_path, monkeypatch, cap
             for file in (f"{name}.onnx", f"{name}.onnx.data"):
                 shutil.copy(artifact / file, folder)
         change_weight(folder)
-        fields = [field.name for field in dataclasses.fields(to_onnx.Part)]
+        fields = [field.name for field in dataclasses.fields(to_onnx.TracedPart)]
         for name, part in parts.items():
             known = {"name": name, "support": SupportReport({}, (10, 15), []), **part}
-            yield to_onnx.Part(**{field: known[field] for field in fields})
+            yield to_onnx.TracedPart(**{field: known[field] for field in fields})
 
     monkeypatch.setattr(to_onnx, "write_graphs", wrong)
     weights, output = str(checkpoint.dit.parent), tmp_path / "artifact"
@@ -166,7 +166,7 @@ def test_relative_error():
     truth = torch.ones(4)
     assert relative_error(truth, truth) == 0
     assert relative_error(torch.full((4,), float("nan")), truth) != 0
-    assert not verify.Check("part", {}, float("nan"), 1.0).passed
+    assert not verify.PartCheck("part", {}, float("nan"), 1.0).passed
     assert relative_error(torch.ones(3), truth) == float("inf")
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lavin_export.to_onnx.export import Part, denoisers
-from lavin_export.to_onnx.support import Report
+from lavin_export.to_onnx.export import TracedPart, denoisers
+from lavin_export.to_onnx.support import SupportReport
 from lavin_export.writer import ArtifactWriter, writing
 from lavin_rt.artifact.load import ArtifactNetwork, opener
 from lavin_rt.artifact.manifest import KEPT, Manifest
@@ -41,10 +41,10 @@ def write_openvino(folder: Path, name: str, speeds: Speeds, onnx: Path) -> Path:
     def write(artifact: ArtifactWriter) -> None:
         artifact.versions["openvino"] = import_openvino("a test").__version__
         graphs, parts = shutil.copytree(onnx, folder / "graphs"), Manifest.read(onnx).parts
-        fields = [field.name for field in dataclasses.fields(Part)]
+        fields = [field.name for field in dataclasses.fields(TracedPart)]
         for part in ("denoiser", KEPT):
-            known = {"name": part, "support": Report({}, (10, 15), []), **parts[part]}
-            write_network(artifact, graphs, Part(**{field: known[field] for field in fields}))
+            known = {"name": part, "support": SupportReport({}, (10, 15), []), **parts[part]}
+            write_network(artifact, graphs, TracedPart(**{field: known[field] for field in fields}))
 
     return _write(folder, "openvino", name, speeds, write)
 

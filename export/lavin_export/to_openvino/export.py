@@ -102,7 +102,7 @@ def export_openvino(
     return Manifest.read(output)
 
 
-def write_network(artifact: ArtifactWriter, graphs: Path, part: to_onnx.Part) -> None:
+def write_network(artifact: ArtifactWriter, graphs: Path, part: to_onnx.TracedPart) -> None:
     """Writes a graph that lies in `graphs` as a network of the artifact, and enters it; the graph's files go, but for
     weights that the next one names, too.
     """

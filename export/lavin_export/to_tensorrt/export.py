@@ -122,7 +122,7 @@ def _check_profiles(profiles: Sequence[Profile]) -> None:
 def build_part(
     trt: ModuleType,
     artifact: ArtifactWriter,
-    part: to_onnx.Part,
+    part: to_onnx.TracedPart,
     folder: Path,
     profiles: Sequence[Profile],
     options: BuildOptions,
