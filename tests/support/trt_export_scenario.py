@@ -206,7 +206,7 @@ def by_command(checkpoint: Path, output: Path) -> Manifest:
     )
     options = parser.parse_args(line.split())
     own = {"checkpoint": str(checkpoint), "revision": None, "output": str(output), "device": "auto", "dtype": "auto"}
-    rest = {"steps": [4], "clip_frames": [], "templates": True, "verify": False, "quiet": True}
+    rest = {"steps": [4], "speeds": [], "clip_frames": [], "templates": True, "verify": False, "quiet": True}
     vars(options).update({**own, **rest})
     return to_tensorrt.from_arguments(options)
 
