@@ -224,7 +224,7 @@ def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile,
         )
         mbarrier.arrive(v_free.index(stage))
         stage = (stage + 1) % STAGES
-        phase = phase ^ (stage == 0).to(gl.int32)
+        phase = gl.where(stage == 0, phase ^ 1, phase)
 
     total = gl.convert_layout(gl.sum(own_total, 1), gl.SliceLayout(1, SCORES))
     _store(out_ptr, table_ptr, branch, head, tile_row, queries, acc, total, 0, HEADS, HEAD_SIZE, X_ONLY, ACC)
