@@ -103,7 +103,7 @@ def pipeline_table(record: dict[str, Any]) -> str:
 
 
 def named_speeds_table(record: dict[str, Any]) -> str:
-    """Calls at the named speeds; times of exact's are medians of the ratios within a round."""
+    """Calls at the named speeds, and how many times as fast as `exact`: medians of the ratios within a round."""
 
     def times(row: dict[str, Any], key: str) -> str:
         if exact is None or row is exact:

@@ -52,12 +52,9 @@ def sample(
         InputError: shapes that do not belong together, a bad number of steps, an unknown `impl` or speed.
         NonFiniteError: naming the step at which the latents stopped being finite.
     """
-    speed = speed_of(speed)
-    speed.knots(steps)  # refuses them before work is done
     cond_latents, noise = torch.as_tensor(cond_latents), torch.as_tensor(noise)
-    check_inputs(dit, cond_latents, noise, query_frames, guidance)
     network = make_network(dit, impl, compile)
-    return sampled(network, cond_latents, noise, speed, steps, float(guidance), query_frames, callback)
+    return sampled(network, cond_latents, noise, speed_of(speed), steps, guidance, query_frames, callback)
 
 
 def sampled(
@@ -82,7 +79,7 @@ def sampled(
     keys = None
     if speed.refresh == TASK:
         keys = executor.context_keys(dataclasses.replace(shape, guided=False), context)
-    return executor.sample(shape, context, query, noise, knots, guidance, callback, speed, keys)
+    return executor.sample(shape, context, query, noise, knots, float(guidance), callback, speed, keys)
 
 
 def null_condition(cond_latents: torch.Tensor, query_frames: int = 1) -> torch.Tensor:
@@ -92,10 +89,10 @@ def null_condition(cond_latents: torch.Tensor, query_frames: int = 1) -> torch.T
 
 
 def check_inputs(
-    dit: JDiT | Denoiser, cond_latents: torch.Tensor, noise: torch.Tensor, query_frames: int, guidance: float
+    network: Denoiser, cond_latents: torch.Tensor, noise: torch.Tensor, query_frames: int, guidance: float
 ) -> Shape:
     """The shape of a run, or an `InputError` that says which input does not fit."""
-    channels = dit.config.in_channels
+    channels = network.config.in_channels
     for name, latents in (("cond_latents", cond_latents), ("noise", noise)):
         if latents.dim() != 5 or latents.shape[1] != channels or not latents.is_floating_point():
             raise InputError(

@@ -16,7 +16,7 @@ from support.onnx_exports import assert_for_cuda, exported, golden_checkpoint
 
 from lavin_export.networks import denoiser
 from lavin_export.networks import vae as vae_parts
-from lavin_export.to_onnx.export import write_denoiser
+from lavin_export.to_onnx.export import denoisers
 from lavin_export.to_onnx.graph import readable
 from lavin_export.to_onnx.support import check_support
 from lavin_export.verify.artifact import sizes_to_check
@@ -193,7 +193,7 @@ def test_golden_forward(tmp_path, golden_dit, name):
     checkpoint, dit = golden_checkpoint(tmp_path / "checkpoint", name), golden_dit(name)
     (tmp_path / "graph").mkdir()
     with pytest.raises(KeyboardInterrupt), writing(tmp_path / "unused", "onnx", checkpoint, torch.float32) as writer:
-        part = write_denoiser(writer, tmp_path / "graph")
+        [part] = denoisers(writer, tmp_path / "graph")
         raise KeyboardInterrupt
     assert not (tmp_path / "unused").exists()
     onnx.checker.check_model(tmp_path / "graph" / part.file, full_check=True)

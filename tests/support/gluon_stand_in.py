@@ -191,7 +191,7 @@ def language(program):
 
 def kernel_of(source: str, name: str, program: int):
     """The function `name` of a Gluon module's source, as program number `program` of its grid runs it."""
-    tree = ast.parse(source.replace(".type.layout", ".layout"))  # which tensors here have, too
+    tree = ast.parse(source.replace(".type.layout", ".layout"))  # PyTorch's have one, too
     # Only the kernel: imports are replaced by the stand-ins, and functions of the host need the real ones.
     jitted = [node for node in tree.body if isinstance(node, ast.Assign) or getattr(node, "decorator_list", None)]
     namespace = {

@@ -41,7 +41,7 @@ from lavin_rt.sampling.self_check import relative_error
 from lavin_rt.sampling.speeds import SPEEDS, Speed
 from lavin_rt.task import Task
 
-# One evaluation that stores keys and values and one that reuses them, with guidance held: every form in two.
+# One evaluation that stores keys and values, and one that reuses them and holds guidance.
 CHECKED = Speed(evaluations=2, refresh={0}, guided={0})
 
 
@@ -92,26 +92,23 @@ def run(
     record["relative_error"] = error
     timed = pipe.executor = _TimedExecutor(pipe.network, pipe.executor.graphs)
 
-    def answer(speed: str) -> tuple[float, torch.Tensor]:
-        began = time.perf_counter()
-        [result] = task.run([query], guidance=GUIDANCE, speed=speed)
-        return time.perf_counter() - began, result.latents
-
-    latents: dict[str, torch.Tensor] = {}
     del plain
     if device.type == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here on
     for speed in speeds:
         task.warmup(guidance=GUIDANCE, speed=speed)
+    latents: dict[str, torch.Tensor] = {}
     samplings: dict[str, list[float]] = {speed: [] for speed in speeds}
 
-    def sample(speed: str) -> float:
-        seconds, latents[speed] = answer(speed)
+    def call(speed: str) -> float:
+        began = time.perf_counter()
+        [result] = task.run([query], guidance=GUIDANCE, speed=speed)
+        seconds, latents[speed] = time.perf_counter() - began, result.latents
         samplings[speed].append(timed.seconds)
         print(f"  {speed:9}{seconds:9.2f} s, sampling {timed.seconds:.2f} s", flush=True)
         return seconds
 
-    calls = in_turn({speed: partial(sample, speed) for speed in speeds}, repeats)
+    calls = in_turn({speed: partial(call, speed) for speed in speeds}, repeats)
     rows: list[dict[str, Any]] = []
     for speed in speeds:
         chosen = SPEEDS[speed]
@@ -149,7 +146,8 @@ def bench_speeds(options: argparse.Namespace) -> None:
         ("--repeats", options.repeats, 1),
     ):
         if value < 1 or value % multiple:
-            raise InputError(f"{name} is {value}; expected a positive multiple of {multiple}")
+            wanted = "at least 1" if multiple == 1 else f"a positive multiple of {multiple}"
+            raise InputError(f"{name} is {value}; expected {wanted}")
     device = resolve_device(options.device)
     setting = Setting(options.size, options.pairs, dataclasses.replace(RELEASED, depth=options.blocks))
     if options.quick:

@@ -127,13 +127,6 @@ def graphs(
             yield write_vae(artifact, folder, part, frames, cuda)
 
 
-def write_denoiser(
-    artifact: ArtifactWriter, folder: Path, progress: Progress | None = None, cuda: bool = False
-) -> TracedPart:
-    """The first of `denoisers`."""
-    return next(denoisers(artifact, folder, progress, cuda))
-
-
 def denoisers(
     artifact: ArtifactWriter, folder: Path, progress: Progress | None = None, cuda: bool = False
 ) -> Iterator[TracedPart]:
