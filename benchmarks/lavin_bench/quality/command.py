@@ -15,9 +15,9 @@ from lavin_bench.quality.sheet import context_sheet, tasks_sheet
 from lavin_bench.quality.speeds import bench_own_pairs, bench_speeds
 from lavin_bench.record import write_record
 from lavin_bench.timing import header, header_line, use_threads
+from lavin_rt.artifact.load import ArtifactNetwork
 from lavin_rt.console import loading_options
 from lavin_rt.devices import current_device
-from lavin_rt.dit.model import JDiT
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 from lavin_rt.mini.world.tasks import TASKS, find_task
@@ -47,7 +47,7 @@ def bench_quality(options: argparse.Namespace) -> None:
     given = loading_options(options)
     pipe, exact = Pipeline.from_pretrained(options.checkpoint, **given), None
     if options.against is not None:
-        if not options.against and not isinstance(pipe.dit, JDiT):
+        if not options.against and isinstance(pipe.network, ArtifactNetwork):
             raise InputError(f"{pipe.source} is an artifact; say what to hold it against: --against CHECKPOINT")
         given |= {"dtype": "float32", "impl": "auto", "compile": False}
         if options.against not in ("", options.checkpoint):

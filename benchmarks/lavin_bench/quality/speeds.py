@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lavin_bench.pipeline.flops import speed_flops
 from lavin_bench.quality.answers import Answers, Sampling, new_record
 from lavin_bench.quality.figures import Figures, better, fidelity, figures, interval, means
 from lavin_bench.quality.queries import TaskQueries
+from lavin_bench.quality.report import clear
 from lavin_bench.quality.speeds_report import front, summary
 from lavin_bench.record import write_record
 from lavin_bench.timing import use_threads
@@ -76,7 +77,12 @@ def speed_row(
 
 
 def run_speeds(
-    pipe: Pipeline, drawn: Sequence[TaskQueries], pairs: int, sampling: Sampling, speeds: Sequence[str | Speed]
+    pipe: Pipeline,
+    drawn: Sequence[TaskQueries],
+    pairs: int,
+    sampling: Sampling,
+    speeds: Sequence[str | Speed],
+    save: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Answers all queries at `exact` and at every speed; returns the record that `report` reads.
 
@@ -86,6 +92,7 @@ def run_speeds(
         pairs: in every context.
         sampling: how queries are answered.
         speeds: names or speeds besides `exact`.
+        save: called with the record after every task, so that a run that is ended keeps what it has.
 
     Raises:
         InputError: a speed that the pipeline has not, or no task that it can run.
@@ -114,10 +121,11 @@ def run_speeds(
                 record["skipped"].append({"task": asked.task.name, "reason": str(error)})
                 continue
             record["tasks"].append(of_task)
+            record["seconds"] = round(time.perf_counter() - began, 1)
             bar.write("\n".join(task_lines(of_task)), file=sys.stdout)
+            save(record)
     if not record["tasks"]:
         raise InputError(f"no task could be run; {record['skipped'][0]['task']}: {record['skipped'][0]['reason']}")
-    record["seconds"] = round(time.perf_counter() - began, 1)
     return record
 
 
@@ -127,8 +135,8 @@ def _task(
     answers, exact, exact_figures = Answers(pipe, asked, sampling), None, None
     deciding = MEASURES[asked.task.measure][0]
     record: dict[str, Any] = {
-        "task": asked.task.name,
-        "trained": asked.task.trained,
+        "task": asked.name,
+        "clear": False,
         "one_to_many": asked.task.name in ONE_TO_MANY,
         "measures": [dataclasses.asdict(measure) for measure in MEASURES[asked.task.measure]],
         "deciding": deciding.name,
@@ -141,6 +149,8 @@ def _task(
         row: dict[str, Any]
         if exact is None or exact_figures is None:
             exact, exact_figures = results, figures(asked, results)
+            simple = (figures(asked, one) for one in (asked.queries, asked.context_means(pairs)))
+            record["clear"] = all(clear(better(asked.task.name, exact_figures, one)[deciding.name]) for one in simple)
             row = {"speed": speed.name, "measures": means(exact_figures)}
         else:
             row = speed_row(asked, speed, results, exact, exact_figures)
@@ -188,13 +198,16 @@ def bench_speeds(
     options: argparse.Namespace, pipe: Pipeline, drawn: Sequence[TaskQueries], pairs: int, sampling: Sampling
 ) -> None:
     """`--speed` of the command, on lavin-mini's tasks."""
+
+    def save(record: dict[str, Any]) -> None:
+        if options.output:
+            write_record(options.output, record)
+            with written_whole(Path(options.output).with_suffix(".svg")) as partial:
+                partial.write_text(front(record))
+
     with torch.no_grad(), current_device(pipe.device):
-        record = run_speeds(pipe, drawn, pairs, sampling, known_speeds(options.speed))
+        record = run_speeds(pipe, drawn, pairs, sampling, known_speeds(options.speed), save)
     print("\n".join(summary(record)))
-    if options.output:
-        write_record(options.output, record)
-        with written_whole(Path(options.output).with_suffix(".svg")) as partial:
-            partial.write_text(front(record))
 
 
 def bench_own_pairs(options: argparse.Namespace) -> None:

@@ -11,8 +11,11 @@ from lavin_bench.markdown import caption, table
 from lavin_bench.quality.report import signed, value
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 460, 70, 190, 56, 52
+LINE = 17  # of the legend
 LEAST_LOSS, MOST_LOSS = 0.001, 1.0  # of the picture's axis, which is logarithmic
 COLOURS = ("#3b82f6", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#db2777", "#65a30d", "#6e7781")
+DOES = "Tasks that exact does clearly better than a copy of the query and the mean of the targets"
+DOES_NOT = "Tasks that these weights do not do, by the same yardsticks"
 STYLE = """
     text { font: 12px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #6e7781 }
     .title { font-size: 15px; font-weight: 600 }
@@ -22,45 +25,59 @@ STYLE = """
 
 
 def speeds_table(record: dict[str, Any]) -> str:
-    """Regressions and mappings, then one-to-many tasks, a row a task and speed; and what fails its bound."""
+    """A row a task and speed: tasks that the model does, those that it does not, one-to-many tasks; and the verdict."""
     of = f"{record['pairs']} pairs, {record['size']} px, guidance {record['guidance']}"
     text = [f"{record['checkpoint']}, {of}, at least {_queries(record)} queries a task. {caption(record['header'])}"]
     grids = [f"{row['speed']}: {row['evaluations']} evaluations" for row in record["speeds"]]
     text.append(f"{'; '.join(grids)}.")
-    for one_to_many, title in ((False, ""), (True, "One query, many right answers (no bound is asked of these):")):
-        rows = [
-            _row(task, row) for task in record["tasks"] if task["one_to_many"] == one_to_many for row in task["rows"]
-        ]
+    columns = ["task", "speed", "measure", "to exact ± 95 %", "at worst", "dB to exact", "TFLOP", "s a query"]
+    for title, tasks in _groups(record):
+        rows = [_row(task, row) for task in tasks for row in task["rows"]]
         if rows:
-            columns = ["task", "speed", "measure", "to exact ± 95 %", "at worst", "dB to exact", "TFLOP", "s a query"]
-            text.append(f"{title}\n\n{table(columns, rows).rstrip()}".strip())
-    text.append(verdict(record))
+            text.append(f"{title}\n\n{table(columns, rows).rstrip()}")
+    text += verdict(record)
     text += [f"Skipped: {one['task']}, {one['reason']}." for one in record["skipped"]]
     return "\n\n".join(text) + "\n"
 
 
-def verdict(record: dict[str, Any]) -> str:
-    """Which tasks are outside of which speed's bound."""
-    rows = [(task["task"], row) for task in record["tasks"] for row in task["rows"]]
-    outside = [
-        f"{row['speed']} in {task} ({row['worst_loss']:.1%})" for task, row in rows if row.get("within") is False
+def _groups(record: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Tasks in three groups, each with what is to be said of it."""
+    asked = [task for task in record["tasks"] if not task["one_to_many"]]
+    return [
+        (f"{DOES}:", [task for task in asked if task["clear"]]),
+        (f"{DOES_NOT}:", [task for task in asked if not task["clear"]]),
+        (
+            "One query, many right answers (no bound is asked of these):",
+            [task for task in record["tasks"] if task["one_to_many"]],
+        ),
     ]
-    asked = sum("within" in row for _, row in rows)
-    if not asked:
-        return "No bound is asked of these speeds and tasks."
-    of_those = f"; outside: {', '.join(outside)}" if outside else ""
-    return f"{asked - len(outside)} of {asked} within their bounds{of_those}."
+
+
+def verdict(record: dict[str, Any]) -> list[str]:
+    """Which tasks are outside of which speed's bound."""
+    lines = []
+    for title, tasks in _groups(record):
+        rows = [(task["task"], row) for task in tasks for row in task["rows"] if "within" in row]
+        outside = [f"{row['speed']} in {task} ({row['worst_loss']:.1%})" for task, row in rows if not row["within"]]
+        if rows:
+            of_those = f"; outside: {', '.join(outside)}" if outside else ""
+            lines.append(f"{title} {len(rows) - len(outside)} of {len(rows)} within their bounds{of_those}.")
+    return lines or ["No bound is asked of these speeds and tasks."]
 
 
 def front(record: dict[str, Any]) -> str:
-    """An SVG: loss at the bad end of the interval over the share of exact's FLOPs, one line a task."""
+    """An SVG: loss at the bad end of the interval over the share of exact's FLOPs, one line a task that the model does,
+    dashed those of many right answers.
+    """
+    done = [task for task in record["tasks"] if task["clear"]]
+    height = max(HEIGHT, TOP + LINE * (len(done) + 1))
     parts = [
         svg.text(16, 24, f"Loss against work, {record['checkpoint']}, {_queries(record)} queries a task", "title"),
         svg.text(
             16, 42, "relative loss of the deciding measure at the bad end of its 95 % interval; both axes logarithmic"
         ),
     ]
-    shares = [row["flops"] / task["rows"][0]["flops"] for task in record["tasks"] for row in task["rows"][1:]]
+    shares = [row["flops"] / task["rows"][0]["flops"] for task in done for row in task["rows"][1:]]
     least = min(shares, default=0.05) / 1.2
     for loss in (0.001, 0.01, 0.1, 1.0):
         y = _y(loss)
@@ -70,7 +87,7 @@ def front(record: dict[str, Any]) -> str:
         if share >= least:
             parts.append(svg.text(_x(share, least), HEIGHT - BOTTOM + 20, f"1/{1 / share:g}", anchor="middle"))
     parts.append(svg.text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "FLOPs, of exact's", anchor="middle"))
-    for index, task in enumerate(record["tasks"]):
+    for index, task in enumerate(done):
         colour = COLOURS[index % len(COLOURS)]
         points = [
             (_x(row["flops"] / task["rows"][0]["flops"], least), _y(row["worst_loss"]), row["speed"])
@@ -80,10 +97,10 @@ def front(record: dict[str, Any]) -> str:
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in points)
         parts.append(f'  <polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"{dash}/>')
         parts += [f'  <circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y, _ in points]
-        y = TOP + 8 + 17 * index
+        y = TOP + 8 + LINE * index
         parts.append(f'  <rect x="{WIDTH - RIGHT + 16}" y="{y - 9}" width="10" height="10" fill="{colour}"/>')
         parts.append(svg.text(WIDTH - RIGHT + 32, y, task["task"] + (" *" if task["one_to_many"] else "")))
-    return svg.document(WIDTH, HEIGHT, STYLE, parts)
+    return svg.document(WIDTH, height, STYLE, parts)
 
 
 def _row(task: dict[str, Any], row: dict[str, Any]) -> list[str]:
@@ -114,4 +131,4 @@ def _y(loss: float) -> float:
 
 def summary(record: dict[str, Any]) -> Sequence[str]:
     """What stands below the tasks' lines on a terminal."""
-    return [verdict(record), *(f"Skipped: {one['task']}: {one['reason']}" for one in record["skipped"])]
+    return [*verdict(record), *(f"Skipped: {one['task']}: {one['reason']}" for one in record["skipped"])]
