@@ -79,8 +79,8 @@ def pipeline_table(record: dict[str, Any]) -> str:
                 row["variant"],
                 milliseconds(row["seconds"]),
                 f"{row['useful_flops_per_second'] / 1e12:.3g} TFLOP/s",
-                f"{row['share_of_ceiling']:.0%}",
-                f"{row['peak_bytes'] / 1e9:.2f} GB",
+                f"{row['share_of_ceiling']:.0%}" if "share_of_ceiling" in row else "",
+                f"{row['peak_bytes'] / 1e9:.2f} GB" if "peak_bytes" in row else "",
                 f"{row['relative_error']:.1e}",
                 f"{row['first_seconds']:.1f} s",
             ]
@@ -95,11 +95,16 @@ def pipeline_table(record: dict[str, Any]) -> str:
         if rows:
             text.append(table(["whole call, second query of a task", "ms (spread)", "error"], rows).rstrip())
         gains = [
-            f"{one['what']}: {one['fast']} {one['times']:.2f}x as fast as {one['base']}" for one in setting["speedups"]
+            f"{one['what']}: {one['fast']} {one['times']:.2f}x{_spread(one)} as fast as {one['base']}"
+            for one in setting["speedups"]
         ]
         text += [f"{'; '.join(gains)}."] if gains else []
         text += [f"Skipped: {one['what']}, {one['variant']}: {one['reason']}." for one in setting["skipped"]]
     return "\n\n".join(text) + "\n"
+
+
+def _spread(gain: dict[str, Any]) -> str:
+    return f" ({gain['low']:.2f}–{gain['high']:.2f})" if "low" in gain else ""
 
 
 def named_speeds_table(record: dict[str, Any]) -> str:
@@ -110,11 +115,12 @@ def named_speeds_table(record: dict[str, Any]) -> str:
             return ""
         pairs = zip(exact[key]["samples"], row[key]["samples"], strict=True)
         ratios = [first / second for first, second in pairs]
-        return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}–{max(ratios):.2f})"
+        spread = f" ({min(ratios):.2f}–{max(ratios):.2f})" if len(ratios) > 1 else ""
+        return f"{statistics.median(ratios):.2f}x{spread}"
 
     exact = next((row for row in record["rows"] if row["speed"] == "exact"), None)
     rows = []
-    for row in record["rows"]:
+    for row in sorted(record["rows"], key=lambda row: row is not exact):
         cells = [row["speed"], str(row["evaluations"]), f"{row['flops'] / 1e12:.3g}"]
         cells += [f"{row[key]['median']:.1f} s" for key in ("sampling", "call")]
         cells += [f"{exact['flops'] / row['flops']:.2f}", times(row, "sampling"), times(row, "call")] if exact else []
