@@ -120,6 +120,8 @@ def _blocks(
     """Seconds of an evaluation of so many blocks, and of their modulation of a schedule."""
     dit = _filled(JDiT, dataclasses.replace(config, depth=depth), device, dtype)
     network = make_network(dit, impl)
+    if isinstance(network, PackedNetwork):
+        network.prepack()
     knots = schedule(steps)
     rows = [part[0] for part in network.table(knots)]
     step = network.step(shape)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from lavin_rt.dit.model import JDiT
 from lavin_rt.dit.packed import padded_head_size
+from lavin_rt.dit.prepacked import dense_parameters
 from lavin_rt.errors import InputError
 from lavin_rt.pictures.encoded import ANEW, KeptKeys
 from lavin_rt.sampling.denoisers import Denoiser, Tensors
@@ -84,7 +85,7 @@ def fingerprint(network: Denoiser) -> str:
         InputError: as `transformer_of`.
     """
     parts = {f"made at {CONTEXT_TIME}": torch.zeros(0)}
-    for name, parameter in transformer_of(network).named_parameters():
+    for name, parameter in dense_parameters(transformer_of(network)):
         values = parameter.detach().flatten()
         parts[f"{name} {list(parameter.shape)}"] = values[:: max(1, len(values) // SAMPLES)]
     return vae_fingerprint(parts)

@@ -20,6 +20,7 @@ from lavin_rt.checkpoint.load import load_dit, load_vae
 from lavin_rt.devices import resolve_device, resolve_dtype, slow_dtype
 from lavin_rt.dit.model import JDiT
 from lavin_rt.dit.packed import check_impl
+from lavin_rt.dit.prepacked import prepacked, unpack_
 from lavin_rt.engine import VAE, Engine
 from lavin_rt.errors import InputError
 from lavin_rt.files import Progress
@@ -29,7 +30,7 @@ from lavin_rt.kept_keys import check_kept_keys
 from lavin_rt.pictures import context as contexts
 from lavin_rt.pictures import images
 from lavin_rt.pictures.encoded import EncodedContext
-from lavin_rt.sampling.denoisers import Denoiser
+from lavin_rt.sampling.denoisers import Denoiser, PackedNetwork
 from lavin_rt.task import Task, check_seed, task_shape
 from lavin_rt.vae.model import STVAE
 
@@ -69,7 +70,7 @@ class Pipeline(Engine):
         size: int = RELEASED_SIZE,
     ):
         super().__init__(dit, vae, impl, compile, graphs, tile, chunk)
-        self.dit = dit
+        self._dit = dit
         self.compile = compile
         self.template_roots = tuple(template_roots)
         self.source = source
@@ -134,10 +135,25 @@ class Pipeline(Engine):
         vae = load_vae(files.vae, device=device, dtype=dtype, strict=strict)
         size = picture_size(files.read_header())
         pipe = cls(dit, vae, impl, compile, graphs, tile, chunk, roots, files.source, size)
+        if isinstance(pipe.network, PackedNetwork):
+            pipe.network.prepack()  # nobody else holds this model
         files = dataclasses.replace(files, header=None)  # where it is loaded again, it may be another
         pipe._origin = files, {"device": str(pipe.device), "dtype": dtype, "impl": pipe.impl, "compile": compile}
         pipe._as_loaded = pipe._weights()
         return pipe
+
+    @property
+    @own_state()
+    def dit(self) -> JDiT | Denoiser:
+        """The transformer, or an artifact's network. A model's linears are parameters from here on, which sampling on a
+        CPU does without as long as nobody asks: it has them in the layout that it multiplies fastest.
+        """
+        if isinstance(self._dit, JDiT) and prepacked(self._dit):
+            untouched = self._as_loaded == self._weights()
+            unpack_(self._dit)
+            if untouched:
+                self._as_loaded = self._weights()
+        return self._dit
 
     def __reduce__(self) -> tuple:
         """Pickled, it is where it was loaded from: it is loaded again there.
@@ -156,9 +172,9 @@ class Pipeline(Engine):
 
     def _weights(self) -> list[tuple[int, int]]:
         """What tells whether a model's weights are those that were loaded."""
-        if not isinstance(self.dit, JDiT) or not isinstance(self.vae, STVAE):
+        if not isinstance(self._dit, JDiT) or not isinstance(self.vae, STVAE):
             return []
-        return [(id(tensor), tensor._version) for net in (self.dit, self.vae) for tensor in net.parameters()]
+        return [(id(tensor), tensor._version) for net in (self._dit, self.vae) for tensor in net.parameters()]
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

@@ -26,6 +26,7 @@ from lavin_rt.dit.model import (
     patchify,
     unpatchify,
 )
+from lavin_rt.dit.prepacked import PrepackedLinear, prepacked_mlp
 from lavin_rt.errors import InputError
 
 IMPLEMENTATIONS = ("auto", "plain", "torch", "triton")
@@ -146,21 +147,29 @@ class PackedStep:
             update = self._attend(block.attention, normed, last, kept[2 * index : 2 * index + 2])
             if last:
                 residual, split = residual[split:], 0
-            update = ops.stream_linear(update, split, block.attention.proj)
+            update = self._linear(update, split, block.attention.proj)
             residual, normed = ops.gated_residual_ada_rms_norm(
                 residual, update, split, modulation[index, :, GATE_MSA], modulation[index, :, SCALE_MLP], NORM_EPS
             )
             # The MLP is where most memory is taken: none of it by what attention left.
-            update = ops.stream_linear(normed, split, block.mlp.gate_up)
-            del normed
-            update = ops.swiglu(update)
-            update = ops.stream_linear(update, split, block.mlp.down)
+            if isinstance(block.mlp.gate_up, PrepackedLinear) and isinstance(block.mlp.down, PrepackedLinear):
+                update = prepacked_mlp(normed, split, block.mlp.gate_up, block.mlp.down)
+            else:
+                update = ops.stream_linear(normed, split, block.mlp.gate_up)
+                del normed
+                update = ops.swiglu(update)
+                update = ops.stream_linear(update, split, block.mlp.down)
             next_scale = head_scale.expand(2, -1) if last else modulation[index + 1, :, SCALE_MSA]
             residual, normed = ops.gated_residual_ada_rms_norm(
                 residual, update, split, modulation[index, :, GATE_MLP], next_scale, NORM_EPS
             )
         tokens = dit.head.linear(normed).unflatten(0, (layout.branches.table.shape[0], -1))
         return unpatchify(tokens, shape.target_frames, shape.height, shape.width)
+
+    def _linear(self, rows: torch.Tensor, split: int, weight: torch.Tensor) -> torch.Tensor:
+        if isinstance(weight, PrepackedLinear):
+            return weight.both(rows, split)
+        return self.ops.stream_linear(rows, split, weight)
 
     def _attend(
         self, attention: JointAttention, normed: torch.Tensor, last: bool, kept: Sequence[torch.Tensor]
@@ -175,7 +184,7 @@ class PackedStep:
             cond = F.linear(normed[:split], attention.qkv[0, config.hidden_size :])
             x = F.linear(normed[split:], attention.qkv[1])
         else:
-            cond, x = ops.stream_linear(normed, split, attention.qkv).tensor_split((split,))
+            cond, x = self._linear(normed, split, attention.qkv).tensor_split((split,))
         rotation = (
             *(layout.branches, layout.positions, layout.cos, layout.sin),
             *(attention.q_norm, attention.k_norm, config.head_size, NORM_EPS),

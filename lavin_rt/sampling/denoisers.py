@@ -15,6 +15,7 @@ from lavin_rt.dit.layout import REUSED, Form, Layout, Shape
 from lavin_rt.dit.model import JDiT, KeptBlock, patchify
 from lavin_rt.dit.modulation import modulation_table
 from lavin_rt.dit.packed import PackedStep, padded_head_size, resolve_impl
+from lavin_rt.dit.prepacked import pays, prepack_
 from lavin_rt.errors import InputError
 from lavin_rt.sampling.speeds import Speed
 
@@ -117,6 +118,13 @@ class PackedNetwork:
     def __init__(self, dit: JDiT, impl: str, compile: bool = False):
         self.dit, self.impl, self.compiles = dit, impl, compile
         self.config, self.device, self.dtype = dit.config, dit.device, dit.dtype
+
+    def prepack(self) -> None:
+        """Lays the model's weights out for the CPU that runs it, where that pays. In place: the model has to be this
+        network's alone.
+        """
+        if self.impl == "torch" and pays(self.dit):
+            prepack_(self.dit)
 
     def table(self, knots: torch.Tensor) -> Tensors:
         """`[n - 1, depth, 2, 4, D]` and `[n - 1, D]` of `modulation_table`."""

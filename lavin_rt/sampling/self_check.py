@@ -8,6 +8,7 @@ import torch
 
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.dit.model import JDiT
+from lavin_rt.dit.prepacked import can_prepack, prepack_
 from lavin_rt.sampling.sampler import sample
 
 # Latents that the plain model gave in float64 on a CPU for `known_model` and `known_inputs`, steps 6, guidance 1.5:
@@ -72,6 +73,8 @@ def check_known_answers(device: torch.device) -> list[KnownAnswer]:
     truth = torch.tensor(KNOWN, dtype=torch.float64)
     checks = []
     for impl in ("plain", "torch", *(["triton"] if device.type == "cuda" else [])):
+        if impl == "torch" and can_prepack(device, torch.float32):
+            prepack_(dit)  # as in a pipeline
         latents = sample(dit, cond, noise, steps=6, guidance=1.5, impl=impl)
         checks.append(
             KnownAnswer(f"known answer, impl {impl}, float32", relative_error(latents[0, :, 0, 0, 0], truth), 1e-4)

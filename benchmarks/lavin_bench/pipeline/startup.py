@@ -74,6 +74,7 @@ def child(options: dict[str, Any], clock: Clock) -> dict[str, Any]:
     from lavin_rt.find.model import Artifact, find_model
     from lavin_rt.pictures import images
     from lavin_rt.pipeline import Pipeline
+    from lavin_rt.sampling.denoisers import PackedNetwork
 
     clock.mark("imports")
     if options["threads"]:
@@ -96,6 +97,9 @@ def child(options: dict[str, Any], clock: Clock) -> dict[str, Any]:
         vae = load_vae(files.vae, device=device, dtype=dtype)
         pipe = Pipeline(dit, vae, impl=options["impl"], compile=options["compile"])
         clock.mark("VAE")
+        if isinstance(pipe.network, PackedNetwork):
+            pipe.network.prepack()
+            clock.mark("prepacking")
     size, pairs = options["size"], options["pairs"]
     shape = (2 * pairs + 1, size, size, 3)
     *context, query = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
