@@ -47,6 +47,7 @@ CPU = torch.device("cpu")
 TINY = Setting(32, 2, QUICK_CONFIG, CPU_VAE)
 SPEEDY = [f"savings, compiled, {speed}" for speed in SPEEDS if speed != "exact"]
 COMPILED = [AUTHORS_COMPILED, "savings, compiled", "task(query), compiled", *SPEEDY]
+WITHOUT_PEERS = [*COMPILED, AUTHORS_EAGER, "savings, prepacked", "ONNX Runtime"]
 
 
 @pytest.fixture(scope="module")
@@ -101,18 +102,18 @@ def test_weights_that_a_16_bit_dtype_holds_exactly():
 def test_record_holds_every_figure(record):
     assert not record["failures"]
     [setting] = record["settings"]
-    assert [row["variant"] for row in setting["rows"]] == [AUTHORS_EAGER, "exact savings"]
+    assert [row["variant"] for row in setting["rows"]] == [AUTHORS_EAGER, "exact savings", "savings, prepacked"]
     for row in setting["rows"]:
         seconds = row["seconds"]
         assert len(seconds["samples"]) == 2 and 0 < seconds["low"] <= seconds["median"]
         assert row["useful_flops_per_second"] == pytest.approx(5 * TINY.useful_flops / seconds["median"])
         assert 0 < row["relative_error"] <= 1e-5 and row["first_seconds"] > 0
-        modulates = row["variant"] != "exact savings"
+        modulates = row["variant"] == AUTHORS_EAGER
         assert row["peak_bytes"] == weights_bytes(random_model(TINY.config, CPU), modulates) + 1000
     assert [row["variant"] for row in setting["calls"]] == [AUTHORS_EAGER, "task(query), eager"]
     assert all(row["relative_error"] <= 1e-5 for row in setting["calls"])
     assert [(gain["what"], gain["fast"]) for gain in setting["speedups"]] == [
-        ("sampling", "exact savings"),
+        ("sampling", "savings, prepacked"),
         ("whole call", "task(query), eager"),
     ]
 
@@ -121,14 +122,15 @@ def test_record_becomes_a_table_and_a_picture(record):
     record = json.loads(json.dumps(record))
     text = report.render(record)
     assert "| exact savings | " in text and "| task(query), eager | " in text and "2 knots" not in text
-    assert f"{record['settings'][0]['speedups'][0]['times']:.2f}x as fast as {AUTHORS_EAGER}" in text
+    gain = record["settings"][0]["speedups"][0]
+    assert f"{gain['times']:.2f}x ({gain['low']:.2f}–{gain['high']:.2f}) as fast as {AUTHORS_EAGER}" in text
     root = ElementTree.fromstring(waterfall(record))
     bars = [part for part in root if part.tag.endswith("rect")]
     widths = [float(bar.get("width")) for bar in bars]
     medians = [row["seconds"]["median"] for row in record["settings"][0]["rows"]]
     assert [width / max(widths) for width in widths] == pytest.approx([m / max(medians) for m in medians], abs=1e-3)
     assert all(float(bar.get("x")) + float(bar.get("width")) < float(root.get("width")) for bar in bars)
-    assert [bar.get("class") for bar in bars] == ["theirs", "ours"]
+    assert [bar.get("class") for bar in bars] == ["theirs", "ours", "ours"]
     with pytest.raises(ValueError, match="no setting with times"):
         waterfall({**record, "settings": []})
 
@@ -201,13 +203,51 @@ def test_settings_of_a_device():
     assert weights_bytes(full, modulates=False) == 2 * sum(p.numel() for p in full.parameters())
 
 
+def test_like_is_held_against_like():
+    """Eager against eager, compiled against compiled, and both against another engine of the same dtype."""
+
+    def row(name: str, seconds: float, **more) -> dict:
+        return {"variant": name, "seconds": {"median": seconds, "samples": [seconds, 2 * seconds]}, **more}
+
+    rows = [
+        *(row(AUTHORS_EAGER, 8.0), row(AUTHORS_COMPILED, 6.0), row("savings, prepacked", 4.0)),
+        *(row("savings, compiled", 3.0), row("savings, compiled, fast", 0.1, speed="fast")),
+        *(row("savings, prepacked, bfloat16", 1.0, dtype="bfloat16"), row("OpenVINO", 5.0, peer=True)),
+        row("OpenVINO, bfloat16", 1.5, dtype="bfloat16", peer=True),
+    ]
+    assert {(gain["base"], gain["fast"]): gain["times"] for gain in pipeline.speedups({"rows": rows})} == {
+        (AUTHORS_EAGER, "savings, prepacked"): 2.0,
+        (AUTHORS_COMPILED, "savings, compiled"): 2.0,
+        ("OpenVINO", "savings, prepacked"): 1.25,
+        ("OpenVINO", "savings, compiled"): 5 / 3,
+        ("OpenVINO, bfloat16", "savings, prepacked, bfloat16"): 1.5,
+    }
+    [gain] = pipeline.speedups({"calls": [row(AUTHORS_COMPILED, 6.0), row("task(query)", 2.0)]})
+    assert (gain["times"], gain["low"], gain["high"]) == (3.0, 3.0, 3.0)
+
+
+@pytest.mark.slow
+def test_another_engine_is_a_rung(models):
+    """Exported, loaded and checked as the others are; a row of it has no memory of its own to tell."""
+    pytest.importorskip("openvino", reason="needs the extra openvino")
+    record = pipeline.run(
+        [TINY], CPU, torch.float32, 1, 4, 4, show=False, speeds=False, with_peers=True, without=WITHOUT_PEERS
+    )
+    [setting] = record["settings"]
+    assert not record["failures"] and not setting["skipped"]
+    for row in (setting["rows"][-1], setting["calls"][-1]):
+        assert row["variant"] == "OpenVINO" and row["peer"] and 0 < row["relative_error"] <= 1e-5
+    assert "peak_bytes" not in setting["rows"][-1] and "| OpenVINO | " in report.render(record)
+    assert [gain["fast"] for gain in setting["speedups"]] == ["exact savings", "task(query), eager"]
+
+
 @pytest.mark.slow
 def test_command(tmp_path, capsys):
     """The whole command on a tiny model, compiled variants and memory in processes of their own included."""
     output = tmp_path / "pipeline.json"
     assert main(["bench", "pipeline", "--quick", "--device", "cpu", "-o", str(output)]) == 0
     [setting] = json.loads(output.read_text())["settings"]
-    assert len(setting["rows"]) == 4 and len(setting["calls"]) == 4 and len(setting["speedups"]) == 4
+    assert len(setting["rows"]) == 5 and len(setting["calls"]) == 4 and len(setting["speedups"]) == 4
     assert not setting["skipped"]
     weights = weights_bytes(random_model(QUICK_CONFIG, CPU), modulates=False)
     assert all(row["peak_bytes"] > weights + 100_000 for row in setting["rows"])

@@ -1,4 +1,4 @@
-"""`lavin-rt bench quality --speed`: what a speed loses, judged on known answers, and a record that grows task by task."""
+"""`lavin-rt bench quality --speed`: judgement on known answers, and a record that grows task by task."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ held against a float32 run of the plain model before anything is timed. On CUDA 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import gc
 import subprocess
@@ -22,6 +23,7 @@ import torch
 from lavin_bench.ceilings import ceilings
 from lavin_bench.kernels.bench import largest_error
 from lavin_bench.pipeline.checks import graphs_equal_eager, memory_of_the_standard_run
+from lavin_bench.pipeline.peers import Peers
 from lavin_bench.pipeline.variants import (
     AUTHORS_COMPILED,
     AUTHORS_EAGER,
@@ -73,6 +75,7 @@ def run(
     checks: Sequence[str] = tuple(CHECKS),
     save: Callable[[dict[str, Any]], None] = lambda record: None,
     speeds: bool = True,
+    with_peers: bool = False,
 ) -> dict[str, Any]:
     """Measures every setting; all have one model's shape. Returns the record that `report` reads.
 
@@ -88,6 +91,7 @@ def run(
         checks: of `CHECKS`, on CUDA.
         save: gets the record after everything that was added to it.
         speeds: measure the other speeds, too; each form of an evaluation is compiled by itself.
+        with_peers: on a CPU, measure other engines, too, and bfloat16 beside float32 where it is fast.
     """
     top = ceilings(device, dtype)
     config, vae_config = chosen[0].config, chosen[0].vae
@@ -109,6 +113,7 @@ def run(
     dit = random_model(config, device, dtype)
     vae = random_vae(vae_config, device, dtype)
     truths = [oracles(dit, vae, setting, error_steps, whole) for setting in chosen]
+    peers = Peers(copy.deepcopy(dit), copy.deepcopy(vae), (steps, error_steps)) if with_peers else None
     dit, vae = dit.to(dtype), vae.to(dtype)
     _release(device)
     if device.type == "cuda":
@@ -126,9 +131,9 @@ def run(
         figures: dict[str, Any] = {"name": setting.name, "size": setting.size, "pairs": setting.pairs}
         figures["useful_flops"] = (steps - 1) * setting.useful_flops
         meter = Meter(dit, setting, dtype, repeats, steps, error_steps, top["matmul"]["flops_per_second"], show)
-        found = {"sampling": variants(dit, setting, baselines)}
+        found = {"sampling": variants(dit, setting, baselines, peers=peers)}
         if whole:
-            found["whole call"] = whole_calls(dit, vae, setting, baselines)
+            found["whole call"] = whole_calls(dit, vae, setting, baselines, peers)
         for what, kind, of in zip(found, ("rows", "calls"), truth, strict=False):
             kept = {
                 name: variant
@@ -143,7 +148,10 @@ def run(
         save(record)
         if show:
             for gain in figures["speedups"]:
-                print(f"  {gain['what']}: {gain['fast']} is {gain['times']:.2f}x as fast as {gain['base']}")
+                print(
+                    f"  {gain['what']}: {gain['fast']} is {gain['times']:.2f}x as fast as {gain['base']}"
+                    f" ({gain['low']:.2f} - {gain['high']:.2f})"
+                )
         del baselines, meter, found, kept  # variants hold the baselines
         torch.compiler.reset()  # the graphs of mode="reduce-overhead" hold memory
         _release(device)
@@ -180,7 +188,7 @@ class Meter:
                 latents = call(self.steps)
                 self._synchronize()
                 rows[name] = {"variant": name, "first_seconds": time.perf_counter() - began}
-                if not whole:
+                if not whole and not variant.peer and variant.dtype is None:
                     weights = weights_bytes(self.dit, variant.modulates)
                     rows[name]["peak_bytes"] = weights + self._working_bytes(name, before, variant)
                 if self.error_steps != self.steps:
@@ -195,8 +203,13 @@ class Meter:
             calls[name] = call
             self._say(f"{what}, {name}: first after {rows[name]['first_seconds']:.1f} s")
         for name, row in rows.items():
-            if found[name].speed != "exact":
-                row["speed"] = found[name].speed
+            variant = found[name]
+            if variant.speed != "exact":
+                row["speed"] = variant.speed
+            if variant.dtype is not None:
+                row["dtype"] = str(variant.dtype).removeprefix("torch.")
+            if variant.peer:
+                row["peer"] = True
         self._refuse(calls, rows, what)
         for name, timing in self._times(calls, what).items():
             rows[name]["seconds"] = timing.as_dict()
@@ -204,7 +217,8 @@ class Meter:
                 flops = self.setting.flops(found[name].speed, self.steps)
                 rate = flops / timing.median
                 rows[name] |= {"useful_flops": flops, "useful_flops_per_second": rate}
-                rows[name]["share_of_ceiling"] = rate / self.ceiling
+                if "dtype" not in rows[name]:  # the ceiling is that of the run's
+                    rows[name]["share_of_ceiling"] = rate / self.ceiling
             self._say(f"{what}, {line(rows[name])}")
         return [rows[name] for name in calls]
 
@@ -213,7 +227,8 @@ class Meter:
         own = rows.get(AUTHORS_EAGER, {}).get("relative_error", AUTHORS_BOUND)
         allowed = TOLERANCE if self.dtype == torch.float32 else 2 * own + torch.finfo(self.dtype).eps
         for name in [name for name in calls if "speed" not in rows[name]]:
-            bound = AUTHORS_BOUND if name == AUTHORS_EAGER and self.dtype != torch.float32 else allowed
+            coarse = "dtype" in rows[name] or (name == AUTHORS_EAGER and self.dtype != torch.float32)
+            bound = AUTHORS_BOUND if coarse else allowed
             error, apart = rows[name]["relative_error"], 0
             if hasattr(calls[name], "frames") and AUTHORS_EAGER in calls and self.dtype == torch.float32:
                 pictures = (calls[other].frames.int().flatten() for other in (name, AUTHORS_EAGER))
@@ -264,19 +279,35 @@ class Meter:
 
 
 def speedups(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """Ours, exact, against the authors' way, like against like where a CPU offers it, else against the compiled one."""
+    """Ours, exact, against the authors' way, like against like where a CPU offers it, else against the compiled one;
+    and against other engines in the same dtype. Medians' ratios, and the least and the most of a round.
+    """
     found = []
     for key, what in (("rows", "sampling"), ("calls", "whole call")):
-        rows = [row for row in figures.get(key, []) if "speed" not in row]
-        medians = {row["variant"]: row["seconds"]["median"] for row in rows}
-        ours = [name for name in medians if name not in (AUTHORS_EAGER, AUTHORS_COMPILED)]
-        for base in (AUTHORS_EAGER, AUTHORS_COMPILED):
-            alike = [name for name in ours if ("compiled" in name) == (base == AUTHORS_COMPILED)]
-            candidates = alike if any("compiled" in name for name in ours) else ours
-            if base in medians and candidates:
-                fast = candidates[-1]
-                found.append({"what": what, "fast": fast, "base": base, "times": medians[base] / medians[fast]})
+        rows = {row["variant"]: row for row in figures.get(key, []) if "speed" not in row}
+        peers = [name for name, row in rows.items() if "peer" in row]
+        ours = [name for name in rows if name not in (AUTHORS_EAGER, AUTHORS_COMPILED, *peers)]
+        for base in (AUTHORS_EAGER, AUTHORS_COMPILED, *peers):
+            if base not in rows:
+                continue
+            same = [name for name in ours if rows[name].get("dtype") == rows[base].get("dtype")]
+            compiled = [name for name in same if "compiled" in name]
+            eager = [name for name in same if "compiled" not in name]
+            if base in peers:
+                fast = eager[-1:] + compiled[-1:]
+            elif compiled:
+                fast = (compiled if base == AUTHORS_COMPILED else eager)[-1:]
+            else:
+                fast = eager[-1:]
+            found += [{"what": what, "fast": one, "base": base, **_ratio(rows[base], rows[one])} for one in fast]
     return found
+
+
+def _ratio(base: dict[str, Any], fast: dict[str, Any]) -> dict[str, float]:
+    """How many times as fast as `base`; rounds are interleaved, so that a round's ratio is one of neighbours."""
+    slow, quick = base["seconds"], fast["seconds"]
+    rounds = [one / other for one, other in zip(slow["samples"], quick["samples"], strict=True)]
+    return {"times": slow["median"] / quick["median"], "low": min(rounds), "high": max(rounds)}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -284,8 +315,11 @@ def line(row: dict[str, Any]) -> str:
     seconds = row["seconds"]
     text = f"{row['variant']:24}{seconds['median'] * 1e3:9.1f} ms"
     text += f" ({seconds['low'] * 1e3:.1f} - {seconds['high'] * 1e3:.1f})  error {row['relative_error']:.1e}"
+    if "useful_flops" in row:
+        text += f"  {row['useful_flops_per_second'] / 1e12:7.3f} TFLOP/s"
+    if "share_of_ceiling" in row:
+        text += f", {row['share_of_ceiling']:4.0%} of the ceiling"
     if "peak_bytes" in row:
-        text += f"  {row['useful_flops_per_second'] / 1e12:7.3f} TFLOP/s, {row['share_of_ceiling']:4.0%} of the ceiling"
         text += f"  peak {row['peak_bytes'] / 1e9:.2f} GB"
     return f"{text}  first after {row['first_seconds']:.1f} s"
 
@@ -314,8 +348,9 @@ def bench_pipeline(options: argparse.Namespace) -> None:
     if options.quick:
         chosen, steps = [Setting(32, 1, QUICK_CONFIG, CPU_VAE)], 6
     with torch.no_grad(), current_device(device):
-        error_steps = min(options.error_steps, steps)
-        record = run(chosen, device, dtype, repeats, steps, error_steps, speeds=not options.quick)
+        error_steps, whole = min(options.error_steps, steps), not options.quick
+        peers = whole and device.type == "cpu"
+        record = run(chosen, device, dtype, repeats, steps, error_steps, speeds=whole, with_peers=peers)
     if options.output:
         from lavin_bench.pipeline.waterfall import waterfall
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,9 @@ import torch
 from lavin_bench.pipeline import authors_way
 from lavin_bench.pipeline.authors_way import AuthorsWay
 from lavin_bench.pipeline.flops import speed_flops
+from lavin_bench.pipeline.peers import Peer, Peers, peers_of
 from lavin_bench.timing import resident_bytes
+from lavin_rt.devices import fast_in_bfloat16
 from lavin_rt.dit.config import PRESETS, DiTConfig
 from lavin_rt.dit.layout import Shape
 from lavin_rt.dit.model import JDiT
@@ -127,11 +130,15 @@ class Variant:
         make: gets everything ready that outlives a query of a task, and returns the sampling of the next query.
         modulates: whether the modulation linears, 28 % of the parameters, have to be in the device's memory.
         speed: a name in `lavin_rt.SPEEDS`; all but `exact` are further from the truth than rounding, on purpose.
+        dtype: that it computes in, where that is another one than the run's.
+        peer: whether another engine runs the network.
     """
 
     make: Callable[[], Sampling]
     modulates: bool
     speed: str = "exact"
+    dtype: torch.dtype | None = None
+    peer: bool = False
 
 
 class Baselines:
@@ -149,8 +156,10 @@ class Baselines:
         return self._made[compile]
 
 
-def variants(dit: JDiT, setting: Setting, baselines: Baselines) -> dict[str, Variant]:
-    """The rungs that the model's device has, in the order of the waterfall.
+def variants(
+    dit: JDiT, setting: Setting, baselines: Baselines, shared: bool = True, peers: Peers | None = None
+) -> dict[str, Variant]:
+    """The rungs that the model's device has, in the order of the waterfall; `shared` where several are to run.
 
     Each starts from an encoded context and an encoded query and ends with the target's latents; ours keep between two
     queries of a task what a task keeps.
@@ -164,7 +173,7 @@ def variants(dit: JDiT, setting: Setting, baselines: Baselines) -> dict[str, Var
 
         return Variant(make, modulates=True)
 
-    def ours(network: Callable[[], Denoiser], graphs: bool = False, speed: str = "exact") -> Variant:
+    def ours(network: Callable[[], Denoiser], graphs: bool = False, speed: str = "exact", **more: Any) -> Variant:
         chosen = SPEEDS[speed]
         shape = dataclasses.replace(setting.shape, kept=chosen.keeps)
 
@@ -181,7 +190,12 @@ def variants(dit: JDiT, setting: Setting, baselines: Baselines) -> dict[str, Var
 
             return sample
 
-        return Variant(make, modulates=False, speed=speed)
+        return Variant(make, modulates=False, speed=speed, **more)
+
+    def prepacked(dtype: torch.dtype = dit.dtype) -> Denoiser:
+        network = PackedNetwork(copy.deepcopy(dit).to(dtype) if shared else dit, "torch")  # in place
+        network.prepack()
+        return network
 
     found = {
         AUTHORS_EAGER: authors(compile=False),
@@ -193,11 +207,29 @@ def variants(dit: JDiT, setting: Setting, baselines: Baselines) -> dict[str, Var
         found["Triton kernels"] = ours(lambda: PackedNetwork(dit, "triton"))
         found["CUDA graphs"] = ours(lambda: PackedNetwork(dit, "triton"), graphs=True)
     else:
+        found["savings, prepacked"] = ours(prepacked)
         found["savings, compiled"] = ours(lambda: PackedNetwork(dit, "torch", compile=True))
     for speed in SPEEDS:
         if speed != "exact":
             network = partial(PackedNetwork, dit, "triton" if cuda else "torch", compile=not cuda)
             found[f"{'CUDA graphs' if cuda else 'savings, compiled'}, {speed}"] = ours(network, cuda, speed=speed)
+    if peers is None:
+        return found
+
+    def engine(made: Peers, peer: Peer) -> Denoiser:
+        return made.pipeline(peer).network
+
+    def halved() -> Denoiser:
+        return PackedNetwork(copy.deepcopy(dit).to(half), "torch", compile=True)
+
+    half = torch.bfloat16
+    if dit.dtype == torch.float32 and fast_in_bfloat16(dit.device):
+        found["savings, prepacked, bfloat16"] = ours(partial(prepacked, half), dtype=half)
+        found["savings, compiled, bfloat16"] = ours(halved, dtype=half)
+        for name, peer in peers_of(half).items():
+            found[f"{name}, bfloat16"] = ours(partial(engine, peers, peer), dtype=half, peer=True)
+    for name, peer in peers_of(dit.dtype).items():
+        found[name] = ours(partial(engine, peers, peer), peer=True)
     return found
 
 
@@ -224,7 +256,9 @@ def oracles(dit: JDiT, vae: STVAE, setting: Setting, steps: int, whole: bool) ->
     return [sampled, result.latents]
 
 
-def whole_calls(dit: JDiT, vae: STVAE, setting: Setting, baselines: Baselines) -> dict[str, Variant]:
+def whole_calls(
+    dit: JDiT, vae: STVAE, setting: Setting, baselines: Baselines, peers: Peers | None = None
+) -> dict[str, Variant]:
     """Whole calls from a query's pixels to its answer's, at the second query of a task; a call's `frames` are its
     last answer.
     """
@@ -247,9 +281,9 @@ def whole_calls(dit: JDiT, vae: STVAE, setting: Setting, baselines: Baselines) -
 
         return Variant(make, modulates=True)
 
-    def ours(compile: bool) -> Variant:
+    def ours(pipeline: Callable[[], Pipeline], peer: bool = False) -> Variant:
         def make() -> Sampling:
-            pipe = Pipeline(dit, vae, compile=compile)
+            pipe = pipeline()
             task = pipe.task(context, size=setting.size)
             task(earlier, guidance=GUIDANCE)
 
@@ -261,12 +295,17 @@ def whole_calls(dit: JDiT, vae: STVAE, setting: Setting, baselines: Baselines) -
             call: Any = answer
             return call
 
-        return Variant(make, modulates=False)
+        return Variant(make, modulates=False, peer=peer)
 
+    eager, compiled = (ours(partial(Pipeline, dit, vae, compile=compile)) for compile in (False, True))
     found = {AUTHORS_EAGER: authors(compile=False), AUTHORS_COMPILED: authors(compile=True)}
     if dit.device.type == "cuda":
-        return found | {"task(query)": ours(compile=False)}
-    return found | {"task(query), eager": ours(compile=False), "task(query), compiled": ours(compile=True)}
+        return found | {"task(query)": eager}
+    found |= {"task(query), eager": eager, "task(query), compiled": compiled}
+    if peers is not None:
+        for name, peer in peers_of(dit.dtype).items():
+            found[name] = ours(partial(peers.pipeline, peer), peer=True)
+    return found
 
 
 def weights_bytes(dit: JDiT, modulates: bool) -> int:
@@ -289,7 +328,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     setting = Setting(options.size, options.pairs, QUICK_CONFIG if options.quick else CPU_CONFIG)
     dit = random_model(setting.config, torch.device("cpu"))
-    variant = variants(dit, setting, Baselines(dit))[options.variant]
+    variant = variants(dit, setting, Baselines(dit), shared=False)[options.variant]
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here on
     sample = variant.make()

@@ -56,7 +56,7 @@ def waterfall(record: dict[str, Any]) -> str:
     ]
     for index, (row, median) in enumerate(zip(rows, medians, strict=True)):
         y = TOP + ROW * index
-        whose = "theirs" if row["variant"].startswith("authors") else "ours"
+        whose = "theirs" if row["variant"].startswith("authors") or "peer" in row else "ours"
         middle = y + BAR / 2 + 4.5
         parts += [
             svg.text(LEFT - 10, middle, row["variant"], "name", "end"),
