@@ -7,14 +7,12 @@ import torch.nn.functional as F
 
 from lavin_rt.dit.model import JDiT
 from lavin_rt.dit.packed import padded_head_size
-from lavin_rt.dit.prepacked import dense_parameters
+from lavin_rt.dit.prepacked import parameter_samples
 from lavin_rt.errors import InputError
 from lavin_rt.pictures.encoded import ANEW, KeptKeys
 from lavin_rt.sampling.denoisers import Denoiser, Tensors
 from lavin_rt.sampling.speeds import CONTEXT_TIME
 from lavin_rt.vae.model import vae_fingerprint
-
-SAMPLES = 4096  # of every parameter: two trainings differ everywhere, and 3.4 billion values take long to read
 
 
 def keys_to_keep(network: Denoiser, keys: Tensors) -> KeptKeys:
@@ -85,7 +83,6 @@ def fingerprint(network: Denoiser) -> str:
         InputError: as `transformer_of`.
     """
     parts = {f"made at {CONTEXT_TIME}": torch.zeros(0)}
-    for name, parameter in dense_parameters(transformer_of(network)):
-        values = parameter.detach().flatten()
-        parts[f"{name} {list(parameter.shape)}"] = values[:: max(1, len(values) // SAMPLES)]
+    for name, shape, samples in parameter_samples(transformer_of(network)):
+        parts[f"{name} {list(shape)}"] = samples
     return vae_fingerprint(parts)

@@ -143,16 +143,19 @@ class Pipeline(Engine):
         return pipe
 
     @property
-    @own_state()
     def dit(self) -> JDiT | Denoiser:
         """The transformer, or an artifact's network. A model's linears are parameters from here on, which sampling on a
         CPU does without as long as nobody asks: it has them in the layout that it multiplies fastest.
+
+        Raises:
+            InputError: asked for the first time in a callback of a run.
         """
         if isinstance(self._dit, JDiT) and prepacked(self._dit):
-            untouched = self._as_loaded == self._weights()
-            unpack_(self._dit)
-            if untouched:
-                self._as_loaded = self._weights()
+            with self.executor.turn():
+                untouched = self._as_loaded == self._weights()
+                unpack_(self._dit)
+                if untouched:
+                    self._as_loaded = self._weights()
         return self._dit
 
     def __reduce__(self) -> tuple:

@@ -24,6 +24,7 @@ from lavin_rt import devices, pipeline
 from lavin_rt.cli import options
 from lavin_rt.cli.main import main, parser
 from lavin_rt.dit import packed
+from lavin_rt.dit.prepacked import can_prepack
 from lavin_rt.sampling import speeds
 
 
@@ -308,13 +309,14 @@ def test_info(checkpoint, capsys):
     assert record["checkpoint"]["hidden_size"] == 192 and record["checkpoint"]["tasks"] == ["depth_estimation"]
     assert record["machine"]["torch"] == torch.__version__
     assert "GB reserved" in record["memory on a GPU"]["at most"]
-    assert len(record["self-check"]) == 3 and all(check["passed"] for check in record["self-check"])
+    forms = 3 + can_prepack(torch.device("cpu"), torch.float32)
+    assert len(record["self-check"]) == forms and all(check["passed"] for check in record["self-check"])
     assert main(["info"]) == 0
     assert "impl" in capsys.readouterr().out
 
 
 def test_info_fails_where_the_machine_computes_wrong(capsys, monkeypatch):
-    monkeypatch.setattr("lavin_kernels.reference.dit.ada_rms_norm", lambda rows, split, scale, eps: rows)
+    monkeypatch.setattr("lavin_kernels.reference.dit.swiglu", lambda gate_up: gate_up.chunk(2, dim=-1)[1])
     assert main(["info", "--self-check"]) == 1
     out, err = capsys.readouterr()
     assert "FAILED" in out and "self-check failed" in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from lavin_rt.checkpoint.load import load_dit
 from lavin_rt.dit import prepacked
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.dit.model import JDiT, randomize_
-from lavin_rt.dit.prepacked import can_prepack, prepack_, unpack_
+from lavin_rt.dit.prepacked import can_prepack, pays, prepack_, unpack_
+from lavin_rt.find.model import BUNDLED
 from lavin_rt.kept_keys import fingerprint
 from lavin_rt.sampling.denoisers import PackedNetwork
 from lavin_rt.sampling.sampler import sample
@@ -79,24 +81,32 @@ def test_a_loaded_pipeline_gives_its_model_back(tmp_path, monkeypatch):
     task = pipe.task("negative", pairs=1)
     query = torch.full((64, 64, 3), 80, dtype=torch.uint8)
     first = task.run([query], steps=4)[0].latents
-    lavin_rt.save_dit(pipe.dit, tmp_path / "lavin_dit.safetensors")
-    assert not prepacked.prepacked(pipe.network.dit)
+    assert prepacked.prepacked(pickle.loads(pickle.dumps(pipe)).network.dit)
+    with ThreadPoolExecutor(4) as threads:  # which wait for one another, and for the run
+        running = threads.submit(task.run, [query], steps=4)
+        asked = [threads.submit(lambda: pipe.dit) for _ in range(3)]
+    assert relative_error(running.result()[0].latents, first) <= 1e-5
+    assert not prepacked.prepacked(pipe.network.dit) and {id(one.result()) for one in asked} == {id(pipe.dit)}
     assert relative_error(task.run([query], steps=4)[0].latents, first) <= 1e-5
     pickle.loads(pickle.dumps(pipe))
-    written, loaded = load_dit(tmp_path / "lavin_dit.safetensors"), pipe.dit
-    assert all(torch.equal(a, b) for a, b in zip(written.parameters(), loaded.parameters(), strict=True))
+    lavin_rt.save_dit(pipe.dit, tmp_path / "lavin_dit.safetensors")
+    written, loaded = (load_dit(folder / "lavin_dit.safetensors") for folder in (tmp_path, BUNDLED / "weights"))
+    assert all(torch.equal(a, b.float()) for a, b in zip(written.parameters(), loaded.parameters(), strict=True))
 
 
 def test_what_is_not_there_or_wrong_is_not_used(monkeypatch):
     def wrong(*arguments):
         return arguments[0].new_zeros(arguments[0].shape[0], 48)
 
-    monkeypatch.setattr(prepacked.PrepackedLinear, "__call__", wrong)
-    assert not can_prepack.__wrapped__(torch.device("cpu"), torch.float32)
-
     def missing(weight):
         raise AttributeError("no such operator")
 
-    monkeypatch.setattr(prepacked, "_reordered", missing)
-    assert not can_prepack.__wrapped__(torch.device("cpu"), torch.float32)
+    for owner, name, fault in ((prepacked.PrepackedLinear, "__call__", wrong), (prepacked, "_reordered", missing)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fault)
+            assert not can_prepack.__wrapped__(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(prepacked, "LEAST_WIDTH", 1)
+    assert pays(small_dit())
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not pays(small_dit())
     assert not can_prepack.__wrapped__(torch.device("meta"), torch.float32)

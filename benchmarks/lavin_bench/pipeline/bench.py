@@ -113,7 +113,7 @@ def run(
     dit = random_model(config, device, dtype)
     vae = random_vae(vae_config, device, dtype)
     truths = [oracles(dit, vae, setting, error_steps, whole) for setting in chosen]
-    peers = Peers(copy.deepcopy(dit), copy.deepcopy(vae), (steps, error_steps)) if with_peers else None
+    peers = Peers(copy.deepcopy(dit), copy.deepcopy(vae), (STEPS, steps, error_steps)) if with_peers else None
     dit, vae = dit.to(dtype), vae.to(dtype)
     _release(device)
     if device.type == "cuda":

@@ -46,8 +46,8 @@ class Peers:
         from lavin_export.to_openvino.export import export_openvino
 
         checkpoint, artifact = (Path(self._folder.name) / name for name in ("checkpoint", peer.kind))
-        if not checkpoint.exists():
-            checkpoint.mkdir()
+        if not (checkpoint / "stvae.safetensors").exists():
+            checkpoint.mkdir(exist_ok=True)
             save_dit(self.dit, checkpoint / "lavin_dit.safetensors")
             save_vae(self.vae, checkpoint / "stvae.safetensors")
         if not artifact.exists():

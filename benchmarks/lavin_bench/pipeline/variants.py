@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from lavin_rt.devices import fast_in_bfloat16
 from lavin_rt.dit.config import PRESETS, DiTConfig
 from lavin_rt.dit.layout import Shape
 from lavin_rt.dit.model import JDiT
+from lavin_rt.dit.prepacked import pays, prepack_
 from lavin_rt.pictures import images
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.sampling import sampler
@@ -192,11 +194,7 @@ def variants(
 
         return Variant(make, modulates=False, speed=speed, **more)
 
-    def prepacked(dtype: torch.dtype = dit.dtype) -> Denoiser:
-        network = PackedNetwork(copy.deepcopy(dit).to(dtype) if shared else dit, "torch")  # in place
-        network.prepack()
-        return network
-
+    laid_out = functools.cache(partial(as_loaded, dit, shared))
     found = {
         AUTHORS_EAGER: authors(compile=False),
         AUTHORS_COMPILED: authors(compile=True),
@@ -207,30 +205,37 @@ def variants(
         found["Triton kernels"] = ours(lambda: PackedNetwork(dit, "triton"))
         found["CUDA graphs"] = ours(lambda: PackedNetwork(dit, "triton"), graphs=True)
     else:
-        found["savings, prepacked"] = ours(prepacked)
-        found["savings, compiled"] = ours(lambda: PackedNetwork(dit, "torch", compile=True))
+        if pays(dit):
+            found["savings, prepacked"] = ours(lambda: PackedNetwork(laid_out(), "torch"))
+        found["savings, compiled"] = ours(lambda: PackedNetwork(laid_out(), "torch", compile=True))
     for speed in SPEEDS:
         if speed != "exact":
-            network = partial(PackedNetwork, dit, "triton" if cuda else "torch", compile=not cuda)
-            found[f"{'CUDA graphs' if cuda else 'savings, compiled'}, {speed}"] = ours(network, cuda, speed=speed)
+            name = f"{'CUDA graphs' if cuda else 'savings, compiled'}, {speed}"
+            if cuda:
+                found[name] = ours(lambda: PackedNetwork(dit, "triton"), graphs=True, speed=speed)
+            else:
+                found[name] = ours(lambda: PackedNetwork(laid_out(), "torch", compile=True), speed=speed)
     if peers is None:
         return found
 
     def engine(made: Peers, peer: Peer) -> Denoiser:
         return made.pipeline(peer).network
 
-    def halved() -> Denoiser:
-        return PackedNetwork(copy.deepcopy(dit).to(half), "torch", compile=True)
-
     half = torch.bfloat16
     if dit.dtype == torch.float32 and fast_in_bfloat16(dit.device):
-        found["savings, prepacked, bfloat16"] = ours(partial(prepacked, half), dtype=half)
-        found["savings, compiled, bfloat16"] = ours(halved, dtype=half)
+        halved = functools.cache(lambda: as_loaded(copy.deepcopy(dit).to(half), shared=False))
+        found["savings, bfloat16"] = ours(lambda: PackedNetwork(halved(), "torch"), dtype=half)
+        found["savings, compiled, bfloat16"] = ours(lambda: PackedNetwork(halved(), "torch", compile=True), dtype=half)
         for name, peer in peers_of(half).items():
             found[f"{name}, bfloat16"] = ours(partial(engine, peers, peer), dtype=half, peer=True)
     for name, peer in peers_of(dit.dtype).items():
         found[name] = ours(partial(engine, peers, peer), peer=True)
     return found
+
+
+def as_loaded(dit: JDiT, shared: bool = True) -> JDiT:
+    """The model as a pipeline that is loaded by path has it; a copy where others use it as it is."""
+    return prepack_(copy.deepcopy(dit) if shared else dit) if pays(dit) else dit
 
 
 def task_pixels(setting: Setting) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor, torch.Tensor]:
@@ -297,7 +302,9 @@ def whole_calls(
 
         return Variant(make, modulates=False, peer=peer)
 
-    eager, compiled = (ours(partial(Pipeline, dit, vae, compile=compile)) for compile in (False, True))
+    laid_out = functools.cache(partial(as_loaded, dit))
+    eager = ours(lambda: Pipeline(laid_out(), vae))
+    compiled = ours(lambda: Pipeline(laid_out(), vae, compile=True))
     found = {AUTHORS_EAGER: authors(compile=False), AUTHORS_COMPILED: authors(compile=True)}
     if dit.device.type == "cuda":
         return found | {"task(query)": eager}

@@ -118,7 +118,9 @@ def run_speeds(
             try:
                 of_task = _task(pipe, asked, pairs, sampling, chosen, bar)
             except InputError as error:
-                record["skipped"].append({"task": asked.task.name, "reason": str(error)})
+                record["skipped"].append({"task": asked.name, "reason": str(error)})
+                if record["tasks"]:
+                    save(record)
                 continue
             record["tasks"].append(of_task)
             record["seconds"] = round(time.perf_counter() - began, 1)
