@@ -16,7 +16,9 @@ POSTERIORS = ("mean", "sample")
 SPEEDS = ("exact", "near", "fast", "fastest")
 SPEED_HELP = (
     "near, fast and fastest evaluate the network less often and compute less of its context and guidance; answers "
-    "change, by how much is unmeasured beside weights other than lavin-mini's (default: exact)"
+    "change. On the tasks that lavin-mini does, near keeps within 1 %% of exact's measure and 40 dB of its answers but "
+    "in video segmentation (39 dB), fast within 2 %% but in video depth (2.8 %%), fastest within 5 %% but in depth, "
+    "video depth, detection and edges; unmeasured beside other weights (default: exact)"
 )
 COMPILE_HELP = (
     "run the network through torch.compile: the first picture of every shape waits for it, on a CPU 25 to 75 seconds, "

@@ -74,9 +74,9 @@ def test_tasks_that_the_model_does_are_told_from_others(saved):
     assert not any(task["clear"] for task in tasks.values()), "random weights do no task"
     tasks["edge_detection"]["clear"] = True
     for name, within in (("edge_detection", False), ("orientation", True), ("orientation, held out", True)):
-        tasks[name]["rows"][1] |= {"within": within, "worst_loss": 0.25}
+        tasks[name]["rows"][1] |= {"within": within, "worst_loss": 0.25, "psnr_to_exact": 31.0}
     done, others = verdict(record)
-    assert "clearly better" in done and "0 of 1 within" in done and "fast in edge_detection (25.0%)" in done
+    assert "clearly better" in done and "0 of 1 within" in done and "fast in edge_detection (25.0%, 31.0 dB)" in done
     assert "do not do" in others and "2 of 2 within their bounds." in others
 
 

@@ -58,7 +58,11 @@ def verdict(record: dict[str, Any]) -> list[str]:
     lines = []
     for title, tasks in _groups(record):
         rows = [(task["task"], row) for task in tasks for row in task["rows"] if "within" in row]
-        outside = [f"{row['speed']} in {task} ({row['worst_loss']:.1%})" for task, row in rows if not row["within"]]
+        outside = [
+            f"{row['speed']} in {task} ({row['worst_loss']:.1%}, {row['psnr_to_exact']:.1f} dB)"
+            for task, row in rows
+            if not row["within"]
+        ]
         if rows:
             of_those = f"; outside: {', '.join(outside)}" if outside else ""
             lines.append(f"{title} {len(rows) - len(outside)} of {len(rows)} within their bounds{of_those}.")
@@ -74,7 +78,9 @@ def front(record: dict[str, Any]) -> str:
     parts = [
         svg.text(16, 24, f"Loss against work, {record['checkpoint']}, {_queries(record)} queries a task", "title"),
         svg.text(
-            16, 42, "relative loss of the deciding measure at the bad end of its 95 % interval; both axes logarithmic"
+            16,
+            42,
+            "relative loss of the deciding measure at the bad end of its 95 % interval; dashed *: many right answers",
         ),
     ]
     shares = [row["flops"] / task["rows"][0]["flops"] for task in done for row in task["rows"][1:]]
@@ -82,7 +88,7 @@ def front(record: dict[str, Any]) -> str:
     for loss in (0.001, 0.01, 0.1, 1.0):
         y = _y(loss)
         parts.append(f'  <line class="axis" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>')
-        parts.append(svg.text(LEFT - 8, y + 4, f"{loss:.1%}", anchor="end"))
+        parts.append(svg.text(LEFT - 8, y + 4, f"{'≤ ' if loss == LEAST_LOSS else ''}{loss:.1%}", anchor="end"))
     for share in (0.05, 0.1, 0.2, 0.5, 1.0):
         if share >= least:
             parts.append(svg.text(_x(share, least), HEIGHT - BOTTOM + 20, f"1/{1 / share:g}", anchor="middle"))
