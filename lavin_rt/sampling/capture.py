@@ -40,7 +40,8 @@ class Graphs:
         """The replay of a function that has run before, so that kernels are compiled and libraries have their memory.
 
         Returns:
-            what replays the graph on the current stream, and lets it go with its last reference.
+            what replays the graph on the current stream, and lets it go with its last reference. It holds the function,
+            as the graph reads what that one holds.
 
         Raises:
             CaptureError: it cannot be captured; the thread and the device are as they were before.
@@ -62,7 +63,7 @@ class Graphs:
                 raise
             *_, first = causes(error)  # the last one says only that something failed before
             raise CaptureError(f"no CUDA graph: {' '.join(str(first).split())[:200]}") from error
-        return graph.replay
+        return partial(_replay, graph, function)
 
     def release(self) -> None:
         """Lets the pool go, which ends with its last graph."""
@@ -71,6 +72,9 @@ class Graphs:
     def _abandon(self) -> None:
         """Undoes what a capture that failed leaves behind in torch: it goes on recording allocations to the pool, holds
         on to it, and takes random numbers for a part of the capture. Where torch did undo it, it refuses, rightly.
+
+        Neither the stream, whose capture was invalidated, nor the pool is tried again: torch 2.11 takes the pool for one
+        that is still recorded to.
         """
         index = torch.cuda.current_device()
         with contextlib.suppress(RuntimeError, AttributeError):
@@ -78,7 +82,11 @@ class Graphs:
             torch._C._cuda_releasePool(index, self._pool)
             generator = torch.cuda.default_generators[index]
             generator.graphsafe_set_state(generator.clone_state().graphsafe_get_state())
-        self._stream = None  # one whose capture was invalidated is not tried again
+        self._stream = self._pool = None
+
+
+def _replay(graph: torch.cuda.CUDAGraph, function: Callable[[], object]) -> None:
+    graph.replay()
 
 
 @dataclasses.dataclass(eq=False)

@@ -22,6 +22,7 @@ from lavin_rt.sampling.capture import CaptureError, Graphs
 from lavin_rt.sampling.denoisers import make_network
 from lavin_rt.sampling.executor import Executor
 from lavin_rt.sampling.schedule import schedule
+from lavin_rt.sampling.speeds import SPEEDS
 from lavin_rt.vae.model import STVAE
 
 
@@ -63,6 +64,18 @@ def test_more_shapes_than_are_kept_leave_the_others_whole(dit, cuda):
     assert not cuda.faults and executor.captures > 5
     others = [workspace for number, workspace in cuda.workspaces.items() if number != cuda.streams[0].number]
     assert len(others) <= 1 and all(workspace.pool is not None for workspace in others)
+
+
+@pytest.mark.parametrize("speed", ["near", "fast"])
+def test_a_graph_reads_nothing_that_was_let_go(dit, cuda, speed):
+    """A speed's evaluations have several forms, each with row ranges and positions of its own."""
+    speed = SPEEDS[speed]
+    knots = speed.knots()
+    request = {"shape": Shape(1, 3, 1, 1, 4, 4, True, kept=speed.keeps), "knots": knots, "speed": speed}
+    executor, eager = capturing(dit), Executor(make_network(dit, "torch"))
+    for _ in range(2):
+        assert torch.equal(answer(executor, **request), answer(eager, **request))
+    assert executor.captures == len(set(speed.forms(request["shape"], len(knots) - 1))) > 1 and not cuda.faults
 
 
 def test_another_thing_that_clears_workspaces_does_no_harm(dit, cuda):

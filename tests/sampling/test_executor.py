@@ -62,7 +62,7 @@ def answer(executor: Executor, shape: Shape = SMALL, context: int = 0, steps: in
         executor.embed(random_latents(1, 16, frames, *grid, seed=context)),
         executor.embed(random_latents(batch, 16, 1, *grid, seed=100)),
         more.pop("noise", random_latents(batch, 16, 1, *grid, seed=200)),
-        schedule(steps),
+        more.pop("knots", schedule(steps)),
         guidance,
         **more,
     )
