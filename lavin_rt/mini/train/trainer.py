@@ -26,7 +26,7 @@ from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 
 CLOCK_EVERY = 10  # steps
-DIVERGED = 5.0  # times the lowest loss logged so far
+DIVERGED = 4.0  # times the lowest loss logged so far, a start's first loss among them
 
 
 class AveragedWeights:
@@ -268,7 +268,7 @@ class Trainer:
             self._sums[key] = total + whole(amount.detach()).float(), count + 1
         self.step += 1
         self.samples += samples
-        if self.step % self.log_every == 0 or self.progress >= 1:
+        if self.step % self.log_every == 0 or self.best == math.inf or self.progress >= 1:
             self._log_means(rate)
 
     def _log_means(self, rate: float) -> None:
