@@ -1,62 +1,108 @@
-"""`make demo`: six tasks done by the small model that comes with the package, in one picture, on any machine."""
+"""`make demo`: eight tasks done by the small model that comes with the package, in one picture, on any machine."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
 
-import torch
+import numpy as np
+from PIL import Image, ImageDraw
 
 from lavin_rt.cli.main import main as lavin_rt
+from lavin_rt.files import written_whole
 from lavin_rt.find.model import BUNDLED
-from lavin_rt.pictures import images
-from lavin_rt.pictures.context import Pair, choose_pairs, read_template
+from lavin_rt.mini.world.families import turned_hue
+from lavin_rt.pictures.context import Pair, read_template
 from lavin_rt.pipeline import Pipeline
 
-TASKS = (
-    "depth_estimation",
-    "normal_estimation",
-    "foreground_segmentation",
-    "object_detection",
-    "edge_detection",
-    "negative",
+PAIRS, CELL, GAP, STRIP = 4, 128, 4, 20
+COLUMNS = ("pair: input", "pair: target", "query: a scene", "result", "truth", "query: a photograph", "result", "truth")
+CUP = ("edge_detection", 3)  # a photograph in the templates, as it is
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoRow:
+    """A task, and which of its template's pairs are asked; training has seen none of them.
+
+    Attributes:
+        task: whose template is taken.
+        scene: the pair whose input is a rendered query.
+        photograph: the pair whose input is a photographed one; None asks about the cup, whose truth nobody knows.
+        degrees: by which targets are the inputs turned in hue, in the place of the template's.
+    """
+
+    task: str
+    scene: int
+    photograph: int | None = None
+    degrees: float | None = None
+
+    @property
+    def title(self) -> str:
+        if self.degrees is None:
+            return self.task
+        return f"{self.task}, other pairs: the same inputs with targets turned by {self.degrees:g} degrees"
+
+    def asked(self) -> tuple[list[tuple[np.ndarray, ...]], list[tuple[np.ndarray, ...]]]:
+        """The context's pairs, and both queries with what would be right, where that is known; uint8 `[h, w, 3]`."""
+        pairs = read_template(BUNDLED / "template" / self.task)
+        queries = [self._pictures(pairs[self.scene])]
+        if self.photograph is None:
+            queries.append((_picture(read_template(BUNDLED / "template" / CUP[0])[CUP[1]].input),))
+        else:
+            queries.append(self._pictures(pairs[self.photograph]))
+        others = [pair for number, pair in enumerate(pairs) if number not in (self.scene, self.photograph)]
+        return [self._pictures(pair) for pair in others[:PAIRS]], queries
+
+    def _pictures(self, pair: Pair) -> tuple[np.ndarray, ...]:
+        shown = _picture(pair.input)
+        return shown, _picture(pair.target) if self.degrees is None else turned_hue(shown, self.degrees)
+
+    def cells(self, pipe: Pipeline) -> list[np.ndarray | None]:
+        """The row's pictures, in the order of `COLUMNS`."""
+        context, queries = self.asked()
+        task, found = pipe.task(context), list[np.ndarray | None](context[0])
+        for query, *truth in queries:
+            found += [query, np.asarray(task(query)), *(truth or [None])]
+        return found
+
+
+# The last two rows ask the same queries with other pairs: it is the pairs that say what to do.
+ROWS = (
+    DemoRow("depth_estimation", 0),
+    DemoRow("normal_estimation", 1),
+    DemoRow("panoptic_segmentation", 2),
+    DemoRow("instance_contours", 3),
+    DemoRow("edge_detection", 2, 3),
+    DemoRow("deblurring", 2, 4),
+    DemoRow("colorization", 7, 5),
+    DemoRow("hue", 4, 5),
+    DemoRow("hue", 4, 5, 90),
 )
-PAIRS, CELL = 4, 128
-COLUMNS = ("pair: input", "target", "pair: input", "target", "query", "result", "truth")
 
 
-def choose(task: str, seed: int = 0) -> tuple[list[Pair], Pair]:
-    """Context pairs of a bundled task, and one more whose input is the query; training has seen none of them."""
-    *context, query = choose_pairs(read_template(BUNDLED / "template" / task), PAIRS + 1, seed)
-    return context, query
+def _picture(path: object) -> np.ndarray:
+    assert isinstance(path, Path)  # a template's
+    return np.asarray(Image.open(path).convert("RGB"))
 
 
-def row(pipe: Pipeline, task: str) -> list[torch.Tensor]:
-    """A task's cells, uint8 `[1, 3, h, w]`: two of its pairs, the query, the result, and what would be right."""
-    context, asked = choose(task)
-    session = pipe.task(context)
-    [result] = session.run([asked.input])
-    query, truth = (images.resize(images.load_clip(picture), session.size) for picture in (asked.input, asked.target))
-    assert session.frames is not None  # a context of pictures
-    return [*session.frames.frames[:4], query, result.frames, truth]
-
-
-def sheet(rows: list[list[torch.Tensor]]) -> torch.Tensor:
-    """All rows under a line of headings, uint8 `[3, H, W]`."""
-    from PIL import Image, ImageDraw
-
-    # Pictures of 64 pixels are shown at twice that, pixel by pixel.
-    enlarged = [
-        [torch.nn.functional.interpolate(cell, size=(CELL, CELL), mode="nearest") for cell in cells] for cells in rows
-    ]
-    grid = images.grid(enlarged)[0]
-    heading = Image.new("RGB", (grid.shape[2], 18), "white")
-    draw = ImageDraw.Draw(heading)
+def sheet(rows: list[tuple[str, list[np.ndarray | None]]]) -> Image.Image:
+    """Titled rows of pictures under a line of headings."""
+    height, width = STRIP + CELL + GAP, CELL + GAP
+    drawn = Image.new("RGB", (len(COLUMNS) * width + GAP, STRIP + len(rows) * height), "white")
+    draw = ImageDraw.Draw(drawn)
     for column, text in enumerate(COLUMNS):
-        draw.text((4 + column * (CELL + 4), 4), text, fill="black")
-    return torch.cat([images.load_clip(heading)[0], grid], dim=1)
+        draw.text((GAP + column * width, 5), text, fill="dimgrey")
+    for number, (title, cells) in enumerate(rows):
+        top = STRIP + number * height
+        draw.text((GAP, top + 5), title, fill="black")
+        for column, cell in enumerate(cells):
+            if cell is not None:  # 64 pixels are shown at twice that, pixel by pixel
+                enlarged = Image.fromarray(cell).resize((CELL, CELL), Image.Resampling.NEAREST)
+                drawn.paste(enlarged, (GAP + column * width, top + STRIP))
+    return drawn
 
 
 def main() -> int:
@@ -65,20 +111,20 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write to (default: demo)")
     folder = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
-    _, asked = choose(TASKS[0])
-    command = ["run", "--task", "depth", "--query", str(asked.input), "-o", str(folder / "depth.png"), "--grid"]
+    query = read_template(BUNDLED / "template" / "depth_estimation")[ROWS[0].scene].input
+    command = ["run", "--task", "depth", "--query", str(query), "-o", str(folder / "depth.png"), "--grid"]
     print("$ lavin-rt " + shlex.join(command))
     code = lavin_rt(command)
     if code:
         return code
-    pipe = Pipeline.from_pretrained()
-    rows = []
-    for task in TASKS:
-        print(f"{task} ...", flush=True)
-        rows.append(row(pipe, task))
+    pipe, rows = Pipeline.from_pretrained(), []
+    for row in ROWS:
+        print(f"{row.title} ...", flush=True)
+        rows.append((row.title, row.cells(pipe)))
     picture = folder / "tasks.png"
-    images.save_picture(sheet(rows)[None], picture)
-    print(f"Look at {picture}: {', '.join(TASKS)}, one a row.")
+    with written_whole(picture) as partial:
+        sheet(rows).save(partial, "PNG")
+    print(f"Look at {picture}: eight tasks, one a row, on a scene and on a photograph.")
     return 0
 
 

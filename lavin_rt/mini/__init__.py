@@ -3,8 +3,8 @@
 It shows what the architecture does, and lets every change that is not exact be judged by what it does to task figures.
 It knows scenes of spheres, boxes and cylinders at 64 x 64 pixels, not the world.
 
-* `weights/`: a J-DiT (hidden size 216, depth 5, 3 heads of 72, one key/value head, 7.0 M parameters) and an ST-VAE
-  (widths 32, 32, 64, 64, 2.8 M parameters), float16, under the official names.
+* `weights/`: a J-DiT (hidden size 216, depth 10, 9 heads of 24, 3 key/value heads, 13.9 M parameters) and an ST-VAE
+  (widths 64, 64, 64, 64, 3.9 M parameters), float16, under the official names.
 * `template/`: eight example pairs of each task, of a family by its first member, in the official layout.
 * `world/tasks`: all tasks as functions, of pictures and of clips. There `perception` says what is to be seen,
   `restorations` undo what was done to a picture, `moving` are those of clips; `families` are mappings that only the
@@ -26,15 +26,20 @@ It knows scenes of spheres, boxes and cylinders at 64 x 64 pixels, not the world
 `python -m lavin_rt.mini.train --output DIR --cache DIR` trains from nothing, goes on where it stopped, or goes on from
 given weights (`--warm-start`).
 
-**The shipped weights are older than the trainer and most tasks.** They are of the sixteen tasks that have a folder in
-`template/`, some of which are defined otherwise since (colorization without hints, symmetric blur, photographs from
-depth), and their VAE is a linear one. `training_log.jsonl` shows their three runs of the transformer on two shared
-CPU cores: 6800 steps; then 14000 steps by `--warm-start`, `negative` coming in at step 7600; then 560 steps at a lower
-rate, half of them clips. By the log's clocks that took 42 minutes for the VAE, 43, 88 and 3 for the transformer.
+The weights are of three runs of the preset `mini` on one H200 each (torch 2.11, sixteen processor cores, of which
+fifteen rendered 650 pieces in 167 seconds), as its time was lent in pieces; `training_log.jsonl` has all of them:
 
-The preset `mini` (13.9 M parameters, 33 tasks, a learned VAE) has run once, on an H200, for fourteen minutes
-(`benchmarks/results/h200-mini-training.jsonl`). Its VAE reached 30.7 dB on training's mix of pictures and 25.9 dB on
-held-out photographs before clips spoilt it; `start/stvae.safetensors`, which is not part of the installed package, is
-it at that point, for `--vae`. Its transformer saw nine million samples in seven minutes and diverged within the first
-two hundred steps, which the plain computation does not do; compiled gradients are held against plain ones since.
+| run | minutes | samples a second | seen |
+|---|---|---|---|
+| VAE, 1,363 steps, rate 1e-3 | 1.7 | 3,900 pictures | 0.35 M pictures |
+| VAE, from there 3,126 steps, rate 5e-4 falling | 3.3 | 3,800 pictures | 0.74 M pictures |
+| transformer, 3,900 steps, rate 1e-3 | 5.0 | 20,000 contexts, 17,000 beside tests | 5.3 M contexts, 0.51 G tokens |
+| transformer, from there 2,960 steps on 260 pieces, rate 1e-3 falling | 4.1 | 16,000 contexts | 3.9 M contexts, 0.39 G tokens |
+
+The VAE then keeps 33.8 dB of training's mix of pictures and 27.2 dB of held-out photographs.
+
+From an empty folder `python -m lavin_rt.mini.train --preset mini --output DIR --cache DIR` does it in one run of twice
+the length (8,000 and 16,000 steps). A run before those diverged within two hundred steps: torch 2.11 fuses the
+gradients of queries and keys wrongly on an H200. `train/compiled` compares compiled gradients with plain ones, and
+compiles without fusion since.
 """
