@@ -65,7 +65,7 @@ class DemoRow:
         context, queries = self.asked()
         task, found = pipe.task(context), list[np.ndarray | None](context[0])
         for query, *truth in queries:
-            found += [query, np.asarray(task(query)), *(truth or [None])]
+            found += [query, np.asarray(task(query)), truth[0] if truth else None]
         return found
 
 

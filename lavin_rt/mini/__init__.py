@@ -34,7 +34,7 @@ fifteen rendered 650 pieces in 167 seconds), as its time was lent in pieces; `tr
 | VAE, 1,363 steps, rate 1e-3 | 1.7 | 3,900 pictures | 0.35 M pictures |
 | VAE, from there 3,126 steps, rate 5e-4 falling | 3.3 | 3,800 pictures | 0.74 M pictures |
 | transformer, 3,900 steps, rate 1e-3 | 5.0 | 20,000 contexts, 17,000 beside tests | 5.3 M contexts, 0.51 G tokens |
-| transformer, from there 2,960 steps on 260 pieces, rate 1e-3 falling | 4.1 | 16,000 contexts | 3.9 M contexts, 0.39 G tokens |
+| transformer, on 260 pieces 2,960 steps, rate falling | 4.1 | 16,000 contexts | 3.9 M contexts, 0.39 G tokens |
 
 The VAE then keeps 33.8 dB of training's mix of pictures and 27.2 dB of held-out photographs.
 

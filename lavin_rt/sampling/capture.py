@@ -73,8 +73,8 @@ class Graphs:
         """Undoes what a capture that failed leaves behind in torch: it goes on recording allocations to the pool, holds
         on to it, and takes random numbers for a part of the capture. Where torch did undo it, it refuses, rightly.
 
-        Neither the stream, whose capture was invalidated, nor the pool is tried again: torch 2.11 takes the pool for one
-        that is still recorded to.
+        Neither the stream, whose capture was invalidated, nor the pool is tried again: torch 2.11 takes the pool for
+        one that is still recorded to.
         """
         index = torch.cuda.current_device()
         with contextlib.suppress(RuntimeError, AttributeError):

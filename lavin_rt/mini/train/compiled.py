@@ -41,14 +41,14 @@ class Compiled:
             inductor = importlib.import_module("torch._inductor.config")
             if hasattr(inductor.triton, "mix_order_reduction"):
                 inductor.triton.mix_order_reduction = False  # young, and at work in the gradients of norms
-            # torch 2.11 on an H200: fused, the gradients of queries and keys came out ten thousand times too large; each
-            # operation by itself is right, and takes 29 ms where eager takes 48 (two blocks of the mini, 816 contexts).
-            inductor.max_fusion_size = 1
             if blocks is None:
                 self.whole = torch.compile(function, dynamic=False)
             else:
+                # torch 2.11 on an H200: fused, gradients of queries and keys come out ten thousand times too large;
+                # each operation by itself is right, in 29 ms where eager takes 48 (two of the mini's blocks).
+                on_gpu = next(network.parameters()).device.type == "cuda"
                 for block in blocks:
-                    block.compile(dynamic=False)
+                    block.compile(dynamic=False, options={"max_fusion_size": 1} if on_gpu else None)
 
     def warm_up(self, *tensors: torch.Tensor) -> float:
         """Compiles forward and backward for these shapes; returns the seconds it took.
