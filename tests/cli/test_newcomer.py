@@ -50,9 +50,9 @@ def test_keep_size_says_how_soft_answers_become(tmp_path, capsys):
 
 
 def test_a_clip_without_its_option_is_asked_about(tmp_path, capsys):
-    assert run("--task", "frame", "--query", CLIP, "-o", tmp_path / "a.webp") == 2
+    assert run("--task", "frame_prediction", "--query", CLIP, "-o", tmp_path / "a.webp") == 2
     assert "or --clip where they are the frames of one clip" in capsys.readouterr().err
-    assert run("--task", "frame", "--query", CLIP / "0.png", "-o", tmp_path / "a.png") == 2
+    assert run("--task", "frame_prediction", "--query", CLIP / "0.png", "-o", tmp_path / "a.png") == 2
     assert "did you mean --clip" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     assert run("--task", "depth", "--query", CLIP, "--clip", "-o", tmp_path / "a.webp") == 2
@@ -65,14 +65,14 @@ def test_longer_clips_are_cut(tmp_path, capsys, pipe):
     seven.mkdir()
     for i, frame in enumerate([*frames, *frames[:2]]):
         images.to_pil(frame).save(seven / f"{i}.png")
-    arguments = ["--task", "frame", "--query", seven, "--clip", "-o", tmp_path / "a.webp", "--pairs", 1]
+    arguments = ["--task", "frame_prediction", "--query", seven, "--clip", "-o", tmp_path / "a.webp", "--pairs", 1]
     assert run(*arguments) == 2
     assert "--frames 5" in capsys.readouterr().err
     assert run(*arguments, "--frames", 5) == 0
     assert len(images.load_clip(tmp_path / "a.webp")) == 5
     assert run(*arguments, "--frames", 6) == 2
     assert "expected 1 + 4k" in capsys.readouterr().err
-    task = pipe.task("frame", pairs=1, frames=1)
+    task = pipe.task("frame_prediction", pairs=1, frames=1)
     assert task.context.frames_per_clip == 1
     [result] = task.run([seven], steps=4)
     assert len(result.frames) == 1
