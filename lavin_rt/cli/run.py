@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     import torch
 
 BUNDLED_NOTE = (
-    "note: this is lavin-mini, the small model that comes with the package: soft pictures of 64 px, of depth, normals, "
-    "segmentation, detection, edges, inpainting, restoration and negatives (lavin-rt info lists its tasks); of other "
-    "pairs it makes a blurred copy; --checkpoint takes another model"
+    "note: this is lavin-mini, the small model that comes with the package, for pictures of 64 px: depth, normals, "
+    "segmentation, restoration and others (lavin-rt info lists its tasks), and turned hues, exchanged channels, "
+    "inverted colours and colours of classes as your pairs show them; of other pairs it makes a blurred copy; "
+    "--checkpoint takes another model"
 )
 
 
