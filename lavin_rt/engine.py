@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -98,10 +99,7 @@ class Engine:
         Returns:
             `[1, 16, 1 + (T - 1) / 4, H / 8, W / 8]` float32 each, on the CPU.
         """
-
-        def latents_of(pixels: torch.Tensor) -> torch.Tensor:
-            posterior = self.vae.encode(pixels, tile=self.tile, chunk=self.chunk)
-            return scale_latents((posterior.mode() if generator is None else posterior.sample(generator)).float())
+        latents_of = partial(_latents_of, self.vae, self.tile, self.chunk, generator)
 
         def run() -> torch.Tensor:
             together = self._frames_together(clips[0]) if generator is None else 1
@@ -116,10 +114,7 @@ class Engine:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures of scaled latents `[n, 16, t, h, w]`: `[n * T, 3, H, W]` uint8 on the CPU."""
-
-        def pixels_of(latents: torch.Tensor) -> torch.Tensor:
-            pixels = self.vae.decode(unscale_latents(latents), tile=self.tile, chunk=self.chunk)
-            return images.from_pixels(pixels.float()).transpose(1, 2).flatten(0, 1)
+        pixels_of = partial(_pixels_of, self.vae, self.tile, self.chunk)
 
         def run() -> torch.Tensor:
             together = 1 if self.executor.graphs else max(1, PIXELS_DECODED // (64 * latents[0, 0].numel()))
@@ -161,6 +156,21 @@ class Engine:
             f"too little memory on {self.device} to {what}; encode and decode in pieces (tile=, chunk=; --tile, "
             "--chunk), or give a smaller size"
         )
+
+
+# Functions of their own, without the engine: a captured one is held by the engine's graphs.
+
+
+def _latents_of(
+    vae: VAE, tile: int | None, chunk: int | None, generator: torch.Generator | None, pixels: torch.Tensor
+) -> torch.Tensor:
+    posterior = vae.encode(pixels, tile=tile, chunk=chunk)
+    return scale_latents((posterior.mode() if generator is None else posterior.sample(generator)).float())
+
+
+def _pixels_of(vae: VAE, tile: int | None, chunk: int | None, latents: torch.Tensor) -> torch.Tensor:
+    pixels = vae.decode(unscale_latents(latents), tile=tile, chunk=chunk)
+    return images.from_pixels(pixels.float()).transpose(1, 2).flatten(0, 1)
 
 
 def _shown(clip: torch.Tensor) -> str:

@@ -23,11 +23,12 @@ class CaptureError(RuntimeError):
 class Graphs:
     """Captures functions into CUDA graphs, to be replayed one at a time.
 
-    All graphs share one pool, as no two replays run at the same time; what a function is to leave behind it writes into
-    tensors that were there before. All are captured on one stream, on which nothing else ever runs: libraries keep a
-    workspace for every stream that they have seen, and torch 2.12 and newer gives that of a graph's stream back when
-    the graph goes. One that a warm-up had taken there would go back to the driver under the graphs that are left; one
-    that a capture took lies in the pool, which lives as long as any of them.
+    All graphs share one pool, as no two replays run at the same time (those that follow a capture that failed another
+    one); what a function is to leave behind it writes into tensors that were there before. All are captured on one
+    stream, on which nothing else ever runs: libraries keep a workspace for every stream that they have seen, and torch
+    2.12 and newer gives that of a graph's stream back when the graph goes. One that a warm-up had taken there would go
+    back to the driver under the graphs that are left; one that a capture took lies in the pool, which lives as long as
+    any of them.
 
     The device is the current one whenever this is used.
     """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -165,6 +167,38 @@ def test_the_autoencoder_is_replayed_from_its_third_call_on(pipe, cuda):
     assert not cuda.graphs and not cuda.faults
     pipe.executor.graphs = True
     assert all(map(torch.equal, results(), changed)) and cuda.captures == 5
+
+
+def test_a_pipeline_with_graphs_goes_with_its_last_reference(dit, cuda):
+    """A replay holds the function that was captured, which must not hold the pipeline."""
+    vae = STVAE(SMALL_VAE).requires_grad_(False)
+    pipe = Pipeline(dit, vae, impl="torch")
+    pipe.executor.graphs = True
+    pipe.executor.prepare(SMALL, schedule(4))
+    for _ in range(3):
+        pipe.decode(torch.zeros(1, 16, 1, 2, 2)), pipe.encode([torch.zeros(1, 3, 1, 16, 16)])
+    assert cuda.captures == 3
+    alone = weakref.ref(pipe)
+    gc.disable()
+    try:
+        del pipe
+        assert alone() is None and not cuda.graphs
+    finally:
+        gc.enable()
+
+
+def test_graphs_outlive_a_capture_that_fails(cuda):
+    """The pool of a failed capture takes no other one; what was captured before goes on in it."""
+    graphs, buffer = Graphs(), torch.zeros(3)
+    first = graphs.capture(lambda: buffer.add_(1))
+    cuda.fail = [RuntimeError("not permitted")]
+    with pytest.raises(CaptureError):
+        graphs.capture(lambda: buffer.add_(10))
+    second = graphs.capture(lambda: buffer.add_(100))
+    buffer.zero_()
+    first(), second(), first()
+    assert buffer.tolist() == [102.0] * 3 and not cuda.faults
+    assert len({graph.pool for graph in cuda.graphs}) == 2
 
 
 def test_an_autoencoder_that_cannot_be_captured_runs_as_it_is(pipe, cuda):
