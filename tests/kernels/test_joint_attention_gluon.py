@@ -167,3 +167,11 @@ def test_only_what_a_target_compiles_is_a_candidate(monkeypatch):
     assert tune.candidates("joint_attention", 90) == module.CANDIDATES
     monkeypatch.setattr(module, "_GLUON", False)  # an older Triton
     assert {c["variant"] for c in tune.candidates("joint_attention", 90)} == {"pointer"}
+
+
+@pytest.mark.parametrize(("head", "stages"), [(32, 4), (80, 4), (128, 2)])
+def test_as_many_stages_as_shared_memory_holds(head, stages):
+    """A launch is tuned at one size of heads and taken for all of a dtype."""
+    form = importlib.import_module("lavin_kernels.ops.joint_attention_gluon").form(192, 128, 4, head)
+    assert form["STAGES"] == stages
+    assert 2 * head * (192 + 2 * stages * 128) <= 227 * 1024 - 2048

@@ -129,7 +129,7 @@ def _launch(
         from lavin_kernels.ops import joint_attention_gluon as hopper
 
         sources = hopper.descriptors(parts, head_size, pieces, block_n)
-        form = hopper.form(block_m, block_n, options["num_stages"])
+        form = hopper.form(block_m, block_n, options["num_stages"], sum(pieces))
         del shape["COLUMNS"]
         with on_device(q):
             hopper.joint_attention_gluon_kernel[grid](
@@ -273,7 +273,7 @@ def static_case(config: tuning.Launch, dtype: torch.dtype, x_only: bool) -> Stat
         from lavin_kernels.ops import joint_attention_gluon as hopper
 
         kernel = hopper.joint_attention_gluon_kernel
-        form = hopper.form(block_m, block_n, config["num_stages"])
+        form = hopper.form(block_m, block_n, config["num_stages"], sum(head_pieces(head_size)))
         del shape["COLUMNS"]
     else:
         kernel = joint_attention_kernel

@@ -24,6 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Registers of a thread where 2 or 3 warpgroups share the 65,536 of a multiprocessor, less those of the copying group.
 REGISTERS = {2: 240, 3: 160}
+SHARED_MEMORY = 225 * 1024  # bytes that tiles may take of the 227 KiB of a program, which barriers lie in as well
 ROWS = gl.constexpr(64)  # query rows of a warpgroup, the M of its matrix instructions
 
 
@@ -371,7 +372,10 @@ def descriptors(
     return made
 
 
-def form(block_m: int, block_n: int, num_stages: int) -> dict[str, Any]:
-    """The compile-time arguments that a launch configuration decides."""
-    groups = block_m // ROWS.value
-    return {"GROUPS": groups, "BLOCK_N": block_n, "STAGES": num_stages, "REGISTERS": REGISTERS[groups]}
+def form(block_m: int, block_n: int, num_stages: int, head: int) -> dict[str, Any]:
+    """The compile-time arguments that a launch configuration decides, for heads of so many elements in both pieces: as
+    many stages as it says, or as find room beside the queries.
+    """
+    groups, room = block_m // ROWS.value, SHARED_MEMORY - 2 * block_m * head
+    stages = min(num_stages, room // (4 * block_n * head))
+    return {"GROUPS": groups, "BLOCK_N": block_n, "STAGES": stages, "REGISTERS": REGISTERS[groups]}
