@@ -26,7 +26,8 @@ from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 
 CLOCK_EVERY = 10  # steps
-DIVERGED = 4.0  # times the lowest loss logged so far, a start's first loss among them
+DIVERGED = 4.0  # times the lowest loss logged so far
+EARLY = 20  # steps after which a training from nothing logs for the first time, as it may diverge from there on
 
 
 class AveragedWeights:
@@ -184,6 +185,7 @@ class Trainer:
                 value = distribute_tensor(value.to(kept.device), kept.device_mesh, kept.placements)
             kept.copy_(value)
         self.step, self.seconds, self.samples = state["step"], state["seconds"], state["samples"]
+        self.best = min(self.best, state.get("best", math.inf))  # earlier states have none
         self._logged = (self.seconds, self.samples)
         return True
 
@@ -200,6 +202,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "samples": self.samples,
+            "best": self.best,
         }
         with written_whole(self.state_file) as partial:
             torch.save(state, partial)
@@ -268,7 +271,7 @@ class Trainer:
             self._sums[key] = total + whole(amount.detach()).float(), count + 1
         self.step += 1
         self.samples += samples
-        if self.step % self.log_every == 0 or self.best == math.inf or self.progress >= 1:
+        if self.step % self.log_every == 0 or self.step == EARLY or self.progress >= 1:
             self._log_means(rate)
 
     def _log_means(self, rate: float) -> None:
