@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lavin_rt.cli.main import main as lavin_rt
-from lavin_rt.files import written_whole
+from lavin_rt.errors import InputError
+from lavin_rt.files import check_writable, written_whole
 from lavin_rt.find.model import BUNDLED
 from lavin_rt.mini.world.families import turned_hue
 from lavin_rt.pictures.context import Pair, read_template
@@ -110,7 +111,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lavin_rt.cli.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write to (default: demo)")
     folder = parser.parse_args().output
-    folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / "tasks.png"
+    try:
+        check_writable(picture)
+    except InputError as error:
+        print(f"lavin-rt: error: {error}", file=sys.stderr)
+        return 2
     query = read_template(BUNDLED / "template" / "depth_estimation")[ROWS[0].scene].input
     command = ["run", "--task", "depth", "--query", str(query), "-o", str(folder / "depth.png"), "--grid"]
     print("$ lavin-rt " + shlex.join(command))
@@ -121,10 +127,9 @@ def main() -> int:
     for row in ROWS:
         print(f"{row.title} ...", flush=True)
         rows.append((row.title, row.cells(pipe)))
-    picture = folder / "tasks.png"
     with written_whole(picture) as partial:
         sheet(rows).save(partial, "PNG")
-    print(f"Look at {picture}: eight tasks, one a row, on a scene and on a photograph.")
+    print(f"Look at {picture}: eight tasks on a scene and on a photograph, the last one twice, by other pairs.")
     return 0
 
 
