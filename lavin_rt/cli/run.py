@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 BUNDLED_NOTE = (
     "note: this is lavin-mini, the small model that comes with the package, for pictures of 64 px: depth, normals, "
     "segmentation, restoration and others (lavin-rt info lists its tasks), and turned hues, exchanged channels, "
-    "inverted colours and colours of classes as your pairs show them; of other pairs it makes a blurred copy; "
-    "--checkpoint takes another model"
+    "inverted colours and colours of classes as your pairs show them; of other pairs it makes little; --checkpoint "
+    "takes another model"
 )
 
 

@@ -26,8 +26,9 @@ It knows scenes of spheres, boxes and cylinders at 64 x 64 pixels, not the world
 `python -m lavin_rt.mini.train --output DIR --cache DIR` trains from nothing, goes on where it stopped, or goes on from
 given weights (`--warm-start`).
 
-The weights are of three runs of the preset `mini` on one H200 each (torch 2.11, sixteen processor cores, of which
-fifteen rendered 650 pieces in 167 seconds), as its time was lent in pieces; `training_log.jsonl` has all of them:
+The weights are of three runs of the preset `mini` on one H200 each (torch 2.11, sixteen processor cores that
+rendered the pieces meanwhile), as its time was lent in pieces; `training_log.jsonl` has all of them, the third one up
+to some steps behind the weights that were kept:
 
 | run | minutes | samples a second | seen |
 |---|---|---|---|
@@ -41,5 +42,5 @@ The VAE then keeps 33.8 dB of training's mix of pictures and 27.2 dB of held-out
 From an empty folder `python -m lavin_rt.mini.train --preset mini --output DIR --cache DIR` does it in one run of twice
 the length (8,000 and 16,000 steps). A run before those diverged within two hundred steps: torch 2.11 fuses the
 gradients of queries and keys wrongly on an H200. `train/compiled` compares compiled gradients with plain ones, and
-compiles without fusion since.
+compiles the transformer's blocks without fusion since.
 """

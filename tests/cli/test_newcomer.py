@@ -37,7 +37,7 @@ def help_of(capsys, *command: str) -> str:
 def test_the_small_model_says_what_it_is(tmp_path, capsys):
     assert run("--task", "depth", "--query", DEPTH, "-o", tmp_path / "a.png") == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "note:" in line]
-    assert len(said) == 1 and "64 px" in said[0] and "depth" in said[0] and "blurred copy" in said[0]
+    assert len(said) == 1 and "64 px" in said[0] and "depth" in said[0] and "makes little" in said[0]
     assert run("--task", "depth", "--query", DEPTH, "-o", tmp_path / "b.png", "-q") == 0
     assert not capsys.readouterr().err
 
