@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lavin_bench.markdown import caption, milliseconds, table
-from lavin_bench.quality.report import quality_table, strangers_table
+from lavin_bench.quality.report import quality_table, strangers_table, taught_table
 from lavin_bench.quality.speeds_report import speeds_table
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -216,6 +216,7 @@ def render(record: dict[str, Any]) -> str:
         "engines": engines_table,
         "serve": serve_table,
         "strangers": strangers_table,
+        "taught": taught_table,
     }
     kind = record.get("kind", "forms")
     if kind not in tables:

@@ -17,6 +17,7 @@ pytest.importorskip("trimesh", reason="needs the extra train")
 from lavin_bench import report
 from lavin_bench.pipeline.variants import CPU_VAE, QUICK_CONFIG, random_model, random_vae
 from lavin_bench.quality import strangers as quality_strangers
+from lavin_bench.quality import taught
 from lavin_bench.quality.answers import Answered, Answers, Sampling
 from lavin_bench.quality.bench import across_tasks, answer, context_record, run, task_record
 from lavin_bench.quality.figures import border_steps, figures
@@ -265,6 +266,19 @@ def test_a_stranger_is_answered_as_the_pairs_say(tmp_path, monkeypatch):
     rows = [{"mapping": "grey, then inverted", "kind": quality_strangers.COMPOSED, **row} for row in found]
     text = report.render({"kind": "strangers", "header": {**header(), "dtype": "float32"}, "rows": rows})
     assert text.count("**both**") == 1 and "composition" in text
+
+
+@pytest.mark.slow
+def test_a_mapping_is_taught_and_asked_for(tmp_path, capsys):
+    """Two steps teach nothing, but move the answers."""
+    output = tmp_path / "taught.json"
+    command = ["--steps", "2", "--queries", "2", "--size", "32", "--export", "--threads", "1"]
+    assert taught.main([*command, "--json", str(output)]) == 0
+    record = json.loads(output.read_text())
+    assert record["better_than"]["before"][0] != 0 and record["apart"] == {}
+    shown = capsys.readouterr().out
+    assert "12 pairs, 2 steps of rank 16" in shown and report.render(record) in shown + "\n"
+    assert taught.main(["--queries", "1"]) == 2 and "--queries 1" in capsys.readouterr().err
 
 
 def test_command(tmp_path, pipe, capsys):

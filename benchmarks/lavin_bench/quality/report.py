@@ -203,6 +203,23 @@ def strangers_table(record: dict[str, Any]) -> str:
     return f"{text}\n\n{table(columns, rows)}"
 
 
+def taught_table(record: dict[str, Any]) -> str:
+    """Before and after, beside the simple yardsticks."""
+    rows = []
+    for name, label in (("copy", "copy of the query"), ("mean", "mean of the targets"), ("before", "before")):
+        (mean, half), (gain, around) = record[name], record["better_than"][name]
+        rows.append([label, f"{mean:.1f} ± {half:.1f}", f"{gain:+.1f} ± {around:.1f}"])
+    rows.append(["after", "{:.1f} ± {:.1f}".format(*record["after"]), ""])
+    text = (
+        f"lavin-mini, {record['mapping']}: {record['pairs']} pairs, {record['steps']} steps of rank {record['rank']} "
+        f"in {record['seconds'] / 60:.0f} minutes, {record['queries']} queries with {record['shown']} of the pairs. "
+        f"{caption(record['header'])}"
+    )
+    apart = [f"{kind} by {levels} grey levels at most" for kind, levels in record["apart"].items()]
+    differ = f"\nExported, its answers differ: {', '.join(apart)}.\n" if apart else ""
+    return f"{text}\n\n{table(['', 'PSNR, dB', 'after is better by, dB'], rows)}{differ}"
+
+
 def _exact_table(record: dict[str, Any]) -> str:
     """The differences to the exact pipeline, of the most pairs; positive is better."""
     rows = []

@@ -118,8 +118,9 @@ def answers(
     files = [folder / "queries" / f"{number}.png" for number in range(len(queries))]
     for file, query in zip(files, queries, strict=True):
         Image.fromarray(query).save(file)
-    out = folder / "results"
-    command = ["run", "--task", folder / "task", "--pairs", len(pairs), "-q", "-o", f"{out}/", "--query", *files]
+    out, size = folder / "results", len(queries[0])
+    command = ["run", "--task", folder / "task", "--pairs", len(pairs), "--size", size, "-q", "-o", f"{out}/"]
+    command += ["--query", *files]
     if lavin_rt([str(part) for part in [*command, *options]]):
         raise InputError("lavin-rt run failed")
     return [np.asarray(Image.open(out / file.name).convert("RGB")) for file in files]
