@@ -281,6 +281,12 @@ def test_a_mapping_is_taught_and_asked_for(tmp_path, capsys):
     assert taught.main(["--queries", "1"]) == 2 and "--queries 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [quality_strangers.main, taught.main])
+def test_what_cannot_be_is_refused_before_anything_is_asked(command, tmp_path, capsys):
+    assert command(["--size", "50"]) == 2 and "--size is 50; expected" in capsys.readouterr().err
+    assert command(["--json", str(tmp_path)]) == 2 and str(tmp_path) in capsys.readouterr().err
+
+
 def test_command(tmp_path, pipe, capsys):
     folder, output = tmp_path / "checkpoint", tmp_path / "out" / "quality.json"
     folder.mkdir()

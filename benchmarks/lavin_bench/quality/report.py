@@ -215,8 +215,10 @@ def taught_table(record: dict[str, Any]) -> str:
         f"in {record['seconds'] / 60:.0f} minutes, {record['queries']} queries with {record['shown']} of the pairs. "
         f"{caption(record['header'])}"
     )
-    apart = [f"{kind} by {levels} grey levels at most" for kind, levels in record["apart"].items()]
-    differ = f"\nExported, its answers differ: {', '.join(apart)}.\n" if apart else ""
+    apart = [f"{kind} {levels}" for kind, levels in record["apart"].items()]
+    differ = (
+        f"\nGrey levels that the exported model's answers differ by, at most: {', '.join(apart)}.\n" if apart else ""
+    )
     return f"{text}\n\n{table(['', 'PSNR, dB', 'after is better by, dB'], rows)}{differ}"
 
 

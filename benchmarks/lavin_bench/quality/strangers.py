@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from lavin_bench.quality.figures import fidelity, interval
 from lavin_bench.quality.report import strangers_table
 from lavin_bench.record import write_record
-from lavin_bench.timing import header
+from lavin_bench.timing import header, use_threads
 from lavin_rt.cli.main import main as lavin_rt
 from lavin_rt.errors import InputError
 from lavin_rt.mini.world.encodings import as_picture, grey
 from lavin_rt.mini.world.families import oriented, turned_hue
 from lavin_rt.mini.world.sources import photograph_crop
+from lavin_rt.pictures.images import check_writable
 
 PAIRS = 5
 Mapping = Callable[[np.ndarray], np.ndarray]
@@ -102,6 +102,27 @@ def mapped(mapping: Sequence[Mapping], colour: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(colour)
 
 
+def save_pairs(folder: Path, pairs: Sequence[Sequence[np.ndarray]]) -> None:
+    """Inputs and targets, uint8 `[S, S, 3]`, as a template folder, which is made."""
+    folder.mkdir(parents=True)
+    for number, pair in enumerate(pairs):
+        for role, picture in zip(("input", "target"), pair, strict=True):
+            Image.fromarray(picture).save(folder / f"{number}_{role}.png")
+
+
+def prepare(given: argparse.Namespace) -> None:
+    """Sets `--threads`, and refuses a `--size` or `--json` before anything is computed.
+
+    Raises:
+        InputError: no multiple of 16, or a file that cannot be written.
+    """
+    if given.size < 16 or given.size % 16:
+        raise InputError(f"--size is {given.size}; expected a positive multiple of 16")
+    if given.json:
+        check_writable(given.json)
+    use_threads(given.threads)
+
+
 def answers(
     folder: Path, pairs: Sequence[Sequence[np.ndarray]], queries: Sequence[np.ndarray], options: Sequence[str] = ()
 ) -> list[np.ndarray]:
@@ -110,11 +131,8 @@ def answers(
     Raises:
         InputError: the command fails.
     """
-    for name in ("task", "queries"):
-        (folder / name).mkdir(parents=True)
-    for number, pair in enumerate(pairs):
-        for role, picture in zip(("input", "target"), pair, strict=True):
-            Image.fromarray(picture).save(folder / "task" / f"{number}_{role}.png")
+    save_pairs(folder / "task", pairs)
+    (folder / "queries").mkdir()
     files = [folder / "queries" / f"{number}.png" for number in range(len(queries))]
     for file, query in zip(files, queries, strict=True):
         Image.fromarray(query).save(file)
@@ -163,7 +181,7 @@ def ask(
     }
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lavin_bench.quality.strangers", description=__doc__.splitlines()[0]
     )
@@ -174,19 +192,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the crops (default: 0)")
     parser.add_argument("--threads", type=int, help="of PyTorch")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    given = parser.parse_args()
-    if given.threads:
-        torch.set_num_threads(given.threads)
+    given = parser.parse_args(arguments)
     rows, options = [], ["--checkpoint", given.checkpoint] if given.checkpoint else []
-    with tempfile.TemporaryDirectory(prefix="lavin-rt-strangers-") as temporary:
-        for number, (name, kind, mapping) in enumerate(tqdm(MAPPINGS, "mappings", disable=None)):
-            try:
+    try:
+        prepare(given)
+        with tempfile.TemporaryDirectory(prefix="lavin-rt-strangers-") as temporary:
+            for number, (name, kind, mapping) in enumerate(tqdm(MAPPINGS, "mappings", disable=None)):
                 place = Path(temporary) / str(number)
                 row = ask(mapping, given.folders, given.queries, given.size, given.seed, place, options)
-            except InputError as error:
-                print(f"error: {error}", file=sys.stderr)
-                return 2
-            rows.append({"mapping": name, "kind": kind, **row})
+                rows.append({"mapping": name, "kind": kind, **row})
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     record = {"kind": "strangers", "header": {**header(), "dtype": "float32"}, "rows": rows}
     print(strangers_table(record))
     if given.json:

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 
 from lavin_bench.quality.figures import fidelity, interval
 from lavin_bench.quality.report import taught_table
-from lavin_bench.quality.strangers import PAIRS, answers
+from lavin_bench.quality.strangers import PAIRS, answers, prepare, save_pairs
 from lavin_bench.record import write_record
 from lavin_bench.timing import header
 from lavin_rt.cli.main import main as lavin_rt
@@ -28,7 +26,7 @@ from lavin_rt.errors import InputError
 from lavin_rt.mini.train.__main__ import main as train
 from lavin_rt.mini.world.sources import photograph_crop
 
-TAUGHT = 12
+TAUGHT = 12  # pairs
 RANK, TOKENS, PEAK = 16, 1536, 0.004
 KINDS = ("onnx", "aoti")
 
@@ -44,10 +42,7 @@ def teach(pairs: list[tuple[np.ndarray, np.ndarray]], steps: int, options: argpa
         InputError: the training fails.
     """
     folder, taught = place / "pairs", place / "taught"
-    folder.mkdir()
-    for number, pair in enumerate(pairs):
-        for role, picture in zip(("input", "target"), pair, strict=True):
-            Image.fromarray(picture).save(folder / f"{number}_{role}.png")
+    save_pairs(folder, pairs)
     command = ["--output", taught, "--pairs", folder, "--warm-start", options.checkpoint, "--size", options.size]
     command += ["--lora", RANK, "--dit-steps", steps, "--tokens", TOKENS, "--peak", PEAK, "--device", "cpu"]
     command += ["--threads", options.threads] if options.threads else []
@@ -111,9 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="of PyTorch")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     given = parser.parse_args(arguments)
-    if given.threads:
-        torch.set_num_threads(given.threads)
     try:
+        prepare(given)
         if min(given.steps, given.queries - 1) < 1:
             raise InputError(f"--steps is {given.steps}, --queries {given.queries}; expected at least 1 and 2")
         with tempfile.TemporaryDirectory(prefix="lavin-rt-taught-") as temporary:
