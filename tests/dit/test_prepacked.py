@@ -74,8 +74,8 @@ def test_unpacked_it_is_the_model_it_was():
 
 
 def test_a_loaded_pipeline_gives_its_model_back(tmp_path, monkeypatch):
-    assert not prepacked.prepacked(Pipeline.from_pretrained(device="cpu", dtype="float32").network.dit), "too narrow"
     monkeypatch.setattr(prepacked, "LEAST_WIDTH", 1)
+    monkeypatch.setattr(prepacked, "DTYPES", (torch.float32,))
     pipe = Pipeline.from_pretrained(device="cpu", dtype="float32")
     assert prepacked.prepacked(pipe.network.dit)
     task = pipe.task("negative", pairs=1)
@@ -105,8 +105,15 @@ def test_what_is_not_there_or_wrong_is_not_used(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fault)
             assert not can_prepack.__wrapped__(torch.device("cpu"), torch.float32)
-    monkeypatch.setattr(prepacked, "LEAST_WIDTH", 1)
-    assert pays(small_dit())
-    with torch.backends.mkldnn.flags(enabled=False):
-        assert not pays(small_dit())
     assert not can_prepack.__wrapped__(torch.device("meta"), torch.float32)
+
+
+def test_what_pays(monkeypatch):
+    """Wide models of 16 bit; float32 multiplies as fast without."""
+    monkeypatch.setattr(prepacked, "can_prepack", lambda device, dtype: True)
+    half = small_dit().to(torch.bfloat16)
+    assert not pays(half), "too narrow"
+    monkeypatch.setattr(prepacked, "LEAST_WIDTH", CONFIG.hidden_size)
+    assert pays(half) and not pays(small_dit())
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not pays(half)
