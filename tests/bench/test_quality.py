@@ -116,9 +116,10 @@ def test_families_are_asked_about_members_that_are_trained_and_that_are_not():
 def test_steps_at_borders_of_patches():
     """1 where nothing is special about borders; more where patches are shifted against each other."""
     smooth = np.add.outer(np.arange(64), np.arange(64))[None, None, ..., None].repeat(3, axis=-1).astype(np.uint8)
-    assert border_steps(smooth) == 1
+    assert border_steps(smooth) == [1, 0]
     shifted = smooth + 4 * (np.arange(64) // 16).astype(np.uint8)[:, None]
-    assert border_steps(shifted) == 3  # steps of 5 instead of 1 across half of the borders
+    assert border_steps(shifted) == [3, 0]  # steps of 5 instead of 1 across half of the borders
+    assert border_steps(np.concatenate([smooth, shifted])) == [2, 1.96]
     assert border_steps(np.zeros_like(smooth)) is None
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lavin_bench.quality.answers import Answered, Answers, Sampling, new_record
-from lavin_bench.quality.figures import Figures, better, border_steps, figures, interval, means
+from lavin_bench.quality.figures import SMOOTH, Figures, better, border_steps, figures, interval, means
 from lavin_bench.quality.queries import TaskQueries, alike
 from lavin_bench.quality.report import clear, task_line
 from lavin_rt.errors import InputError
@@ -44,11 +44,12 @@ def task_record(answered: Answered, exact: Answered | None = None) -> tuple[dict
         "measures": [dataclasses.asdict(m) for m in MEASURES[asked.task.measure]],
         "queries": len(asked),
         "scenes": asked.scenes,
-        "blocks": {"model": border_steps(answered.results[most]), "target": border_steps(asked.targets)},
         "copy": means(copies),
         "ceiling": means(ceilings),
         "pairs": [],
     }
+    if name in SMOOTH:
+        record["blocks"] = {"model": border_steps(answered.results[most]), "target": border_steps(asked.targets)}
     for pairs in answered.results:
         row: dict[str, Any] = {"pairs": pairs}
         context_means = figures(asked, asked.context_means(pairs))

@@ -9,6 +9,7 @@ from lavin_rt.mini.world.measures import MEASURES, measure
 from lavin_rt.mini.world.tasks import TASKS
 
 PATCH = 16  # pixels a side of what one token of the transformer stands for
+SMOOTH = ("depth_estimation", "normal_estimation")  # tasks whose results show borders of patches
 
 Figures = dict[str, np.ndarray]
 """A task's measures by name, the deciding one first, and "fidelity" (PSNR, dB), each `[N]`, one value a query."""
@@ -28,18 +29,26 @@ def fidelity(result: np.ndarray, target: np.ndarray) -> float:
     return float(-10 * np.log10(max(np.square(result / 255 - target / 255).mean(), 1e-10)))
 
 
-def border_steps(pictures: np.ndarray) -> float | None:
+def border_steps(pictures: np.ndarray) -> list[float] | None:
     """The mean absolute step across borders of the transformer's patches over that one pixel to either side, of uint8
-    `[N, T, S, S, 3]`; None where there is no border or no step beside one.
+    `[N, T, S, S, 3]`, and the half-width of its 95 % interval over the pictures (a ratio of means, by the delta
+    method); None where there is no border or no step beside one.
     """
-    across, beside = [], []
+    across, beside = np.zeros((2, len(pictures)))
     for axis in (2, 3):
         steps = np.abs(np.diff(pictures.astype(np.int16), axis=axis))
         borders = np.arange(PATCH, pictures.shape[axis], PATCH) - 1  # step i is that from pixel i to the next
-        across.append(steps.take(borders, axis=axis).ravel())
-        beside.append(steps.take(np.concatenate([borders - 1, borders + 1]), axis=axis).ravel())
-    one, other = (np.concatenate(steps) for steps in (across, beside))
-    return round(float(one.mean() / other.mean()), 4) if other.any() else None
+        across += _sums(steps.take(borders, axis=axis))
+        beside += _sums(steps.take(np.concatenate([borders - 1, borders + 1]), axis=axis)) / 2
+    if not beside.any():
+        return None
+    ratio, count = across.sum() / beside.sum(), len(pictures)
+    rest = np.square(across - ratio * beside).sum() * count / max(count - 1, 1)
+    return [round(float(value), 4) for value in (ratio, 1.96 * np.sqrt(rest) / beside.sum())]
+
+
+def _sums(steps: np.ndarray) -> np.ndarray:
+    return steps.reshape(len(steps), -1).sum(1, dtype=np.float64)
 
 
 def interval(differences: np.ndarray) -> list[float]:

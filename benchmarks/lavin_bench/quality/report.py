@@ -9,8 +9,6 @@ from lavin_bench.markdown import caption, table
 
 UNITS = {"mean angle": ("{:.1f}", "°"), "PSNR": ("{:.1f}", " dB"), "MSE": ("{:.4f}", ""), "flow error": ("{:.2f}", "")}
 
-SMOOTH = ("depth_estimation", "normal_estimation")  # tasks whose results show borders of patches
-
 
 def value(name: str, number: float) -> str:
     """A figure of the measure `name`, without its unit."""
@@ -93,13 +91,15 @@ def context_text(record: dict[str, Any]) -> list[str]:
 
 def _steps(record: dict[str, Any]) -> list[str]:
     """How much of the transformer's patches is seen in smooth results."""
-    found = [
-        task for task in record["tasks"] if task["task"] in SMOOTH and all(task.get("blocks", {"": None}).values())
-    ]
+    found = [task for task in record["tasks"] if all(task.get("blocks", {"": None}).values())]
     if not found:
         return []
-    each = [f"{t['blocks']['model']:.2f} in {t['task']} (targets {t['blocks']['target']:.2f})" for t in found]
+    each = [f"{_ratio(t['blocks']['model'])} in {t['task']} (targets {_ratio(t['blocks']['target'])})" for t in found]
     return [f"The mean step across 16-pixel borders over that one pixel beside them: {', '.join(each)}."]
+
+
+def _ratio(found: list[float]) -> str:
+    return f"{found[0]:.2f} ± {found[1]:.2f}"
 
 
 def _worse_when_shuffled(record: dict[str, Any]) -> str:
