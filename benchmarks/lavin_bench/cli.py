@@ -15,7 +15,11 @@ def add_bench(commands) -> None:
         description="Checks every operator's result, then times it at the model's shapes, beside PyTorch's own.",
     )
     kernels.add_argument("--operator", default="", help="only operators whose name contains this")
-    kernels.add_argument("--full", action="store_true", help="all sizes and pairs, with and without the null branch")
+    kernels.add_argument(
+        "--full",
+        action="store_true",
+        help="all sizes and pairs, with and without the null branch; on a CPU the released widths at 256 px",
+    )
     add_device(kernels)
     kernels.add_argument("--repeats", type=int, default=15, help="samples per variant (default: 15)")
     kernels.add_argument("--json", metavar="FILE", help="write the figures to this file")

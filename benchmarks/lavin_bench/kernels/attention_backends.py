@@ -39,16 +39,20 @@ def attention_backends(
     Returns:
         `(calls, skipped)`. A call returns an output `[1, heads, rows, >= head_size]` for every branch.
     """
-    if q.device.type != "cuda":
-        return {}, dict.fromkeys((*BACKENDS, "flex"), "needs a CUDA device")
     calls: dict[str, Call] = {}
     skipped: dict[str, str] = {}
-    for name, attempts in _attempts(q, k, v, lens, key_lens).items():
+    found = _attempts(q, k, v, lens, key_lens)
+    if q.device.type != "cuda":
+        skipped = dict.fromkeys(("cudnn", "efficient"), "needs a CUDA device")
+        skipped["flex"] = "takes a compilation of every branch's shape"
+        found = {name: attempts for name, attempts in found.items() if name not in skipped}
+    for name, attempts in found.items():
         for make in attempts:
             try:
                 call = make()
                 call()
-                torch.cuda.synchronize()
+                if q.is_cuda:
+                    torch.cuda.synchronize()
             except Exception as error:  # each backend has errors of its own for what it does not take
                 skipped[name] = one_line(error, 200)
             else:

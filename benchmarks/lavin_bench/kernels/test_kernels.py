@@ -15,7 +15,7 @@ from lavin_bench.timing import captured, cuda_sampler, wall_clock
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-VARIANTS = ("ours", "eager", "compiled", "flash", "cudnn", "efficient", "flex")
+VARIANTS = ("ours", "eager", "compiled", "prepacked", "flash", "cudnn", "efficient", "flex")
 
 
 class DeviceClock:
