@@ -26,7 +26,7 @@ def kernels_table(record: dict[str, Any]) -> str:
     rows = []
     for figures in record["rows"]:
         seconds = figures["seconds"]
-        scale, prefix = (1e12, "T") if figures["unit"] == "FLOP/s" else (1e9, "G")
+        scale, prefix = (1e12, "T") if figures["unit"] == "FLOP/s" and figures["rate"] >= 1e12 else (1e9, "G")
         rows.append(
             [
                 f"`{figures['operator']}`, {figures['setting']}",
