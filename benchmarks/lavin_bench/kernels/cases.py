@@ -102,8 +102,8 @@ def settings(device: torch.device, full: bool = False) -> list[ShapeSetting]:
     pairs with and without the null branch. On a CPU a small model's, or the released one's at 256 px.
     """
     if device.type != "cuda":
-        small = ShapeSetting(256, 4) if full else ShapeSetting(64, 2, config=ONE_BLOCK)
-        return [small, dataclasses.replace(small, reuse=True)]
+        whole = ShapeSetting(256, 4) if full else ShapeSetting(64, 2, config=ONE_BLOCK)
+        return [whole, dataclasses.replace(whole, reuse=True)]
     if not full:
         return [ShapeSetting(512, 4), ShapeSetting(256, 4), ShapeSetting(512, 4, reuse=True)]
     return [ShapeSetting(size, pairs, guided) for size in SIZES for pairs in PAIRS for guided in (True, False)]
