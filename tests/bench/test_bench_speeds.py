@@ -35,7 +35,7 @@ def test_a_wrong_step_is_not_timed(monkeypatch):
         speeds.run(Setting(32, 1, QUICK_CONFIG, CPU_VAE), cpu, torch.float32, ["fast"], 1)
 
 
-@pytest.mark.parametrize("option", [("--blocks", "0"), ("--size", "100"), ("--repeats", "0")])
+@pytest.mark.parametrize("option", [("--blocks", "0"), ("--blocks", "23"), ("--size", "100"), ("--repeats", "0")])
 def test_refusals(option, capsys):
     assert exit_code(["bench", "speeds", *option]) == 2
     assert f"{option[0]} is {option[1]}" in capsys.readouterr().err

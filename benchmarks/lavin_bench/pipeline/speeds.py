@@ -1,6 +1,6 @@
 """`lavin-rt bench speeds`: the second query of a task at every named speed, by a model of the released widths.
 
-Random weights, any number of the 28 blocks: what a speed spares is in the blocks, so that a few of them show it where
+Random weights, any number of the 22 blocks: what a speed spares is in the blocks, so that a few of them show it where
 all of them take too long. Every call is timed whole, and of it the sampling, from the embedded context to latents;
 speeds take turns. Before, a run that keeps keys and holds guidance is compared with the plain model's.
 """
@@ -148,6 +148,8 @@ def bench_speeds(options: argparse.Namespace) -> None:
         if value < 1 or value % multiple:
             wanted = "at least 1" if multiple == 1 else f"a positive multiple of {multiple}"
             raise InputError(f"{name} is {value}; expected {wanted}")
+    if options.blocks > RELEASED.depth:
+        raise InputError(f"--blocks is {options.blocks}; the released model has {RELEASED.depth}")
     device = resolve_device(options.device)
     setting = Setting(options.size, options.pairs, dataclasses.replace(RELEASED, depth=options.blocks))
     if options.quick:
