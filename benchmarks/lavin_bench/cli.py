@@ -52,7 +52,6 @@ def add_bench(commands) -> None:
     pipeline.add_argument(
         "--error-steps", type=int, default=20, help="knots of the samplings that errors are taken of (default: 20)"
     )
-    pipeline.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
     pipeline.add_argument(
         "--quick", action="store_true", help="a tiny model and picture, once: shows that it works, not how fast"
     )
@@ -79,7 +78,6 @@ def add_bench(commands) -> None:
     add_device(startup)
     startup.add_argument("--impl", default="auto", choices=IMPLS, help="what computes (default: auto)")
     startup.add_argument("--compile", action="store_true", help=COMPILE_HELP)
-    startup.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
     startup.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
     startup.set_defaults(run="lavin_bench.pipeline.startup:bench_startup")
     _add_bench_speeds(kinds)
@@ -95,13 +93,12 @@ def _add_bench_speeds(kinds) -> None:
         description="Answers a task's second query at every speed, by a model of the released widths, random weights.",
     )
     speeds.add_argument("--speed", nargs="+", choices=SPEEDS, default=list(SPEEDS), help="which (default: all)")
-    speeds.add_argument("--blocks", type=int, default=4, help="of the released model's 28 (default: 4)")
+    speeds.add_argument("--blocks", type=int, default=4, help="of the released model's 22 (default: 4)")
     speeds.add_argument("--size", type=int, default=256, help="pixels (default: 256)")
     speeds.add_argument("--pairs", type=int, default=4, help="pairs of the context (default: 4)")
     add_device(speeds)
     speeds.add_argument("--compile", action="store_true", help=COMPILE_HELP)
     speeds.add_argument("--repeats", type=int, default=3, help="calls per speed (default: 3)")
-    speeds.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
     speeds.add_argument("--quick", action="store_true", help="a tiny model, once: shows that it works, not how fast")
     speeds.add_argument("-o", "--output", metavar="FILE", help="write the figures to this JSON file")
     speeds.set_defaults(run="lavin_bench.pipeline.speeds:bench_speeds")
@@ -158,7 +155,6 @@ def _add_bench_quality(kinds) -> None:
     quality.add_argument("--seed", type=int, default=0, help="of degradations, contexts and noise (default: 0)")
     quality.add_argument("--batch-size", type=int, default=8, help="queries that run together at most (default: 8)")
     quality.add_argument("--compile", action="store_true", help=COMPILE_HELP)
-    quality.add_argument("--threads", type=int, help="of a CPU (default: as many as PyTorch takes)")
     quality.add_argument("--quick", action="store_true", help="4 scenes and 2 pairs: shows that it works, not how well")
     quality.add_argument(
         "-o", "--output", metavar="FILE", help="write the figures to this JSON file and sheets of pictures beside it"

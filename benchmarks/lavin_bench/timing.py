@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lavin_rt.console import installed_version
-from lavin_rt.errors import InputError
+from lavin_rt.process import settle_threads
 
 CALLS_IN_GRAPH = 8
 
@@ -145,11 +145,8 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], o
 
 def use_threads(threads: int | None) -> None:
     """What `--threads` asks of PyTorch on a CPU; None leaves it as it is."""
-    if threads is None:
-        return
-    if threads < 1:
-        raise InputError(f"--threads is {threads}; expected at least 1")
-    torch.set_num_threads(threads)
+    if threads is not None:
+        settle_threads(threads)
 
 
 def header(device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lavin_rt.find.model import BUNDLED
 from lavin_rt.mini.world.families import turned_hue
 from lavin_rt.pictures.context import Pair, read_template
 from lavin_rt.pipeline import Pipeline
+from lavin_rt.process import settle_threads
 
 PAIRS, CELL, GAP, STRIP = 4, 128, 4, 20
 COLUMNS = ("pair: input", "pair: target", "query: a scene", "result", "truth", "query: a photograph", "result", "truth")
@@ -124,6 +125,7 @@ def main() -> int:
     if code:
         return code
     pipe, rows = Pipeline.from_pretrained(), []
+    settle_threads(hidden_size=pipe.network.config.hidden_size)
     for row in ROWS:
         print(f"{row.title} ...", flush=True)
         rows.append((row.title, row.cells(pipe)))

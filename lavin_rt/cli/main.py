@@ -25,7 +25,7 @@ from lavin_rt.cli.options import (
 )
 from lavin_rt.cli.services import add_map, add_serve, add_task
 from lavin_rt.errors import InputError
-from lavin_rt.process import Terminated, settle_threads, sound_streams, terminating
+from lavin_rt.process import Terminated, settle_memory_and_waiting, settle_threads, sound_streams, terminating
 
 OWN = ("run", "info", "serve", "map", "task")
 COMMANDS = "lavin_rt.commands"
@@ -158,8 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options = parser(others=not arguments or arguments[0] not in OWN).parse_args(arguments)
             finally:
                 sys.stdout.flush()  # of --help
+            if not getattr(options, "lasting", False):
+                settle_memory_and_waiting()
             command = resolve_name(options.run)
-            settle_threads()  # of PyTorch, which the command has imported
+            settle_threads(getattr(options, "threads", None))  # of PyTorch, which the command has imported
             command(options)
             sys.stdout.flush()
         except InputError as error:

@@ -71,6 +71,13 @@ def add_device(command: argparse._ActionsContainer) -> None:
         choices=DTYPES,
         help="of weights and arithmetic (default: auto, bfloat16 where it is fast, else float32)",
     )
+    command.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="on a CPU (default: the processors that this process may keep busy; for a small model one, where other "
+        "programs run on them)",
+    )
 
 
 def add_checkpoint_options(command: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ from lavin_rt.pictures import colours, images
 from lavin_rt.pictures import context as contexts
 from lavin_rt.pictures.encoded import EncodedContext
 from lavin_rt.pipeline import Pipeline, check_posterior
+from lavin_rt.process import settle_threads
 from lavin_rt.sampling.speeds import speed_of
 from lavin_rt.task import Result, Task, check_batch_size, check_guidance, check_seed
 
@@ -83,6 +84,7 @@ def _run(options: argparse.Namespace) -> None:
             chunk=options.chunk,
             progress=loading,
         )
+    settle_threads(options.threads, pipe.network.config.hidden_size)
     loaded = time.perf_counter()
     task = pipe.task(
         options.task,

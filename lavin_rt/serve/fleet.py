@@ -17,6 +17,7 @@ from lavin_rt.artifact.manifest import Manifest, artifact_values
 from lavin_rt.console import loading_options, print_json
 from lavin_rt.errors import InputError, missing_extra, one_line
 from lavin_rt.pictures import images
+from lavin_rt.process import settle_threads
 from lavin_rt.sampling.speeds import SPEEDS
 from lavin_rt.task import check_seed
 
@@ -178,6 +179,7 @@ class Worker:
 
         self.options, self.folder = argparse.Namespace(**options), folder
         pipeline = Pipeline.from_pretrained(self.options.checkpoint, **loading_options(self.options))
+        settle_threads(self.options.threads, pipeline.network.config.hidden_size)
         size = None if self.options.size is None else images.parse_size(self.options.size)
         self.task = pipeline.task(self.options.task, pairs=self.options.pairs, size=size, seed=self.options.seed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from lavin_rt import container, devices, process
 from lavin_rt.artifact.aoti import _loading
 from lavin_rt.compiling import compiling
 from lavin_rt.container import folder_fault, memory_left, processors
+from lavin_rt.errors import InputError
 from lavin_rt.find.model import find_checkpoint
 
 CPU = torch.device("cpu")
@@ -143,18 +145,81 @@ def test_the_processors_of_a_control_group(machine, monkeypatch, case):
     assert processors() == 1
 
 
-def test_the_command_line_takes_as_many_threads_as_it_may_keep_busy(monkeypatch):
+@pytest.fixture
+def threads():
     before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        monkeypatch.setattr(container, "processors", lambda: 4)
-        process.settle_threads()
-        assert torch.get_num_threads() == 2  # what was asked for
-        monkeypatch.setattr(container, "processors", lambda: 1)
-        process.settle_threads()
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_command_line_takes_as_many_threads_as_it_may_keep_busy(monkeypatch, threads):
+    torch.set_num_threads(2)
+    monkeypatch.setattr(container, "processors", lambda: 4)
+    process.settle_threads()
+    assert torch.get_num_threads() == 2  # what was asked for
+    monkeypatch.setattr(container, "processors", lambda: 1)
+    process.settle_threads()
+    assert torch.get_num_threads() == 1
+    process.settle_threads(3)
+    assert torch.get_num_threads() == 3
+    with pytest.raises(InputError, match="--threads is 0; expected at least 1"):
+        process.settle_threads(0)
+
+
+@pytest.mark.parametrize(("hidden_size", "crowded", "expected"), [(216, True, 1), (216, False, 2), (2304, True, 2)])
+def test_a_small_model_has_one_thread_where_processors_are_crowded(
+    monkeypatch, threads, hidden_size, crowded, expected
+):
+    torch.set_num_threads(2)
+    monkeypatch.setattr(container, "processors", lambda: 2)
+    monkeypatch.setattr(container, "crowded", lambda: crowded)
+    process.settle_threads(hidden_size=hidden_size)
+    assert torch.get_num_threads() == expected
+
+
+@pytest.mark.parametrize(
+    ("running", "quota", "expected"),
+    [
+        ("1/300", "max 100000", False),
+        ("3/300", "max 100000", False),  # two of four others', two left
+        ("4/300", "max 100000", True),
+        ("1/300", "150000 100000", True),  # a thread and a half
+        ("1/300", "200000 100000", False),
+        (None, "max 100000", False),  # nobody says
+    ],
+)
+def test_crowded(machine, monkeypatch, running, quota, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    files = {"sys/fs/cgroup/cpu.max": quota}
+    if running is not None:
+        files["proc/loadavg"] = f"0.10 0.20 0.30 {running} 4711"
+    machine("0::/\n", ["/ /sys/fs/cgroup rw - cgroup2 cgroup2 rw"], files)
+    assert container.crowded() == expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
+@pytest.mark.parametrize("crowded", [True, False])
+def test_a_command_keeps_freed_memory_and_waits_as_the_machine_allows(crowded):
+    """Seen from outside: no page is taken anew for a buffer as large as one that was freed."""
+    code = (
+        "import resource, subprocess, sys, lavin_rt.container\n"
+        f"lavin_rt.container.crowded = lambda: {crowded}\n"
+        "from lavin_rt.process import settle_memory_and_waiting\n"
+        "settle_memory_and_waiting()\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    bytearray(2**27)[::4096].count(1)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "first, second = faults(), faults()\n"
+        "assert first > 2**14 and second < 2**10, (first, second)\n"
+        "print(subprocess.check_output(['sh', '-c', 'echo ${OMP_WAIT_POLICY-none}'], text=True))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for given, expected in (({}, "passive" if crowded else "none"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment | given, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
 
 
 def test_a_command_has_no_more_threads_than_it_may_keep_busy():
