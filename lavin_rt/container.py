@@ -15,7 +15,7 @@ ROOT = Path("/")
 
 def processors() -> int:
     """Processors that this process may keep busy: by affinity, and by the quota of its control groups, rounded."""
-    return max(1, round(_processor_time()))
+    return max(1, round(processor_time()))
 
 
 def crowded() -> bool:
@@ -23,10 +23,10 @@ def crowded() -> bool:
     or a quota ends in the middle of one.
     """
     free = (os.cpu_count() or 1) - _others_running()
-    return min(free, _processor_time()) < processors()
+    return min(free, processor_time()) < processors()
 
 
-def _processor_time() -> float:
+def processor_time() -> float:
     """Seconds of processors a second that affinity and quotas allow."""
     allowed = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     for folder in _groups("cpu"):

@@ -214,6 +214,7 @@ def render(record: dict[str, Any]) -> str:
         "quality_speeds": speeds_table,
         "speeds": named_speeds_table,
         "engines": engines_table,
+        "crowded": crowded_table,
         "serve": serve_table,
         "strangers": strangers_table,
         "taught": taught_table,
@@ -222,6 +223,25 @@ def render(record: dict[str, Any]) -> str:
     if kind not in tables:
         raise ValueError(f"a record of kind {kind!r} has no table; expected one of {', '.join(tables)}")
     return tables[kind](record)
+
+
+def crowded_table(record: dict[str, Any]) -> str:
+    """The seconds of a query by every choice of threads and waiting, beside so many other programs."""
+    choices = list(record["rows"][0]["seconds"])
+    rows = [
+        [
+            str(row["programs"]),
+            *(
+                f"{timing['median']:.2f} ({timing['low']:.2f}–{timing['high']:.2f})"
+                for timing in row["seconds"].values()
+            ),
+            f"{row['auto_over_best']:.2f}",
+        ]
+        for row in record["rows"]
+    ]
+    time = f"{record['processor_time']:g} processors' time allowed"
+    columns = ["other programs", *(f"{choice}, s" for choice in choices), "auto over the best"]
+    return f"{record['task']}, {time}. {caption(record['header'])}\n\n{table(columns, rows)}"
 
 
 def fill(text: str, results: Path = RESULTS) -> str:
