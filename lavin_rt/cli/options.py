@@ -17,13 +17,12 @@ SPEEDS = ("exact", "near", "fast", "fastest")
 SPEED_HELP = (
     "near, fast and fastest evaluate the network less often and compute less of its context and guidance; answers "
     "change. On the tasks that lavin-mini does, near keeps within 5 %% of exact's measure, fast within 4 %% but in "
-    "depth (13 %%) and keypoints (7 %%), fastest within 5 %% in restorations, negatives and hues alone: where the "
-    "answer is a map of depth, normals, classes or edges it loses up to 170 %%; unmeasured beside other weights "
-    "(default: exact)"
+    "depth (13 %%) and keypoints (7 %%), fastest within 4 %% in restorations, frames, negatives, hues and foreground "
+    "masks, in other tasks it loses 5 to 170 %%; unmeasured beside other weights (default: exact)"
 )
 COMPILE_HELP = (
-    "run the network through torch.compile: the first picture of every shape waits for it, on a CPU 25 to 75 seconds, "
-    "for a gain of some per cent on all others"
+    "run the network through torch.compile: the first picture of every shape and speed waits for it, on a CPU up to "
+    "two minutes, for a gain of some per cent on all others; needs a C++ compiler"
 )
 
 

@@ -27,8 +27,8 @@ It knows scenes of spheres, boxes and cylinders at 64 x 64 pixels, not the world
 given weights (`--warm-start`).
 
 The weights are of three runs of the preset `mini` on one H200 each (torch 2.11, sixteen processor cores that
-rendered the pieces meanwhile), as its time was lent in pieces; `training_log.jsonl` has all of them, the third one
-with some steps after the weights that were kept:
+rendered the pieces meanwhile); `training_log.jsonl` has all of them, the third one with some steps after the weights
+that were kept:
 
 | run | minutes | samples a second | seen |
 |---|---|---|---|

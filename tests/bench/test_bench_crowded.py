@@ -43,7 +43,7 @@ def test_one_real_answer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [(["--repeats", "0"], "--repeats is 0"), (["--json", "no/such/f.json"], "no/such")]
+    ("options", "said"), [(["--repeats", "0"], "--repeats is 0"), (["--json", "/dev/null/f.json"], "/dev/null")]
 )
 def test_refusals(options, said, capsys):
     assert crowded.main(options) == 2

@@ -77,7 +77,7 @@ def test_tasks_that_the_model_does_are_told_from_others(saved):
         tasks[name]["rows"][1] |= {"within": within, "worst_loss": 0.25, "psnr_to_exact": 31.0}
     done, others = verdict(record)
     assert "clearly better" in done and "0 of 1 within" in done and "fast in edge_detection (25.0%, 31.0 dB)" in done
-    assert "do not do" in others and "2 of 2 within their bounds." in others
+    assert "does not do" in others and "2 of 2 within their bounds." in others
 
 
 def test_the_legend_has_room_for_every_task(saved):

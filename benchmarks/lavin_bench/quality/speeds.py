@@ -23,7 +23,7 @@ from lavin_bench.quality.answers import Answers, Sampling, new_record
 from lavin_bench.quality.figures import Figures, better, fidelity, figures, interval, means
 from lavin_bench.quality.queries import TaskQueries
 from lavin_bench.quality.report import clear
-from lavin_bench.quality.speeds_report import front, summary
+from lavin_bench.quality.speeds_report import BOUNDS, LEAST_PSNR, front, summary
 from lavin_bench.record import write_record
 from lavin_bench.timing import use_threads
 from lavin_rt.console import loading_options
@@ -40,9 +40,6 @@ from lavin_rt.task import task_shape
 # One query has many right answers: the measure against the one target says little about a speed, so that these are
 # listed apart and no bound is asked of them.
 ONE_TO_MANY = ("inpainting", "colorization", "image_from_depth", "image_from_normals", "frame_prediction")
-# How much worse than exact a task's deciding measure may be, relative to it, at the bad end of the interval.
-BOUNDS = {"near": 0.01, "fast": 0.02, "fastest": 0.05}
-LEAST_PSNR = {"near": 40.0}  # dB, the median to the exact answer
 
 
 def speed_row(
