@@ -84,7 +84,7 @@ def test_help_names_tasks_lengths_and_costs(capsys):
         "depth_estimation",
         "have 5",
         "1 + 4k",
-        "25 to 75 seconds",
+        "up to two minutes",
         "--frames",
         "--allow-huge",
         "default: mini",
