@@ -216,7 +216,14 @@ def test_refused_before_any_work(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_calibration(made, tmp_path):
+def test_the_bundled_model_in_int8(tmp_path):
+    """Whose tasks are more than most, and held against the plain model by the command itself."""
+    assert exit_code(["export", "openvino", "--int8", "-o", str(tmp_path / "mini")]) == 0
+    assert Manifest.read(tmp_path / "mini").record()["int8"] == ["denoiser"]
+
+
+@pytest.mark.slow
+def test_calibration(made, tmp_path, monkeypatch):
     """Both branches on the way to each task's last target, of tasks with fewer pairs than are taken, too."""
     for name, pairs in (("few", 1), ("many", 6)):
         write_template(tmp_path / name, pairs)
@@ -236,6 +243,9 @@ def test_calibration(made, tmp_path):
         assert torch.equal(rows[0], blocks[evaluation]) and torch.equal(rows[1], head_scale[evaluation])
         noise = (noisy - schedule(20)[evaluation] * latents[:, :, -1:]) / (1 - schedule(20)[evaluation])
         assert 0.8 < noise.std() < 1.2
+    write_template(tmp_path / "more", 1)
+    monkeypatch.setattr(int8, "TASKS", 2)
+    assert len(list(int8.calibration(manifest, tmp_path))) == 2 * 4 * 2  # of the first and the last of three
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from lavin_rt.pictures.context import read_template, task_folders
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.sampling.schedule import schedule
 
-TASKS, PAIRS, EVALUATIONS = 16, 4, 4
+TASKS, PAIRS, EVALUATIONS = 40, 4, 4
 # Of little work, and what the whole result goes through.
 KEPT = ("cond_embedder.0.weight", "x_embedder.0.weight", "head.weight")
 
@@ -73,9 +73,10 @@ def calibration(manifest: Manifest, templates: Path) -> Iterator[Inputs]:
     """What the denoiser is given on the way to each task's last target, evaluations spread over the first schedule, of
     both branches of a guided step.
     """
-    folders = task_folders(templates)[:TASKS]
+    folders = task_folders(templates)
     if not folders:
         raise InputError(f"{templates} has no tasks to calibrate int8 with; expected folders of *_input and *_target")
+    folders = folders[:: -(-len(folders) // TASKS)]  # from the first to the last of however many
     network, vae = assemble(manifest, torch.device("cpu"))
     pipe, knots = Pipeline(network, vae), schedule(manifest.schedules[0])
     blocks, head_scale = network.table(knots)
