@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from lavin_rt.container import memory_left
+from lavin_rt.container import give_back_freed_memory, memory_left
 from lavin_rt.errors import InputError
 
 # How memory is refused by PyTorch's CPU allocator and the system, the CUDA driver and runtime (and so Triton and
@@ -95,6 +95,7 @@ def memory_at_hand(device: torch.device) -> int:
         free, total = torch.cuda.mem_get_info(device)
         allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
         return min(free, max(0, allowed - torch.cuda.memory_reserved(device))) + unused
+    give_back_freed_memory()  # which the command line keeps, and which is at hand
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":") for line in file)

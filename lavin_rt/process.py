@@ -18,6 +18,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 # Below it a step is thousands of operations too short to wait for: of width 216 on two processors that two other
 # programs keep busy, two threads take 1.5 times as long as one, of width 576 as long.
 LEAST_WIDTH = 512
+MOST_THREADS = 4096  # as of the native runner
 
 
 class Terminated(KeyboardInterrupt):
@@ -158,13 +159,13 @@ def settle_threads(wanted: int | None = None, hidden_size: int | None = None) ->
     but not a control group's quota. For a model of a small hidden size one, where processors are crowded.
 
     Raises:
-        InputError: fewer than one.
+        InputError: fewer than one, or more than `MOST_THREADS`.
     """
     from lavin_rt.container import crowded, processors
     from lavin_rt.errors import InputError
 
-    if wanted is not None and wanted < 1:
-        raise InputError(f"--threads is {wanted}; expected at least 1")
+    if wanted is not None and not 1 <= wanted <= MOST_THREADS:
+        raise InputError(f"--threads is {wanted}; expected 1 to {MOST_THREADS}")
     torch = sys.modules.get("torch")
     if torch is None:
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
+import math
 import socket
 import sys
 from importlib.util import find_spec
@@ -35,7 +36,7 @@ def serve(options: argparse.Namespace) -> None:
         tasks=options.max_tasks,
         task_seconds=options.task_age,
     )
-    if options.grace < 0:
+    if not 0 <= options.grace < math.inf:
         raise InputError(f"--grace is {options.grace:g}; expected seconds, 0 or more")
     token = read_token(options.token_file) if options.token_file else None
     here = is_loopback(options.host)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 from lavin_rt.errors import InputError, one_line
@@ -46,7 +47,7 @@ class Limits:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if not getattr(self, field.name) > 0:
+            if not 0 < getattr(self, field.name) < math.inf:
                 raise InputError(f"{field.name} is {getattr(self, field.name)!r}; expected a positive number")
 
 

@@ -73,7 +73,7 @@ def test_a_wrong_engine_gets_no_times(tmp_path):
     [
         (["--engine", "tvm"], "--engine is 'tvm'; expected a part of one of: packed, eager"),
         (["--repeats", "0"], "--repeats is 0; expected at least 1"),
-        (["--threads", "0"], "--threads is 0; expected at least 1"),
+        (["--threads", "0"], "--threads is 0; expected 1 to 4096"),
         (["--native", "/nowhere"], "--native /nowhere is no program"),
         (["--native", "tests"], "--native tests is no program"),
         (["-o", "README.md/x.json"], "README.md/x.json"),

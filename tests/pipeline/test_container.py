@@ -162,8 +162,10 @@ def test_the_command_line_takes_as_many_threads_as_it_may_keep_busy(monkeypatch,
     assert torch.get_num_threads() == 1
     process.settle_threads(3)
     assert torch.get_num_threads() == 3
-    with pytest.raises(InputError, match="--threads is 0; expected at least 1"):
+    with pytest.raises(InputError, match="--threads is 0; expected 1 to 4096"):
         process.settle_threads(0)
+    with pytest.raises(InputError, match="expected 1 to 4096"):
+        process.settle_threads(3_000_000_000)
 
 
 @pytest.mark.parametrize(("hidden_size", "crowded", "expected"), [(216, True, 1), (216, False, 2), (2304, True, 2)])
@@ -213,6 +215,9 @@ def test_a_command_keeps_freed_memory_and_waits_as_the_machine_allows(crowded):
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
         "first, second = faults(), faults()\n"
         "assert first > 2**14 and second < 2**10, (first, second)\n"
+        "from lavin_rt.container import give_back_freed_memory\n"
+        "give_back_freed_memory()\n"
+        "assert faults() > 2**14\n"
         "print(subprocess.check_output(['sh', '-c', 'echo ${OMP_WAIT_POLICY-none}'], text=True))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}

@@ -59,6 +59,8 @@ def test_pages_elsewhere_reach_no_service_without_a_token(pipe):
         (["--token-file", "nowhere"], "nowhere"),
         (["--queue", "0"], "queue is 0"),
         (["--grace", "-1"], "--grace"),
+        (["--grace", "inf"], "--grace is inf"),
+        (["--task-age", "inf"], "task_seconds is inf"),
         (["--port", "99999", "--no-page"], "99999"),
         (["--tasks", "nowhere.txt", "--no-page", "--port", "0"], "task pack"),
         (["--speed", "ludicrous", "--no-page", "--port", "0"], "ludicrous"),
