@@ -144,8 +144,8 @@ class Pipeline(Engine):
 
     @property
     def dit(self) -> JDiT | Denoiser:
-        """The transformer, or an artifact's network. A model's linears are parameters from here on, which sampling on a
-        CPU does without as long as nobody asks: it has them in the layout that it multiplies fastest.
+        """The transformer, or an artifact's network. A model's linears are parameters from here on, which sampling in
+        16 bit on a CPU does without as long as nobody asks: it has them in the layout that it multiplies fastest.
 
         Raises:
             InputError: asked for the first time in a callback of a run.

@@ -15,8 +15,8 @@ from typing import Any
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 STREAMS = ("stdin", "stdout", "stderr")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-# Below it a step is thousands of operations too short to wait for: of width 216 on two processors that two other
-# programs keep busy, two threads take 1.5 times as long as one, of width 576 as long.
+# Below it a step is thousands of operations too short to wait for: of width 216 on two processors two threads take 1.1
+# to 1.5 times as long as one beside two other programs, twice as long in a quota of 1.5; of width 576 as long.
 LEAST_WIDTH = 512
 MOST_THREADS = 4096  # as of the native runner
 
@@ -138,7 +138,7 @@ def settle_memory_and_waiting() -> None:
     """Before PyTorch is loaded, for work that ends, on Linux with glibc:
 
     * Freed memory stays with the process. glibc takes buffers of many megabytes from the system and gives them back,
-      every time page by page, of which a step of the released widths has 120,000 and spends a tenth of its time on.
+      every time page by page; a step of the released widths takes 120,000, up to a tenth of its time.
     * OpenMP's threads sleep while they wait where processors are crowded, instead of spinning on what others need. A
       setting of the environment's own stands.
     """

@@ -3,8 +3,6 @@
     with writing(output, "onnx", checkpoint, dtype, target, options, steps=(20,), speeds=["fast"]) as artifact:
         artifact.config, artifact.dtype, artifact.file      # the transformer's header, open for streaming
         artifact.vae()                                      # the checkpoint's STVAE, float32 on the CPU, loaded once
-        artifact.dit()                                      # the checkpoint's JDiT in the artifact's dtype; NOT for
-                                                            # exports of the released size in little memory
         ... write files into artifact.folder ...
         artifact.add_part("denoiser", "denoiser.onnx", ["denoiser.onnx.data"], inputs, outputs, ranges)
                                                             # as denoiser.specification and vae_parts.specification say
@@ -34,7 +32,7 @@ from lavin_rt.artifact.parts import FileEntry, Part, Ranges, Record, Target, Ten
 from lavin_rt.artifact.speeds import described, named_speeds, tables
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.checkpoint.header import check_tensors, dit_config, open_checkpoint, picture_size
-from lavin_rt.checkpoint.load import ModulationInFile, load_dit, load_vae
+from lavin_rt.checkpoint.load import ModulationInFile, load_vae
 from lavin_rt.checkpoint.names import official_layout, resident_layout
 from lavin_rt.checkpoint.tensors import SafetensorsFile, write_safetensors
 from lavin_rt.devices import DTYPES
@@ -157,7 +155,6 @@ class ArtifactWriter:
         self._hashes: dict[tuple[str, int, int], FileEntry] = {}
         self._source: Record | None = None
         self._vae: STVAE | None = None
-        self._dit: JDiT | None = None
 
     @property
     def keeps(self) -> bool:
@@ -173,12 +170,6 @@ class ArtifactWriter:
         if self._vae is None:
             self._vae = load_vae(self.checkpoint.vae, dtype=torch.float32)
         return self._vae
-
-    def dit(self) -> JDiT:
-        """The checkpoint's transformer in the artifact's dtype on the CPU, all of it in memory but the modulation."""
-        if self._dit is None:
-            self._dit = load_dit(self.checkpoint.dit, dtype=self.dtype)
-        return self._dit
 
     def add_part(
         self,

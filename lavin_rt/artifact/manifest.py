@@ -57,7 +57,7 @@ class Manifest:
         kind: "onnx", "tensorrt", "aoti" or "openvino".
         dtype: that the networks compute in, of an OpenVINO artifact where nothing else is asked for.
         config: the transformer's.
-        vae_fingerprint: of the VAE, as `lavin_rt.pictures.context.vae_fingerprint`.
+        vae_fingerprint: of the VAE, as `lavin_rt.vae.model.vae_fingerprint`.
         latent_scaling: {"shift", "scale"} between the VAE and the transformer.
         size: of the pictures that the checkpoint was trained on, pixels a side.
         target: the device that it was made for.

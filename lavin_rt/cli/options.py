@@ -74,8 +74,8 @@ def add_device(command: argparse._ActionsContainer) -> None:
         "--threads",
         type=int,
         metavar="N",
-        help="on a CPU (default: the processors that this process may keep busy; for a small model one, where other "
-        "programs run on them)",
+        help="on a CPU (default: the processors that this process may keep busy; run and map answer with a small model "
+        "on one, where other programs run on them)",
     )
 
 

@@ -45,7 +45,7 @@ def add_serve(commands) -> None:
     serve.add_argument("--speed", default="exact", choices=SPEEDS, help="of requests that name none (default: exact)")
     serve.add_argument("--compile", action="store_true", help="run the network through torch.compile, at a wait first")
     add_checkpoint_options(serve)
-    serve.set_defaults(run="lavin_rt.serve.command:serve", lasting=True)
+    serve.set_defaults(run="lavin_rt.serve.command:serve", lasting=True)  # outlives what else runs
 
 
 def add_map(commands) -> None:

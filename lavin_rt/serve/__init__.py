@@ -1,6 +1,6 @@
 """Pictures for many: a service with batching and a page (`lavin-rt serve`), and folders on a fleet (`lavin-rt map`).
 
-A room on top of `lavin_rt.pipeline`; nothing below knows it. `options` alone is imported by the command line, the rest
+A room on top of `lavin_rt.pipeline`; nothing below knows it. Its options are `lavin_rt.cli.services`'; it is imported
 when a command runs, as it needs the extras `serve` or `ray`.
 
 * `engine`: one thread that owns the device; waiting requests of one kind run together, fair between tasks.

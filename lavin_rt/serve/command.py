@@ -37,7 +37,7 @@ def serve(options: argparse.Namespace) -> None:
         task_seconds=options.task_age,
     )
     if not 0 <= options.grace < math.inf:
-        raise InputError(f"--grace is {options.grace:g}; expected seconds, 0 or more")
+        raise InputError(f"--grace is {options.grace:g}; expected a finite number of seconds, 0 or more")
     token = read_token(options.token_file) if options.token_file else None
     here = is_loopback(options.host)
     if not here and token is None and not options.no_token:

@@ -48,7 +48,7 @@ class Limits:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             if not 0 < getattr(self, field.name) < math.inf:
-                raise InputError(f"{field.name} is {getattr(self, field.name)!r}; expected a positive number")
+                raise InputError(f"{field.name} is {getattr(self, field.name)!r}; expected a positive, finite number")
 
 
 class Refused(Exception):

@@ -70,7 +70,7 @@ def trace(
 
     Raises:
         InputError: a package that is missing.
-        RuntimeError: the graph holds something that the tables of `onnx_support` or `onnx_cuda` do not.
+        RuntimeError: the graph holds something that the tables of `support` or `cuda` do not.
     """
     try:
         import onnx_ir
