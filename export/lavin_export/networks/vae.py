@@ -116,7 +116,8 @@ def _on_blocks(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> tor
     rows, columns = scale.shape[-2:]
     blocks = x.unflatten(-1, (columns, -1)).unflatten(-3, (rows, -1))  # [..., h, r, w, r]
     scale, shift = (part[..., :, None, :, None] for part in (scale, shift))
-    return (blocks * scale + shift).flatten(-2).flatten(-3, -2)
+    # All four at once: torch 2.11 joins two of them under a guard on their strides that it cannot prove.
+    return (blocks * scale + shift).flatten(-4).unflatten(-1, x.shape[-2:])
 
 
 class PictureDownsampler(nn.Module):
