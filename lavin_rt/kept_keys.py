@@ -14,6 +14,11 @@ from lavin_rt.sampling.denoisers import Denoiser, Tensors
 from lavin_rt.sampling.speeds import CONTEXT_TIME
 from lavin_rt.vae.model import vae_fingerprint
 
+NO_WEIGHTS = (
+    "keys and values in a file belong to weights by their fingerprint, which an artifact does not have; make and use "
+    "such packs with its checkpoint"
+)
+
 
 def keys_to_keep(network: Denoiser, keys: Tensors) -> KeptKeys:
     """What `Executor.context_keys` made for one context, in the plain model's order of columns and without padding."""
@@ -69,15 +74,13 @@ def transformer_of(network: Denoiser) -> JDiT:
     """
     dit = getattr(network, "dit", None)
     if dit is None:
-        raise InputError(
-            "keys and values in a file belong to weights by their fingerprint, which an artifact does not have; make "
-            "and use such packs with its checkpoint"
-        )
+        raise InputError(NO_WEIGHTS)
     return dit
 
 
 def fingerprint(network: Denoiser) -> str:
-    """32 hexadecimal digits that tell transformers apart, in any dtype: a hash of a part of every parameter.
+    """32 hexadecimal digits that tell transformers apart, the same in float32 and in bfloat16: a hash of a part of
+    every parameter.
 
     Raises:
         InputError: as `transformer_of`.

@@ -41,6 +41,12 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_words(words: str) -> None:
+    """Raises an `InputError` for more words about a task than a pack takes."""
+    if len(words) > WORDS:
+        raise InputError(f"{len(words)} characters of words; expected {WORDS} at most")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TaskPack:
     """A task in one file.
@@ -64,8 +70,7 @@ class TaskPack:
         Raises:
             InputError: a name that is none, too many words, or keys and values that cannot be kept.
         """
-        if len(words) > WORDS:
-            raise InputError(f"{len(words)} characters of words; expected {WORDS} at most")
+        check_words(words)
         thumbnails = None
         if task.frames is not None:
             scale = min(1.0, THUMBNAIL_SIDE / max(task.size))

@@ -120,13 +120,11 @@ class Task:
         self.frames = frames
         self._embedded: torch.Tensor | None = None
         self._keys: tuple[object, Tensors] | None = None
-        if context.kept is not None:
-            network = engine.network
-            self._keys = network, kept_tensors(context.kept, network)
+        self._checked: object = engine.network  # whose keys and values came with the context, if any did
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made anew from the pairs."""
-        return {**self.__dict__, "_embedded": None, "_keys": None}
+        return {**self.__dict__, "_embedded": None, "_keys": None, "_checked": None}
 
     def __repr__(self) -> str:
         clips = f" of clips of {self.context.frames_per_clip} frames" if self.context.frames_per_clip > 1 else ""
@@ -137,6 +135,12 @@ class Task:
     def size(self) -> tuple[int, int]:
         """(height, width) of the pictures that the network works on."""
         return self.context.size
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory that it holds on the network's device between runs."""
+        tensors = () if self._keys is None else self._keys[1]
+        return sum(part.nbytes for part in (self._embedded, *tensors) if part is not None)
 
     def __call__(self, query: Any, **options) -> Image.Image | list[Image.Image]:
         """Answers one query; the options are those of `run`, and `noise` `[1, 16, T, h, w]`."""
@@ -310,9 +314,15 @@ class Task:
         """The pairs' keys and values for speeds that make them once a task, kept on the network's device."""
         network = self.engine.network
         if self._keys is None or self._keys[0] is not network:
-            shape = task_shape(1, self.context.pairs, self._clip_frames, self.size, guided=False, kept=True)
-            self._keys = network, self.engine.executor.context_keys(shape, self._embedded_context())
+            self._keys = network, self._make_keys()
         return self._keys[1]
+
+    def _make_keys(self) -> Tensors:
+        network, kept = self.engine.network, self.context.kept
+        if kept is not None and network is self._checked:
+            return kept_tensors(kept, network)
+        shape = task_shape(1, self.context.pairs, self._clip_frames, self.size, guided=False, kept=True)
+        return self.engine.executor.context_keys(shape, self._embedded_context())
 
     def with_keys(self) -> EncodedContext:
         """The context with what speeds such as `fastest` make once a task, to be saved.

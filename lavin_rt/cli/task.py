@@ -8,8 +8,9 @@ from pathlib import Path
 
 from lavin_rt.console import Progress, loading_options, print_json
 from lavin_rt.errors import InputError
-from lavin_rt.find.model import find_model, template_roots
-from lavin_rt.packs import TaskPack, check_name
+from lavin_rt.find.model import Artifact, find_model, template_roots
+from lavin_rt.kept_keys import NO_WEIGHTS
+from lavin_rt.packs import TaskPack, check_name, check_words
 from lavin_rt.pictures import context as contexts
 from lavin_rt.pictures import images
 
@@ -26,7 +27,10 @@ def add(options: argparse.Namespace) -> None:
     given = re.sub(r"[^a-z0-9_-]+", "-", Path(options.output).stem.lower()).strip("-_")
     name = check_name(given[:64] if options.name is None else options.name)
     size = None if options.size is None else images.parse_size(options.size)
+    check_words(options.words)
     checkpoint = find_model(options.checkpoint, options.revision, options.trust)
+    if options.keep_keys and isinstance(checkpoint, Artifact):
+        raise InputError(NO_WEIGHTS)
     pairs = find_pairs(options, template_roots(checkpoint))
     with Progress(quiet=False).bar("loading", "B") as loading:
         pipe = Pipeline.from_pretrained(checkpoint, **loading_options(options), progress=loading)
@@ -40,7 +44,8 @@ def find_pairs(options: argparse.Namespace, roots) -> list[contexts.Pair]:
     named = options.pairs_from
     if len(named) == 1:
         pairs = contexts.read_template(contexts.find_task(named[0], roots))
-        return contexts.choose_pairs(pairs, options.pairs or min(MOST_PAIRS, len(pairs)), options.seed)
+        count = min(MOST_PAIRS, len(pairs)) if options.pairs is None else options.pairs
+        return contexts.choose_pairs(pairs, count, options.seed)
     if options.pairs is not None:
         raise InputError("--pairs chooses from a folder; pictures are used whole, leave it out")
     if len(named) % 2:

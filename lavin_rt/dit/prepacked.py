@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lavin_kernels.reference.dit import swiglu
-from lavin_rt.dit.model import JDiT
+from lavin_rt.dit.model import JDiT, Modulation
 
 SAMPLES = 4096  # of every parameter: two trainings differ everywhere, and 3.4 billion values take long to read
 ROWS = 512  # of a product: what layouts are chosen for, and what an MLP takes at a time
@@ -146,13 +146,18 @@ def unpack_(dit: JDiT) -> JDiT:
 
 
 def parameter_samples(dit: JDiT) -> Iterator[tuple[str, torch.Size, torch.Tensor]]:
-    """Of every parameter, laid out or not, the name, the shape and some of the values: what tells models apart."""
+    """Of every parameter, laid out, in the checkpoint's file or neither, the name, the shape and some of the values:
+    what tells models apart.
+    """
     for of_module, module in dit.named_modules():
         for name in module._parameters:
             value = getattr(module, name)
-            if value is not None:
+            if value is not None and not isinstance(module, Modulation):
                 samples = value.samples if isinstance(value, PrepackedLinear) else _samples(value.detach())
                 yield f"{of_module}.{name}" if of_module else name, value.shape, samples
+    for index in range(dit.config.depth):
+        for name, value in zip(("weight", "bias"), dit.modulation_parameters(index), strict=True):
+            yield f"blocks.{index}.modulation.{name}", value.shape, _samples(value.detach())
 
 
 def _samples(weight: torch.Tensor) -> torch.Tensor:

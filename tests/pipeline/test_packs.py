@@ -16,9 +16,11 @@ from lavin_rt.checkpoint.load import load_dit, load_vae
 from lavin_rt.cli.main import main
 from lavin_rt.dit.model import randomize_
 from lavin_rt.errors import InputError
+from lavin_rt.kept_keys import fingerprint
 from lavin_rt.packs import TaskPack, check_name, first_pairs
 from lavin_rt.pictures.encoded import EncodedContext
 from lavin_rt.pipeline import Pipeline
+from lavin_rt.sampling.denoisers import make_network
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:
@@ -101,10 +103,36 @@ def test_kept_keys_are_used_and_belong_to_weights_size_and_pairs(tmp_path, monke
         pipe.task(dataclasses.replace(kept, kept=larger.kept))
     assert "this model and size take [" in one_line(error)
     bad = dataclasses.replace(kept.kept, parts=kept.kept.parts * float("nan"))
-    dataclasses.replace(kept, kept=bad).save(path)
-    with pytest.raises(InputError) as error:
-        TaskPack.load(path)
-    assert "expected finite numbers" in one_line(error)
+    for parts in (bad.parts, bad.parts.to(torch.float8_e5m2)):
+        dataclasses.replace(kept, kept=dataclasses.replace(bad, parts=parts)).save(path)
+        with pytest.raises(InputError) as error:
+            TaskPack.load(path)
+        assert "expected finite numbers" in one_line(error)
+
+
+def test_the_fingerprint_of_weights_is_of_all_of_them():
+    """Modulation too, wherever it is: in memory or in the file that it is read from."""
+    file = GOLDEN / "dit_c.safetensors"
+    dropped = load_dit(file, dtype=torch.float32)
+    resident = load_dit(file, dtype=torch.float32, resident_modulation=True)
+    half = load_dit(file, dtype=torch.bfloat16)
+    found = [fingerprint(make_network(dit, "torch")) for dit in (dropped, resident, half)]
+    assert len(set(found)) == 1
+    for parameter in ("weight", "bias"):
+        with torch.no_grad():
+            getattr(resident.blocks[-1].modulation, parameter).add_(1)
+        found.append(fingerprint(make_network(resident, "torch")))
+    assert len(set(found)) == 3
+
+
+def test_keys_are_put_on_the_device_when_a_speed_wants_them(tmp_path):
+    pipe = golden()
+    task = pipe.task([(picture(0), picture(1))], size=(32, 48))
+    task = pipe.task(task.with_keys())
+    task.run([picture(5)], steps=4)
+    exact = task.kept_bytes
+    task.run([picture(5)], speed="fastest")
+    assert task.kept_bytes == exact + task.context.kept.parts.nbytes > exact > 0
 
 
 def test_add_show_and_run(tmp_path, capsys):
@@ -133,10 +161,13 @@ def test_add_show_and_run(tmp_path, capsys):
         (["a.png", "b.png", "-o", "x.safetensors", "--pairs", "1"], "leave it out"),
         (["nothing-like-it", "-o", "x.safetensors"], "unknown task"),
         (["depth", "-o", "x.safetensors", "--name", "A B"], "small letters"),
+        (["depth", "-o", "x.safetensors", "--pairs", "0"], "0"),
+        (["depth", "-o", "x.safetensors", "--words", "w" * 501], "500 at most"),
     ],
 )
 def test_packs_that_cannot_be_made(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Pipeline, "from_pretrained", None)  # no weights are read for them
     assert main(["task", "add", *arguments]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert words in line and not (tmp_path / "x.safetensors").exists()
