@@ -136,7 +136,7 @@ EncodedContext EncodedContext::of(const Safetensors& file, const std::string& va
   context.pairs = parse_integer(described("pairs"), "number of pairs in " + name, 1, 100'000);
   const std::vector<int64_t> shape{1, 16, 2 * context.pairs, context.height / 8, context.width / 8};
   const at::Tensor& latents = file.at("latents");
-  if (latents.sizes() != at::IntArrayRef(shape) || !latents.is_floating_point() ||
+  if (latents.sizes() != at::IntArrayRef(shape) || !latents.is_floating_point() || latents.element_size() == 1 ||
       !latents.isfinite().all().item<bool>()) {
     throw InputError(name + ": its latents are not the finite numbers that its metadata announce; encode it again");
   }

@@ -8,9 +8,10 @@ import os
 import re
 import reprlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +19,8 @@ from lavin_rt.checkpoint.names import WRAPPERS, Place, official_name
 from lavin_rt.checkpoint.tensors import FLOAT_DTYPES, SafetensorsFile
 from lavin_rt.dit.config import PRESETS, DiTConfig
 from lavin_rt.errors import InputError, listed
+
+T = TypeVar("T")
 
 RELEASED = PRESETS["lavin-dit-3.4b"]
 RELEASED_SIZE = 512
@@ -37,10 +40,20 @@ def open_checkpoint(path: str | os.PathLike) -> CheckpointFile:
         InputError: as `SafetensorsFile.open`, or two tensors that are one by their official name.
     """
     file = SafetensorsFile.open(path)
-    entries = {official_name(name): entry for name, entry in file.entries.items()}
-    if len(entries) < len(file.entries):
-        raise InputError(f"{path} holds tensors with and without the prefixes of wrappers; write it again without them")
+    entries = officially_named(path, file.entries)
     return CheckpointFile(file.path, entries, file.metadata, file.files, entries.keys() != file.entries.keys())
+
+
+def officially_named(path: str | os.PathLike, found: Mapping[str, T]) -> dict[str, T]:
+    """What a file has by name, by official names instead.
+
+    Raises:
+        InputError: two that are one by their official name.
+    """
+    entries = {official_name(name): entry for name, entry in found.items()}
+    if len(entries) < len(found):
+        raise InputError(f"{path} holds tensors with and without the prefixes of wrappers; write it again without them")
+    return entries
 
 
 def report_renamed(path: str | os.PathLike, renamed: bool) -> None:

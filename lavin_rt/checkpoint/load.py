@@ -26,12 +26,13 @@ from lavin_rt.checkpoint.header import (
     check_tensors,
     common_dtype,
     dit_config,
+    officially_named,
     open_checkpoint,
     quantized_message,
     report_renamed,
     report_unexpected,
 )
-from lavin_rt.checkpoint.names import modulation_layout, official_layout, official_name, resident_layout
+from lavin_rt.checkpoint.names import modulation_layout, official_layout, resident_layout
 from lavin_rt.checkpoint.tensors import FLOAT_DTYPES, SafetensorsFile, write_safetensors
 from lavin_rt.dit.config import PRESETS, DiTConfig
 from lavin_rt.dit.model import JDiT
@@ -191,7 +192,7 @@ def load_vae(
     check_dtype(dtype)
     path = Path(path)
     found = _read_safetensors(path) if path.suffix in (".safetensors", ".json") else _read_pickle(path)
-    tensors = {official_name(name): tensor for name, tensor in found.items()}
+    tensors = officially_named(path, found)
     report_renamed(path, tensors.keys() != found.keys())
     dtypes = {name: tensor.dtype for name, tensor in tensors.items() if name.startswith(("encoder.", "decoder."))}
     quantized = [name for name, found in dtypes.items() if found not in FLOAT_DTYPES.values()]

@@ -110,7 +110,10 @@ class SafetensorsFile:
             raise InputError(f"cannot read {path}: {error.strerror}; expected an index of safetensors files") from None
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
             names = []
-        if not names or not all(isinstance(name, str) and os.path.basename(name) == name for name in names):
+        # No index among them: one that names itself, or two each other, would never end.
+        if not names or not all(
+            isinstance(name, str) and os.path.basename(name) == name and not name.endswith(".json") for name in names
+        ):
             raise InputError(f"{path} is no index of safetensors files beside it; download or write it again")
         parts = {name: cls.open(path.with_name(name)) for name in names}
         strays = [tensor for tensor, name in places.items() if tensor not in parts[name].entries]

@@ -74,7 +74,7 @@ def find_model(
     if is_bundled(model):
         return find_checkpoint(model, revision, cache)
     text = os.fspath(model or "")
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # which leaves a user that there is not as it is
     if text and (values := artifact_values(path)) is not None:
         if revision is not None:
             raise InputError(f"{text} is a local path, which has no revision {revision!r}; leave the revision out")
@@ -150,7 +150,7 @@ def find_checkpoint(
     if is_bundled(checkpoint):
         return dataclasses.replace(find_checkpoint(BUNDLED, revision, cache), source=BUNDLED_NAMES[1])
     text = os.fspath(checkpoint or "")
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     try:
         if text and path.exists():
             if revision is not None:

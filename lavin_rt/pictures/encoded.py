@@ -15,6 +15,7 @@ from lavin_rt.pictures import images
 from lavin_rt.pictures.context import check_query_frames
 
 _FORMAT, _VERSION = "lavin-rt encoded context", "1"
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 THUMBNAILS, KEPT, KEPT_FINGERPRINT = "thumbnails", "kept_keys", "kept_keys_fingerprint"
 ANEW = "make the pack again with --keep-keys, or without"
 
@@ -35,13 +36,18 @@ class KeptKeys:
     def read(cls, file: Any, source: str) -> KeptKeys:
         """Those in an opened safetensors file; raises `InputError` for what are none."""
         parts = file.get_tensor(KEPT).clone()
-        if parts.ndim != 4 or not parts.is_floating_point() or not parts.isfinite().all():
+        if parts.ndim != 4 or not _finite(parts):
             found = f"{str(parts.dtype).removeprefix('torch.')} {list(parts.shape)}"
             raise InputError(
                 f"{source}: kept keys and values are {found}, expected finite numbers "
                 f"[2 * blocks, rows, heads, head size]; {ANEW}"
             )
         return cls(parts, file.metadata().get(KEPT_FINGERPRINT, ""))
+
+
+def _finite(values: torch.Tensor) -> bool:
+    """Whether they are finite numbers, of a type that PyTorch calculates with: with those of 8 bits it does not."""
+    return values.dtype in FLOATS and bool(values.isfinite().all())
 
 
 class WhenRead:
@@ -156,7 +162,7 @@ class EncodedContext:
         except (KeyError, ValueError) as error:
             raise InputError(f"{name}: damaged metadata ({error}); encode it again") from error
         shape = [1, 16, 2 * pairs * images.latent_frames(frames_per_clip), size[0] // 8, size[1] // 8]
-        if pairs < 1 or list(latents.shape) != shape or not latents.is_floating_point() or not latents.isfinite().all():
+        if pairs < 1 or list(latents.shape) != shape or not _finite(latents):
             found = f"{str(latents.dtype).removeprefix('torch.')} {list(latents.shape)}"
             raise InputError(f"{name}: latents are {found}, expected finite numbers {shape}; encode it again")
         return cls(latents, fingerprint, size, posterior, pairs, frames_per_clip, name, kept)

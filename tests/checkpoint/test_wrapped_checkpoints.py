@@ -80,6 +80,10 @@ def test_names_with_and_without_prefix_are_refused(tmp_path):
     tensors["module.prompt_embed"] = tensors["prompt_embed"].clone()
     save_file(tensors, tmp_path / "lavin_dit.safetensors", metadata=metadata())
     assert "prefixes of wrappers" in refusal(load_dit, tmp_path / "lavin_dit.safetensors")
+    tensors = load_file(VAE)
+    name = next(iter(tensors))
+    torch.save(tensors | {f"module.{name}": tensors[name].clone()}, tmp_path / "stvae.pt")
+    assert "prefixes of wrappers" in refusal(load_vae, tmp_path / "stvae.pt")
 
 
 def test_a_checkpoint_in_several_files(tmp_path):
@@ -116,6 +120,7 @@ def test_indices_that_do_not_fit(tmp_path):
     assert "no index" in with_places([1])
     assert "no index" in with_places({"a": "../elsewhere.safetensors"})
     assert "no index" in with_places({"a": None, "b": 1})
+    assert "no index" in with_places({"a": index.name})
     assert "cannot read" in with_places({**places, "a": "missing.safetensors"})
     assert "is not where it says" in with_places({**places, "a": next(iter(places.values()))})
     first, second = sorted(tmp_path.glob("lavin_dit-*"))

@@ -122,7 +122,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "name", ["", "missing", "./missing/model", "../model", "/missing/model", "a/b/c", "a//b", "a/.b", "http://a/b",
-             "missing/lavin_dit.safetensors", "missing/weights.tar.gz", "a/b c", "a\\b"]
+             "missing/lavin_dit.safetensors", "missing/weights.tar.gz", "a/b c", "a\\b", "~nosuchuser/x"]
 )  # fmt: skip
 def test_neither_a_path_nor_a_hub_id(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
