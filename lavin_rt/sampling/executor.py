@@ -264,6 +264,7 @@ class Executor:
     def _plan(self, shape: Shape, forms: Sequence[Form]) -> _Plan:
         plan = self._plans.get(shape)
         if plan is None or not plan.advances.keys() >= set(forms):
+            del plan  # or what lets go of the shapes kept, for room, would keep this one
             self._ensure_memory(shape)
             plan = self.with_room(partial(self._make_plan, shape, list(dict.fromkeys(forms))))
             self._plans[shape] = plan
