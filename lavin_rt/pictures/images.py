@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 import os
 import re
@@ -66,19 +67,26 @@ def load_picture(source: Any) -> torch.Tensor:
         return _rgb(image, source_name(source))
 
 
-def load_clip(source: Any, frames: int | None = None) -> torch.Tensor:
+class TooManyFrames(InputError):
+    """A clip of more frames than the caller takes."""
+
+
+def load_clip(source: Any, frames: int | None = None, most: int | None = None) -> torch.Tensor:
     """A clip as RGB frames, each as `load_picture` reads it; a single picture is a clip of one frame.
 
     Args:
         source: a folder of frames (see `frame_files`), an animated GIF, WebP, PNG or AVIF, a uint8 array or tensor
             `[T, H, W, 3]`, a list of pictures, or whatever `load_picture` takes.
         frames: how many to take of a longer clip, its first ones; None takes all.
+        most: of an animated file, the number of frames beyond which it is refused before they are put together. A few
+            bytes can stand for many frames: files that we wrote say how often a frame repeats.
 
     Returns:
         uint8 `[T, 3, H, W]`.
 
     Raises:
         InputError: unreadable, frames of different sizes, or a number of frames that is not `1 + 4 k`.
+        TooManyFrames: more than `most`.
     """
     name = source_name(source)
     if frames is not None and (
@@ -94,7 +102,10 @@ def load_clip(source: Any, frames: int | None = None) -> torch.Tensor:
         clip = [load_picture(frame) for frame in source[:frames]]
     else:
         with _reading(source) as image:
-            clip = list(_animation(image, name))[:frames]
+            wanted = most + 1 if frames is None and most is not None else frames
+            clip = list(itertools.islice(_animation(image, name), wanted))
+        if most is not None and len(clip) > most:
+            raise TooManyFrames(f"{name}: more than {most} frames; expected {most} at most")
     check_clip_frames(len(clip), name)
     for i, frame in enumerate(clip):
         if frame.shape != clip[0].shape:
@@ -324,7 +335,7 @@ def _animation(image: Image.Image, name: str) -> Iterator[torch.Tensor]:
     marks = f"{_exif(image, _DESCRIPTION_TAG)} {image.info.get('comment')}"
     mark = re.search(re.escape(_CLIP_MARK).replace("%d", "([0-9]{1,5})"), marks)
     if count == 1:
-        yield from [_rgb(image, name)] * (int(mark[1]) if mark else 1)
+        yield from itertools.repeat(_rgb(image, name), int(mark[1]) if mark else 1)
         return
     position = image.tell()
     if position:
@@ -335,7 +346,7 @@ def _animation(image: Image.Image, name: str) -> Iterator[torch.Tensor]:
     for i in range(1 if getattr(image, "default_image", False) else 0, count):
         image.seek(i)
         frame = _rgb(image, name)
-        yield from [frame] * (max(1, round(image.info["duration"] / _FRAME_MS)) if mark else 1)
+        yield from itertools.repeat(frame, max(1, round(image.info["duration"] / _FRAME_MS)) if mark else 1)
     image.seek(position)
 
 

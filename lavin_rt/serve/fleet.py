@@ -16,10 +16,13 @@ from typing import Any
 from lavin_rt.artifact.manifest import Manifest, artifact_values
 from lavin_rt.console import loading_options, print_json
 from lavin_rt.errors import InputError, missing_extra, one_line
+from lavin_rt.find.model import Artifact, find_model, opened, template_roots
+from lavin_rt.pictures import context as contexts
 from lavin_rt.pictures import images
+from lavin_rt.pictures.encoded import EncodedContext
 from lavin_rt.process import settle_threads
 from lavin_rt.sampling.speeds import SPEEDS
-from lavin_rt.task import check_seed
+from lavin_rt.task import check_guidance, check_seed
 
 MANIFEST = "manifest.parquet"
 COLUMNS = ("query", "output", "seed", "status", "error", "seconds", "batch")
@@ -43,11 +46,14 @@ def run_map(options: argparse.Namespace) -> None:
         Manifest.of(Path(options.checkpoint), values).check_speed(SPEEDS[options.speed])
     if options.size is not None:
         images.parse_size(options.size)
+    check_guidance(options.guidance)
     for name in ("workers", "batch_size"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected 1 or more")
     if options.gpus_per_worker < 0 or options.cpus_per_worker < 0:
         raise InputError("--gpus-per-worker and --cpus-per-worker: expected 0 or more")
+    if options.address is None:  # else the files are the workers', who may be elsewhere
+        check_task(options)
     queries = find_queries(options.queries)
     check_seed(options.seed, len(queries))
     outputs = output_names(queries, options.format)
@@ -91,6 +97,22 @@ def run_map(options: argparse.Namespace) -> None:
         raise RuntimeError(f"{lost} queries came back from no worker; call again for them")
 
 
+def check_task(options: argparse.Namespace) -> None:
+    """Finds what is wrong with the checkpoint or the task before processes are started for them.
+
+    Raises:
+        InputError: what that is.
+    """
+    model = opened(find_model(options.checkpoint, options.revision, options.trust))
+    if not isinstance(model, Artifact):
+        model.read_header()
+    if options.task.endswith(".safetensors"):
+        EncodedContext.load(options.task)
+    else:
+        folder = contexts.find_task(options.task, template_roots(model))
+        contexts.choose_pairs(contexts.read_template(folder), options.pairs, options.seed)
+
+
 def find_queries(given: str) -> list[str]:
     """Addresses of pictures: of a folder, of a glob, or of a Parquet file's column `query`, `path` or its first.
 
@@ -101,10 +123,10 @@ def find_queries(given: str) -> list[str]:
     files, path = _filesystem(address), _path(address)
     try:
         if path.endswith(".parquet"):
-            import pyarrow.parquet
-
             with files.open(path) as file:
-                table = pyarrow.parquet.read_table(file)
+                table = _read_table(file, given)
+            if not table.column_names:
+                raise InputError(f"{given}: has no columns; expected one of addresses, named query or path")
             column = next((name for name in ("query", "path") if name in table.column_names), table.column_names[0])
             found = [str(value) for value in table[column].to_pylist()]
             base = posixpath.dirname(path)
@@ -249,18 +271,32 @@ class Worker:
 
 def read_manifest(folder: str, there: set[str]) -> list[dict[str, Any]]:
     """The rows of an earlier call, none where there is no manifest."""
-    import pyarrow.parquet
-
     if MANIFEST not in there:
         return []
+    where = f"{MANIFEST} in the output folder"
     try:
         with _filesystem(folder).open(posixpath.join(_path(folder), MANIFEST)) as file:
-            table = pyarrow.parquet.read_table(file)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise InputError(f"{MANIFEST} in the output folder cannot be read ({one_line(error)}); move it away") from None
+            table = _read_table(file, where)
+    except OSError as error:
+        raise InputError(f"{where} cannot be read ({one_line(error)}); move it away") from None
     if not set(COLUMNS) <= set(table.column_names):
         raise InputError(f"{MANIFEST} in the output folder is of something else; give another folder")
     return table.select(list(COLUMNS)).to_pylist()
+
+
+def _read_table(file: Any, name: str):
+    """A Parquet file's table.
+
+    Raises:
+        InputError: it is none, or damaged.
+    """
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(file)
+    # Its own kinds of errors, and plain ones for strings that are no text.
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise InputError(f"{name}: is no sound Parquet file ({one_line(error, 200)}); write it again") from None
 
 
 def write_manifest(folder: str, rows: list[dict[str, Any]]) -> None:

@@ -138,8 +138,12 @@ class Guard:
         if scope["method"] != "POST":
             return HTMLResponse(LOGIN.format(problem=""))
         body, more = b"", True
+        bounded = self._bounded(receive)
         while more:
-            message = await self._bounded(receive)()
+            try:
+                message = await bounded()
+            except HTTPException as error:
+                return error_response(Refused(error.status_code, str(error.detail), "slow"))
             body, more = body + message.get("body", b""), message.get("more_body", False)
             if len(body) > LOGIN_BYTES:
                 return error_response(Refused(413, "that is no token", "token"))

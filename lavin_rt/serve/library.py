@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 ENCODED = 32
 """Contexts that are kept encoded; those unused for longest are encoded again when they are asked for."""
+ENCODED_BYTES = 2 * 2**30
+"""What they hold together at most: keys and values of speeds that keep them are 0.1 GB of a task of the released size.
+"""
 THUMBNAIL = 96
 
 
@@ -181,6 +184,7 @@ class Library:
         with self._lock:
             if key in self._tasks:
                 self._tasks.move_to_end(key)
+                self._trim()
                 return self._tasks[key]
         if isinstance(entry.source, EncodedContext):
             source = entry.source
@@ -189,10 +193,16 @@ class Library:
             task = self._pipeline.task(entry.source, pairs=pairs, size=size)
             task.frames = None  # only its latents are needed from now on
         with self._lock:
-            self._tasks[key] = task
-            while len(self._tasks) > ENCODED:
-                self._tasks.popitem(last=False)
+            if self._entries.get(entry.name) is entry:  # else it went meanwhile, and nobody would ask for it again
+                self._tasks[key] = task
+                self._trim()
         return task
+
+    def _trim(self) -> None:
+        """Lets go of what was not used for longest; what tasks hold grows when they are first run, so at every use."""
+        held = sum(task.kept_bytes for task in self._tasks.values())
+        while len(self._tasks) > 1 and (len(self._tasks) > ENCODED or held > ENCODED_BYTES):
+            held -= self._tasks.popitem(last=False)[1].kept_bytes
 
     def thumbnails(self, entry: LibraryEntry, most: int = 8) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Small pictures of the first pairs, uint8 `[3, h, w]` each."""

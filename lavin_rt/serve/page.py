@@ -8,6 +8,7 @@ import html
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
@@ -80,6 +81,7 @@ class Page:
     def __init__(self, service: Service):
         self.service = service
         self._tickets: OrderedDict[str, Ticket] = OrderedDict()
+        self._downloads_lock = threading.Lock()
         self.downloads = Path(tempfile.mkdtemp(prefix="lavin-rt-page-"))
         atexit.register(shutil.rmtree, self.downloads, ignore_errors=True)
 
@@ -154,10 +156,11 @@ class Page:
 
     def _download(self, frames: torch.Tensor, task: str, seed: int) -> str:
         kind = "png" if len(frames) == 1 else "webp"
-        for old in sorted(self.downloads.iterdir(), key=lambda path: path.stat().st_mtime)[:-DOWNLOADS]:
-            shutil.rmtree(old, ignore_errors=True)
         folder = self.downloads / secrets.token_hex(8)
-        folder.mkdir()
+        with self._downloads_lock:
+            for old in sorted(self.downloads.iterdir(), key=lambda path: path.stat().st_mtime)[: 1 - DOWNLOADS]:
+                shutil.rmtree(old, ignore_errors=True)
+            folder.mkdir()
         path = folder / f"{task}-{seed}.{kind}"
         path.write_bytes(pictures.encode(frames, kind))
         return str(path)

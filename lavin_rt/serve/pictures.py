@@ -42,12 +42,15 @@ def decode(files: Sequence[bytes], limits: Limits, name: str = "query") -> torch
     try:
         with _opened(files[0], limits, name, len(files)) as first:
             if len(files) == 1:
-                return images.load_clip(first)
+                width, height = first.size
+                return images.load_clip(first, most=min(limits.frames, limits.pixels // (width * height)))
             frames = [images.load_picture(first)]
         for i, content in enumerate(files[1:], 1):
             with _opened(content, limits, f"{name} {i}", len(files)) as image:
                 frames.append(images.load_picture(image))
         return images.load_clip([frame.permute(1, 2, 0) for frame in frames])
+    except images.TooManyFrames as error:
+        raise Refused(413, f"{name}: {_without_source(error)}", "size") from error
     except images.InputError as error:
         raise Refused(422, f"{name}: {_without_source(error)}", "input") from error
 

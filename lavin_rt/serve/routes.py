@@ -59,6 +59,10 @@ class RunForm:
         self.record = format == "json" or (accept or "").startswith("application/json")
         self.format = "png" if format == "json" else "jpeg" if format == "jpg" else format
 
+    def size_of(self, clip: torch.Tensor) -> tuple[int, int] | None:
+        """The size that the answer to this query is wanted at, None for the task's."""
+        return (clip.shape[-2], clip.shape[-1]) if self.keep_size else None
+
 
 Run = Annotated[RunForm, Depends()]
 Responses = dict[int | str, dict[str, Any]]
@@ -121,7 +125,7 @@ def make_router(service: Service) -> APIRouter:
                 raise Refused(422, "inputs and context: expected pairs or an encoded context, not both", "input")
             content = await context.read()
             pack = await asyncio.to_thread(read_pack, content, name, words)
-            return described(service.library.add(pack))
+            return described(await asyncio.to_thread(service.library.add, pack))
         if len(inputs) != len(targets) or not inputs:
             raise Refused(
                 422, f"{len(inputs)} inputs, {len(targets)} targets; expected as many of both, at least one", "input"
@@ -155,14 +159,14 @@ def make_router(service: Service) -> APIRouter:
         answer = await wait_for(ticket, request)
         if answer is None:
             return Response(status_code=GONE)
-        size = (clip.shape[-2], clip.shape[-1]) if form.keep_size else None
-        return await asyncio.to_thread(respond, service, ticket, answer, form.format, form.record, size)
+        return await asyncio.to_thread(respond, service, ticket, answer, form.format, form.record, form.size_of(clip))
 
     @router.post("/v1/tasks/{name}/jobs", tags=["jobs"], status_code=202)
     async def start_job(name: str, form: Run) -> dict[str, Any]:
         """Has a query answered later: see `events`, then ask for `result`."""
         kind, clip = await prepared(name, form)
-        job = await asyncio.to_thread(service.start_job, kind, clip, form.seed, form.format)
+        wanted = form.format, form.record, form.size_of(clip)
+        job = await asyncio.to_thread(service.start_job, kind, clip, form.seed, *wanted)
         return job_state(service, job)
 
     @router.get("/v1/jobs/{id}", tags=["jobs"])
@@ -184,8 +188,8 @@ def make_router(service: Service) -> APIRouter:
         if found.ticket.live:
             raise Refused(409, "not done yet; follow /events, or ask again", "input", 1)
         answer = found.ticket.future.result(timeout=0)
-        record = (accept or "").startswith("application/json")
-        return await asyncio.to_thread(respond, service, found.ticket, answer, found.format, record)
+        record = found.record or (accept or "").startswith("application/json")
+        return await asyncio.to_thread(respond, service, found.ticket, answer, found.format, record, found.size)
 
     @router.get("/v1/jobs/{id}/events", tags=["jobs"], response_class=StreamingResponse)
     async def events(id: str) -> StreamingResponse:

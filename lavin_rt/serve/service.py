@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import math
 import secrets
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -59,6 +60,8 @@ class Job:
         id: unguessable.
         ticket, kind: as it runs.
         format: that the picture is wanted in.
+        record: whether a record with the picture is wanted.
+        size: (height, width) that the picture is wanted at, None for the task's.
         made: seconds of the monotonic clock.
     """
 
@@ -66,6 +69,8 @@ class Job:
     ticket: Ticket
     kind: Kind
     format: str
+    record: bool = False
+    size: tuple[int, int] | None = None
     made: float = dataclasses.field(default_factory=time.monotonic)
     ended: float | None = None
 
@@ -92,6 +97,7 @@ class Service:
         self.engine = ServingEngine(self._run, self._most, self.limits, self._observe)
         self.metrics = Metrics(lambda: self.engine.waiting, lambda: self.engine.running, pipeline.device)
         self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._jobs_lock = threading.Lock()
 
     def kind(
         self,
@@ -173,34 +179,46 @@ class Service:
         self._check_side(asked)
         small = [(images.resize(source, asked), images.resize(target, asked)) for source, target in clips]
         future = self.engine.call(lambda: TaskPack.of(self.library.encode(small, asked), name, words))
-        return self.library.add(await asyncio.wrap_future(future))
+        pack = await asyncio.wrap_future(future)
+        return await asyncio.to_thread(self.library.add, pack)  # which hashes weights the first time
 
-    def start_job(self, kind: Kind, clip: torch.Tensor, seed: int, format: str) -> Job:
-        """A query that is answered later.
+    def start_job(
+        self,
+        kind: Kind,
+        clip: torch.Tensor,
+        seed: int,
+        format: str,
+        record: bool = False,
+        size: tuple[int, int] | None = None,
+    ) -> Job:
+        """A query that is answered later, in what form `Job` says.
 
         Raises:
             Refused: as `submit`.
         """
         self._forget_jobs()
-        job = Job(secrets.token_urlsafe(16), self.submit(kind, clip, seed), kind, format)
+        job = Job(secrets.token_urlsafe(16), self.submit(kind, clip, seed), kind, format, record, size)
         job.ticket.future.add_done_callback(lambda _: setattr(job, "ended", time.monotonic()))
-        self._jobs[job.id] = job
+        with self._jobs_lock:
+            self._jobs[job.id] = job
         return job
 
     def job(self, name: str) -> Job:
         """Raises `Refused` 404 for one that is unknown or whose result is kept no longer."""
         self._forget_jobs()
-        if name not in self._jobs:
+        job = self._jobs.get(name)
+        if job is None:
             raise Refused(404, "no such job here; its result may have been kept for long enough", "input")
-        return self._jobs[name]
+        return job
 
     def _forget_jobs(self) -> None:
         now = time.monotonic()
-        ended = [(job, job.ended) for job in self._jobs.values() if job.ended is not None]
-        surplus = len(self._jobs) - self.limits.jobs + 1
-        for i, (job, end) in enumerate(ended):
-            if i < surplus or now - end > self.limits.job_seconds:
-                del self._jobs[job.id]
+        with self._jobs_lock:
+            ended = [(job, job.ended) for job in self._jobs.values() if job.ended is not None]
+            surplus = len(self._jobs) - self.limits.jobs + 1
+            for i, (job, end) in enumerate(ended):
+                if i < surplus or now - end > self.limits.job_seconds:
+                    del self._jobs[job.id]
 
     def _most(self, kind: Kind, count: int) -> int:
         """How many of a kind run together: a power of two that memory allows. What is captured, compiled or cached for

@@ -156,6 +156,11 @@ def test_jobs_progress_and_cancelling(client, pipe):
         states = [json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: ")]
     assert states[-1]["state"] == "done" and states[-1]["done"] == states[-1]["evaluations"] == 7
     assert client.get(states[-1]["result"]).headers["content-type"] == "image/png"
+    wanted = {**STEPS, "keep_size": "true", "format": "json"}
+    started = client.post("/v1/tasks/negative/jobs", files={"query": picture(size=(40, 24))}, data=wanted)
+    result = f"/v1/jobs/{started.json()['id']}/result"
+    wait_until(lambda: client.get(result).status_code == 200)
+    assert pixels(base64.b64decode(client.get(result).json()["picture"])).shape == (24, 40, 3)
     with pipe.executor.turn():
         job = client.post("/v1/tasks/negative/jobs", files={"query": picture()}, data=STEPS).json()["id"]
         assert client.get(f"/v1/jobs/{job}/result").status_code == 409
@@ -215,7 +220,14 @@ def test_pictures_that_cannot_be_taken(client):
         Image.new("RGB", (8, 8), (i, 2 * i, 0)) for i in range(1, 30)
     ])  # fmt: skip
     ppm = b"P6 2 2 255\n" + bytes(12)
+    # A clip of ours that does not move says how often its frame repeats: the few bytes stand for as many as they claim.
+    still, moving = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (8, 8)).save(still, "GIF", comment=b"lavin-rt clip of 99997 frames, 100 ms each")
+    Image.new("RGB", (8, 8)).save(moving, "GIF", save_all=True, append_images=[Image.new("RGB", (8, 8), "red")],
+                                  duration=500_000, comment=b"lavin-rt clip of 9 frames, 100 ms each")  # fmt: skip
     for query, status, words in (
+        (still.getvalue(), 413, "more than 9 frames"),
+        (moving.getvalue(), 413, "more than 9 frames"),
         (bomb(), 413, "too many pixels"),
         (bomb(1001, 1000), 413, "1000x1001"),
         (animation.getvalue(), 413, "30 frames"),

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -14,6 +16,7 @@ from support.serving import ask, message, running, works
 
 from lavin_rt.cli.main import main
 from lavin_rt.pipeline import Pipeline
+from lavin_rt.serve.limits import Limits
 from lavin_rt.serve.server import listen
 from lavin_rt.serve.service import Service
 
@@ -43,6 +46,15 @@ def test_a_token_is_demanded_of_everything(pipe):
         assert client.post("/login", data={"token": TOKEN}).status_code == 303
         assert TOKEN not in str(client.cookies) and client.get("/v1/tasks").status_code == 200
         works(client)
+
+
+def test_a_login_that_comes_too_slowly(pipe):
+    head = b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 40\r\n\r\ntoken="
+    with running(Service(pipe, Limits(body_seconds=0.3)), token=TOKEN) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(head)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 408")
 
 
 def test_pages_elsewhere_reach_no_service_without_a_token(pipe):

@@ -54,6 +54,17 @@ def test_queries_are_found_in_natural_order(queries, tmp_path):
     for nothing in (str(tmp_path / "nowhere"), f"{tmp_path}/*.gif", "nosuch://x"):
         with pytest.raises(InputError):
             fleet.find_queries(nothing)
+    broken = tmp_path / "broken.parquet"
+    for content, words in (
+        (b"PAR1 nothing", "no sound Parquet"),
+        ((tmp_path / "q.parquet").read_bytes()[:-40], "no sound"),
+    ):
+        broken.write_bytes(content)
+        with pytest.raises(InputError, match=words):
+            fleet.find_queries(str(broken))
+    pyarrow.parquet.write_table(pyarrow.table({}), broken)
+    with pytest.raises(InputError, match="no columns"):
+        fleet.find_queries(str(broken))
     with pytest.raises(InputError, match=r"both be written to a\.png"):
         fleet.output_names(["file:///x/a.png", "file:///x/a.jpg"], "png")
 
@@ -65,12 +76,25 @@ def test_a_manifest_is_read_as_written(tmp_path):
     fleet.write_manifest(folder, rows)
     assert fleet.read_manifest(folder, {fleet.MANIFEST}) == rows and fleet.read_manifest(folder, set()) == []
     (tmp_path / "out put" / fleet.MANIFEST).write_bytes(b"nothing")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="no sound Parquet"):
         fleet.read_manifest(folder, {fleet.MANIFEST})
 
 
-@pytest.mark.parametrize("more", [["--workers", "0"], ["--steps", "5"], ["--speed", "x"], ["--queries", "nowhere"]])
-def test_options_that_do_not_fit(queries, tmp_path, more, capsys):
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--workers", "0"],
+        ["--steps", "5"],
+        ["--speed", "x"],
+        ["--queries", "nowhere"],
+        ["--guidance", "nan"],
+        ["--task", "nowhere"],
+        ["--pairs", "0"],
+        ["--checkpoint", "nowhere"],
+    ],
+)
+def test_options_that_do_not_fit(queries, tmp_path, more, capsys, monkeypatch):
+    monkeypatch.setattr(fleet, "answered", None)  # no process is started for them
     pytest.importorskip("ray", reason="needs the extra ray")
     command = ["map", "--task", "depth", "--queries", str(queries), "-o", str(tmp_path / "out"), *more]
     assert exit_code(command) == 2
