@@ -224,14 +224,14 @@ def test_the_bundled_model_in_int8(tmp_path):
 
 @pytest.mark.slow
 def test_calibration(made, tmp_path, monkeypatch):
-    """Both branches on the way to each task's last target, of tasks with fewer pairs than are taken, too."""
+    """Both branches on the way to each task's last target, of tasks with few pairs too, and to noise."""
     for name, pairs in (("few", 1), ("many", 6)):
         write_template(tmp_path / name, pairs)
     manifest = dataclasses.replace(Manifest.read(made / "artifact"), size=32)
     samples = list(int8.calibration(manifest, tmp_path))
-    assert len(samples) == 2 * 4 * 2
+    assert len(samples) == (2 + 3) * 4 * 2
     assert [tuple(cond.shape) for _, cond, *_ in samples] == [
-        (1, 16, frames, 4, 4) for of_cond in (1, 7) for _ in range(4) for frames in (of_cond, 2)
+        (1, 16, frames, 4, 4) for of_cond in (1, 7, 9, 3, 1) for _ in range(4) for frames in (of_cond, 2)
     ]
     network, vae, _ = artifact.load(made / "artifact")
     blocks, head_scale = network.table(schedule(20))
@@ -245,7 +245,7 @@ def test_calibration(made, tmp_path, monkeypatch):
         assert 0.8 < noise.std() < 1.2
     write_template(tmp_path / "more", 1)
     monkeypatch.setattr(int8, "TASKS", 2)
-    assert len(list(int8.calibration(manifest, tmp_path))) == 2 * 4 * 2  # of the first and the last of three
+    assert len(list(int8.calibration(manifest, tmp_path))) == (2 + 3) * 4 * 2  # of the first and the last of three
 
 
 @pytest.mark.slow
