@@ -255,7 +255,8 @@ MUTATIONS = {
     "keys of another branch": ("result", "_of(before, keys),", "_of(before, queries) * 0,"),
     "scores without the rest": ("result", "scores = _dot(q_rest, keys.T, scores, UPCAST)", "pass"),
     "weights of earlier tiles": ("result", "total * decay + ", "total + "),
-    "values of earlier tiles": ("result", "acc * decay[:, None]", "acc"),
+    "values of earlier tiles": ("result", "tl.fma(acc, decay[:, None],", "tl.fma(acc, decay[:, None] * 0 + 1,"),
+    "values of earlier tiles, 16 bits": ("16 bits", "acc * decay[:, None]", "acc"),
     "last tile dropped": ("result", "range(whole, first_key + keys,", "range(whole, first_key + keys - BLOCK_N,"),
     "log-sum-exp in base 2": ("result", "* 0.6931471805599453", ""),
     "x rows at another place": ("x only", "x_start - tl.load(table_ptr + 3) + rows", "x_start * 0 + rows"),
@@ -281,5 +282,6 @@ def test_a_mutated_kernel_is_caught(name, tmp_path, counting):
             k[9:], v[9:] = float("nan"), float("nan")
             assert torch.isfinite(joint_attention(q, k, v, branches, 72)[:7]).all()
         else:
-            heads = 4 if "head" in name else 2
-            check(*inputs((37, 9), (16, 4), heads=heads, kv_heads=heads // 2, x_only=test == "x only"), 72, counting)
+            heads, dtype = 4 if "head" in name else 2, torch.bfloat16 if test == "16 bits" else torch.float32
+            made = inputs((37, 9), (16, 4), heads=heads, kv_heads=heads // 2, dtype=dtype, x_only=test == "x only")
+            check(*made, 72, counting)
