@@ -230,6 +230,8 @@ def _exact_table(record: dict[str, Any]) -> str:
         rows.append([title(task), " / ".join(changes), " / ".join(map(_fine, changes.values()))])
     exact = record["exact"]
     head = f"{record['header']['dtype']} ({record['impl']}) against {exact['dtype']} ({exact['impl']})"
+    if exact["checkpoint"] != record["checkpoint"]:
+        head += f" of {exact['checkpoint']}"
     return table(["task", "measure", f"{head}, positive is better"], rows).rstrip()
 
 
