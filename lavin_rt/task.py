@@ -120,11 +120,11 @@ class Task:
         self.frames = frames
         self._embedded: torch.Tensor | None = None
         self._keys: tuple[object, Tensors] | None = None
-        self._checked: object = engine.network  # whose keys and values came with the context, if any did
+        self._kept_for: object = engine.network  # whose the keys and values that came with the context are, if any did
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made anew from the pairs."""
-        return {**self.__dict__, "_embedded": None, "_keys": None, "_checked": None}
+        return {**self.__dict__, "_embedded": None, "_keys": None, "_kept_for": None}
 
     def __repr__(self) -> str:
         clips = f" of clips of {self.context.frames_per_clip} frames" if self.context.frames_per_clip > 1 else ""
@@ -319,7 +319,7 @@ class Task:
 
     def _make_keys(self) -> Tensors:
         network, kept = self.engine.network, self.context.kept
-        if kept is not None and network is self._checked:
+        if kept is not None and network is self._kept_for:
             return kept_tensors(kept, network)
         shape = task_shape(1, self.context.pairs, self._clip_frames, self.size, guided=False, kept=True)
         return self.engine.executor.context_keys(shape, self._embedded_context())

@@ -44,7 +44,7 @@ The last one had the shares of tasks that `world/tasks` has now, the rate 8e-4 f
 `--warm-start mini --seed 1`.
 
 From an empty folder `python -m lavin_rt.mini.train --preset mini --output DIR --cache DIR` does it in one run of about
-the length (8,000 and 16,000 steps). A run before those diverged within two hundred steps: torch 2.11 fuses the
+that length (8,000 and 16,000 steps). A run before those diverged within two hundred steps: torch 2.11 fuses the
 gradients of queries and keys wrongly on an H200. `train/compiled` compares compiled gradients with plain ones, and
 compiles the transformer's blocks without fusion since.
 """

@@ -124,7 +124,7 @@ def find_queries(given: str) -> list[str]:
     try:
         if path.endswith(".parquet"):
             with files.open(path) as file:
-                table = _read_table(file, given)
+                table = _read_table(file, given, "write it again")
             if not table.column_names:
                 raise InputError(f"{given}: has no columns; expected one of addresses, named query or path")
             column = next((name for name in ("query", "path") if name in table.column_names), table.column_names[0])
@@ -276,7 +276,7 @@ def read_manifest(folder: str, there: set[str]) -> list[dict[str, Any]]:
     where = f"{MANIFEST} in the output folder"
     try:
         with _filesystem(folder).open(posixpath.join(_path(folder), MANIFEST)) as file:
-            table = _read_table(file, where)
+            table = _read_table(file, where, "move it away")
     except OSError as error:
         raise InputError(f"{where} cannot be read ({one_line(error)}); move it away") from None
     if not set(COLUMNS) <= set(table.column_names):
@@ -284,11 +284,11 @@ def read_manifest(folder: str, there: set[str]) -> list[dict[str, Any]]:
     return table.select(list(COLUMNS)).to_pylist()
 
 
-def _read_table(file: Any, name: str):
+def _read_table(file: Any, name: str, remedy: str):
     """A Parquet file's table.
 
     Raises:
-        InputError: it is none, or damaged.
+        InputError: it is none, or damaged; says the remedy.
     """
     import pyarrow.parquet
 
@@ -296,7 +296,7 @@ def _read_table(file: Any, name: str):
         return pyarrow.parquet.read_table(file)
     # Its own kinds of errors, and plain ones for strings that are no text.
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{name}: is no sound Parquet file ({one_line(error, 200)}); write it again") from None
+        raise InputError(f"{name}: is no sound Parquet file ({one_line(error, 200)}); {remedy}") from None
 
 
 def write_manifest(folder: str, rows: list[dict[str, Any]]) -> None:

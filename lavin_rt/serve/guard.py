@@ -143,7 +143,8 @@ class Guard:
             try:
                 message = await bounded()
             except HTTPException as error:
-                return error_response(Refused(error.status_code, str(error.detail), "slow"))
+                reason = "slow" if error.status_code == 408 else "size"
+                return error_response(Refused(error.status_code, str(error.detail), reason))
             body, more = body + message.get("body", b""), message.get("more_body", False)
             if len(body) > LOGIN_BYTES:
                 return error_response(Refused(413, "that is no token", "token"))

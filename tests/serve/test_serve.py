@@ -30,6 +30,7 @@ from lavin_rt.errors import Cancelled, TooLittleMemory
 from lavin_rt.packs import TaskPack
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.serve import server
+from lavin_rt.serve.library import Library
 from lavin_rt.serve.limits import Limits
 from lavin_rt.serve.service import Service
 
@@ -146,6 +147,19 @@ def test_a_task_of_one_s_own(client, pipe, tmp_path, monkeypatch):
     assert client.delete("/v1/tasks/mine").status_code == client.delete("/v1/tasks/packed").status_code == 204
     assert ask(client, "mine").status_code == 404 and client.delete("/v1/tasks/mine").status_code == 404
     assert client.delete("/v1/tasks/negative").status_code == 403
+
+
+def test_what_tasks_keep_is_bounded_in_bytes(pipe, monkeypatch):
+    library = Library(pipe, LIMITS)
+    entries = [library.find(name) for name in ("negative", "hue", "channel_order")]
+    tasks = [library.task(entry, 1, (32, 32)) for entry in entries]
+    assert len({id(library.task(entry, 1, (32, 32))) for entry in entries}) == 3
+    for task in tasks:
+        task.run([np.zeros((32, 32, 3), np.uint8)], speed="fastest")
+    monkeypatch.setattr("lavin_rt.serve.library.ENCODED_BYTES", 2 * tasks[0].kept_bytes)
+    assert library.task(entries[2], 1, (32, 32)) is tasks[2]  # the one in use stays, that of longest ago goes
+    assert library.task(entries[1], 1, (32, 32)) is tasks[1]
+    assert library.task(entries[0], 1, (32, 32)) is not tasks[0]
 
 
 def test_jobs_progress_and_cancelling(client, pipe):
