@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from lavin_rt.devices import out_of_memory
 from lavin_rt.dit.model import JDiT
 from lavin_rt.errors import TooLittleMemory
+from lavin_rt.kept_keys import transformer_fingerprint
 from lavin_rt.pictures import images
 from lavin_rt.sampling.denoisers import Denoiser, make_network
 from lavin_rt.sampling.executor import Executor
@@ -54,7 +55,6 @@ class Engine:
         self.vae = vae.in_form(self.network.impl) if isinstance(vae, STVAE) else vae
         self.executor = Executor(self.network, graphs)
         self.tile, self.chunk = tile, chunk
-        self._fingerprint: str | None = None
 
     @property
     def impl(self) -> str:
@@ -69,15 +69,19 @@ class Engine:
     def dtype(self) -> torch.dtype:
         return self.network.dtype
 
-    @property
+    @cached_property
     def vae_fingerprint(self) -> str:
-        """Hash of the VAE's tensors, which an encoded context carries."""
-        return self._hash_vae()
+        """Hash of the VAE's tensors, which an encoded context carries; made once."""
+        return self.vae.fingerprint
 
-    def _hash_vae(self) -> str:
-        if self._fingerprint is None:
-            self._fingerprint = self.vae.fingerprint
-        return self._fingerprint
+    @cached_property
+    def dit_fingerprint(self) -> str:
+        """Hash of a part of the transformer's tensors, which kept keys and values carry; made once.
+
+        Raises:
+            InputError: the network is an artifact's, whose parameters are not at hand.
+        """
+        return transformer_fingerprint(self.network)
 
     def speed(self, speed: str | Speed) -> Speed:
         """The speed that a name means, if the network has it.

@@ -20,17 +20,19 @@ NO_WEIGHTS = (
 )
 
 
-def keys_to_keep(network: Denoiser, keys: Tensors) -> KeptKeys:
-    """What `Executor.context_keys` made for one context, in the plain model's order of columns and without padding."""
+def keys_to_keep(network: Denoiser, fingerprint: str, keys: Tensors) -> KeptKeys:
+    """What `Executor.context_keys` made for one context, in the plain model's order of columns and without padding,
+    with the network's fingerprint.
+    """
     size = network.config.head_size
     parts = torch.stack([part[0, ..., :size].cpu() for part in keys])
     if network.impl != "plain":
         parts[0::2] = _swapped(parts[0::2], size // 6, 2)
-    return KeptKeys(parts, fingerprint(network))
+    return KeptKeys(parts, fingerprint)
 
 
-def check_kept_keys(kept: KeptKeys, network: Denoiser, rows: int, source: str) -> None:
-    """Refuses keys and values of other weights, or of a context of another number of rows.
+def check_kept_keys(kept: KeptKeys, network: Denoiser, fingerprint: str, rows: int, source: str) -> None:
+    """Refuses keys and values of other weights than this fingerprint's, or of a context of another number of rows.
 
     Raises:
         InputError: which of these.
@@ -42,11 +44,10 @@ def check_kept_keys(kept: KeptKeys, network: Denoiser, rows: int, source: str) -
             f"{source}: its kept keys and values are {list(kept.parts.shape)}, this model and size take "
             f"{expected}; {ANEW}"
         )
-    found = fingerprint(network)
-    if kept.fingerprint != found:
+    if kept.fingerprint != fingerprint:
         raise InputError(
             f"{source}: its kept keys and values belong to other weights (fingerprint {kept.fingerprint[:12]}, "
-            f"these have {found[:12]}); {ANEW}"
+            f"these have {fingerprint[:12]}); {ANEW}"
         )
 
 
@@ -78,7 +79,7 @@ def transformer_of(network: Denoiser) -> JDiT:
     return dit
 
 
-def fingerprint(network: Denoiser) -> str:
+def transformer_fingerprint(network: Denoiser) -> str:
     """32 hexadecimal digits that tell transformers apart, the same in float32 and in bfloat16: a hash of a part of
     every parameter.
 

@@ -232,7 +232,7 @@ class Pipeline(Engine):
         generator = torch.Generator().manual_seed(seed ^ 0x5DEECE66D) if posterior == "sample" else None
         latents = torch.cat(self.encode(clips, generator), dim=2)
         # Hashing the VAE takes longer than encoding: it waits until the context is saved or compared.
-        fingerprint: Any = self._hash_vae
+        fingerprint: Any = partial(getattr, self, "vae_fingerprint")
         encoded = EncodedContext(latents, fingerprint, size, posterior, clips.pairs, clips.frames_per_clip)
         return Task(self, encoded, clips, frames)
 
@@ -248,7 +248,7 @@ class Pipeline(Engine):
         context.check(self.vae_fingerprint, size, posterior=posterior)
         if context.kept is not None:
             rows = context.latents[0, 0].numel() // self.network.config.patch_size**2
-            check_kept_keys(context.kept, self.network, rows, context.source)
+            check_kept_keys(context.kept, self.network, self.dit_fingerprint, rows, context.source)
 
 
 def check_posterior(posterior: str) -> None:

@@ -332,7 +332,9 @@ class Task:
         """
         network = self.engine.network
         transformer_of(network)  # refuses an artifact's before work is done
-        return dataclasses.replace(self.context, kept=keys_to_keep(network, self._kept_keys()))
+        return dataclasses.replace(
+            self.context, kept=keys_to_keep(network, self.engine.dit_fingerprint, self._kept_keys())
+        )
 
     def _encode(self, clips: Sequence[torch.Tensor], seed: int) -> torch.Tensor:
         """Scaled latents of queries, `[queries, 16, t, h, w]`."""

@@ -18,7 +18,7 @@ from lavin_rt.dit.config import DiTConfig
 from lavin_rt.dit.model import JDiT, randomize_
 from lavin_rt.dit.prepacked import can_prepack, pays, prepack_, unpack_
 from lavin_rt.find.model import BUNDLED
-from lavin_rt.kept_keys import fingerprint
+from lavin_rt.kept_keys import transformer_fingerprint
 from lavin_rt.sampling.denoisers import PackedNetwork
 from lavin_rt.sampling.sampler import sample
 
@@ -62,9 +62,9 @@ def test_compiled():
 def test_unpacked_it_is_the_model_it_was():
     dit = small_dit()
     before = {name: tensor.clone() for name, tensor in dit.state_dict().items()}
-    told = fingerprint(PackedNetwork(dit, "torch"))
+    told = transformer_fingerprint(PackedNetwork(dit, "torch"))
     prepack_(prepack_(dit))
-    assert fingerprint(PackedNetwork(dit, "torch")) == told, "packs of keys and values would be refused"
+    assert transformer_fingerprint(PackedNetwork(dit, "torch")) == told, "packs of keys and values would be refused"
     assert prepacked.prepacked(dit) and len(dit.state_dict()) < len(before)
     copied = copy.deepcopy(dit)
     for model in (dit, copied):

@@ -16,7 +16,7 @@ from lavin_rt.checkpoint.load import load_dit, load_vae
 from lavin_rt.cli.main import main
 from lavin_rt.dit.model import randomize_
 from lavin_rt.errors import InputError
-from lavin_rt.kept_keys import fingerprint
+from lavin_rt.kept_keys import transformer_fingerprint
 from lavin_rt.packs import TaskPack, check_name, first_pairs
 from lavin_rt.pictures.encoded import EncodedContext
 from lavin_rt.pipeline import Pipeline
@@ -116,12 +116,12 @@ def test_the_fingerprint_of_weights_is_of_all_of_them():
     dropped = load_dit(file, dtype=torch.float32)
     resident = load_dit(file, dtype=torch.float32, resident_modulation=True)
     half = load_dit(file, dtype=torch.bfloat16)
-    found = [fingerprint(make_network(dit, "torch")) for dit in (dropped, resident, half)]
+    found = [transformer_fingerprint(make_network(dit, "torch")) for dit in (dropped, resident, half)]
     assert len(set(found)) == 1
     for parameter in ("weight", "bias"):
         with torch.no_grad():
             getattr(resident.blocks[-1].modulation, parameter).add_(1)
-        found.append(fingerprint(make_network(resident, "torch")))
+        found.append(transformer_fingerprint(make_network(resident, "torch")))
     assert len(set(found)) == 3
 
 
