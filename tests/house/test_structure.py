@@ -24,8 +24,9 @@ lavin_rt.files lavin_rt.scalars lavin_rt.process lavin_rt.devices
 lavin_rt.console lavin_rt.compiling
 lavin_rt.dit lavin_rt.vae lavin_rt.mini.world
 lavin_rt.checkpoint lavin_rt.sampling lavin_rt.pictures
+lavin_rt.kept_keys
 lavin_rt.artifact lavin_rt.engine lavin_rt.memory lavin_rt.estimate
-lavin_rt.find lavin_rt.kept_keys
+lavin_rt.find
 lavin_rt.task
 lavin_rt.packs lavin_rt.pipeline
 lavin_rt.serve lavin_rt.mini.train
