@@ -12,12 +12,12 @@ pytest.importorskip("trimesh", reason="needs the extra train")
 
 from lavin_rt.errors import InputError
 from lavin_rt.mini.world import encodings, families, figures, perception, tasks
-from lavin_rt.mini.world.corpus import CLIPS_FROM, Corpus
-from lavin_rt.mini.world.data import CLIP_MOMENTS, cached_scenes, render_arrays
+from lavin_rt.mini.world.corpus import Corpus
+from lavin_rt.mini.world.data import CLIP_MOMENTS
 from lavin_rt.mini.world.encodings import PALETTE
 from lavin_rt.mini.world.measures import MEASURES, measure
 from lavin_rt.mini.world.scenes import FIELD_OF_VIEW, GROUND, SKY, SPHERE, VARIED, Scene
-from lavin_rt.mini.world.sources import PHOTOGRAPHS, SCENE_SEEDS, SPLITS, photograph, split_of
+from lavin_rt.mini.world.sources import CLIPS_FROM, PHOTOGRAPHS, SCENE_SEEDS, SPLITS, photograph, split_of
 from lavin_rt.mini.world.tasks import CLIP_TASKS, PICTURE_TASKS, TASKS, WorldTask
 
 SIZE = 32
@@ -103,20 +103,6 @@ def test_splits_share_no_seed_and_no_photograph(corpus):
         split_of(3_000_000)
 
 
-def test_kept_scenes_are_what_was_rendered(tmp_path):
-    seeds = range(7, 10)
-    kept = cached_scenes(tmp_path, seeds, SIZE)
-    again = cached_scenes(tmp_path, seeds, SIZE)
-    fresh = render_arrays(seeds, SIZE)
-    for arrays in (kept, again):
-        for name in MAPS:
-            assert np.array_equal(getattr(arrays, name), getattr(fresh, name))
-    [file] = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(InputError, match="damaged piece"):
-        cached_scenes(tmp_path, seeds, SIZE)
-
-
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 def test_every_task_makes_pairs(task: WorldTask, corpus: Corpus):
     frames = 5 if task.is_clip else 1
@@ -155,7 +141,7 @@ def test_targets_can_be_read_back(corpus):
         assert (encodings.decode_normals(perception.normals(picture, rng)[1])[seen] * true).sum(-1).min() > 0.9998
         found = encodings.decode_segments(perception.panoptic(picture, rng)[1])
         assert np.array_equal(found, encodings.segments(picture))
-    for index in corpus.single:
+    for index in corpus.suitable(TASKS["object_detection"]):
         picture = corpus.still(index, mirrored=False)
         assert encodings.decode_box(perception.detection(picture, rng)[1]) == encodings.box_of(picture.mask)
     flow = np.clip(corpus.clips.picture(0).flow, -0.5 * encodings.FASTEST, 0.5 * encodings.FASTEST)
@@ -261,8 +247,9 @@ def test_a_turned_hue_keeps_greys_and_comes_back_after_a_whole_turn():
 
 def test_varied_scenes_show_every_class(corpus):
     task = TASKS["class_mask"]
-    assert len(corpus.varied) and all(task.suits(corpus.still(int(i), False)) for i in corpus.varied)
-    built = [index for index in corpus.varied if (SCENE_SEEDS["template"].start + index) % VARIED == VARIED - 1]
+    suitable = corpus.suitable(task)
+    assert all(len(np.unique(corpus.scenes.classes[index])) == 5 for index in suitable)
+    built = [index for index in suitable if (SCENE_SEEDS["template"].start + index) % VARIED == VARIED - 1]
     assert len(built) >= 0.5 * len(corpus.scenes) / VARIED
 
 

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lavin_rt.mini.world.corpus import CLIPS_FROM, PHOTOGRAPHS_SHARE
 from lavin_rt.mini.world.data import CLIP_MOMENTS, SceneArrays, render_arrays
 from lavin_rt.mini.world.families import Member
 from lavin_rt.mini.world.scenes import VARIED, Picture, Scene
-from lavin_rt.mini.world.sources import SCENE_SEEDS, photograph_crop
+from lavin_rt.mini.world.sources import CLIPS_FROM, PHOTOGRAPHS_SHARE, SCENE_SEEDS, photograph_crop
 from lavin_rt.mini.world.tasks import TASKS, WorldTask
 
 SPLIT = "evaluation"

@@ -24,10 +24,15 @@ import numpy as np
 from lavin_rt.files import written_whole
 from lavin_rt.mini.world.data import CLIP_MOMENTS, render_arrays
 from lavin_rt.mini.world.scenes import Picture
-from lavin_rt.mini.world.sources import PHOTOGRAPHS, SCENE_SEEDS, photograph, photograph_crop
+from lavin_rt.mini.world.sources import (
+    CLIPS_FROM,
+    PHOTOGRAPHS,
+    PHOTOGRAPHS_SHARE,
+    SCENE_SEEDS,
+    photograph,
+    photograph_crop,
+)
 
-PHOTOGRAPHS_SHARE = 0.4  # of the pictures of a task that photographs serve for as well
-CLIPS_FROM = 500_000  # clips' scenes begin here within their split
 PIECES_VERSION = 1  # bumped when a piece of the same name comes out otherwise
 PICTURES, CLIPS = "pictures", "clips"
 

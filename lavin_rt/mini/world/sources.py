@@ -12,6 +12,8 @@ import numpy as np
 from lavin_rt.errors import InputError, missing_extra
 
 SPLITS = ("train", "template", "evaluation")
+CLIPS_FROM = 500_000  # clips' scenes begin here within their split
+PHOTOGRAPHS_SHARE = 0.4  # of the pictures of a task that photographs serve for as well
 SCENE_SEEDS = {
     "train": range(0, 1_000_000),
     "template": range(1_000_000, 2_000_000),
@@ -75,21 +77,24 @@ def photograph(name: str) -> np.ndarray:
 
 
 def photograph_crop(split: str, rng: np.random.Generator, size: int) -> np.ndarray:
-    """A random square of a random photograph of the split, perhaps mirrored, resized to uint8 `[size, size, 3]`.
+    """A square of a random photograph of the split, as `square_crop` gives it.
 
     In training half of them have their channels scaled a little, as under light of another colour.
     """
+    names = PHOTOGRAPHS[split]
+    crop = square_crop(photograph(names[rng.integers(len(names))]), rng, size)
+    if split == "train" and rng.random() < 0.5:
+        crop = np.minimum(crop * rng.uniform(0.7, 1.2, 3).astype(np.float32) + 0.5, 255).astype(np.uint8)
+    return crop
+
+
+def square_crop(picture: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
+    """A random square of a picture uint8 `[H, W, 3]`, perhaps mirrored, resized to uint8 `[size, size, 3]`."""
     from PIL import Image
 
-    names = PHOTOGRAPHS[split]
-    picture = photograph(names[rng.integers(len(names))])
     shorter = min(picture.shape[:2])
     side = int(rng.integers(min(max(96, size), shorter), min(shorter, 448) + 1))
     top, left = (int(rng.integers(length - side + 1)) for length in picture.shape[:2])
     square = Image.fromarray(picture[top : top + side, left : left + side])
     crop = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=1.5))
-    if rng.random() < 0.5:
-        crop = crop[:, ::-1]
-    if split == "train" and rng.random() < 0.5:
-        crop = np.minimum(crop * rng.uniform(0.7, 1.2, 3).astype(np.float32) + 0.5, 255).astype(np.uint8)
-    return np.ascontiguousarray(crop)
+    return np.ascontiguousarray(crop[:, ::-1] if rng.random() < 0.5 else crop)
