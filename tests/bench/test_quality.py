@@ -28,8 +28,7 @@ from lavin_bench.timing import header
 from lavin_rt.checkpoint.load import save_dit, save_vae
 from lavin_rt.cli.main import main
 from lavin_rt.errors import InputError
-from lavin_rt.mini.world.corpus import CLIPS_FROM
-from lavin_rt.mini.world.sources import SCENE_SEEDS
+from lavin_rt.mini.world.sources import CLIPS_FROM, SCENE_SEEDS
 from lavin_rt.mini.world.tasks import TASKS
 from lavin_rt.pipeline import Pipeline
 
@@ -119,7 +118,7 @@ def test_steps_at_borders_of_patches():
     assert border_steps(smooth) == [1, 0]
     shifted = smooth + 4 * (np.arange(64) // 16).astype(np.uint8)[:, None]
     assert border_steps(shifted) == [3, 0]  # steps of 5 instead of 1 across half of the borders
-    assert border_steps(np.concatenate([smooth, shifted])) == [2, 1.96]
+    assert border_steps(np.concatenate([smooth, shifted])) == [2, 12.7062]  # of two pictures, Student's t
     assert border_steps(np.zeros_like(smooth)) is None
 
 
@@ -286,6 +285,8 @@ def test_a_mapping_is_taught_and_asked_for(tmp_path, capsys):
 def test_what_cannot_be_is_refused_before_anything_is_asked(command, tmp_path, capsys):
     assert command(["--size", "50"]) == 2 and "--size is 50; expected" in capsys.readouterr().err
     assert command(["--json", str(tmp_path)]) == 2 and str(tmp_path) in capsys.readouterr().err
+    assert command(["--queries", "0"]) == 2 and "--queries 0" in capsys.readouterr().err.replace(" is ", " ")
+    assert command(["--seed", "-1"]) == 2 and "--seed is -1; expected" in capsys.readouterr().err
 
 
 def test_command(tmp_path, pipe, capsys):

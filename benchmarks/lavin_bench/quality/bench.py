@@ -157,6 +157,7 @@ def run(
     sampling: Sampling,
     exact: Pipeline | None = None,
     show: bool = True,
+    save: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> tuple[dict[str, Any], list[Answered]]:
     """Answers and measures everything.
 
@@ -167,6 +168,7 @@ def run(
         sampling: how queries are answered.
         exact: what `pipe` is held against, on the same queries, contexts and noise.
         show: print as it goes.
+        save: called with the record after every task, so that a run that is ended keeps what it has.
 
     Returns:
         The record that `report` reads, and the answers, for sheets.
@@ -207,9 +209,10 @@ def run(
             found.append(of_figures)
             if show:
                 bar.write(task_line(of_task), file=sys.stdout)
+            record["context"] = context_record(answered)
+            record["across_tasks"] = across_tasks(record["tasks"], found)
+            record["seconds"] = round(time.perf_counter() - began, 1)
+            save(record)
     if not answered:
         raise InputError(f"no task could be run; {record['skipped'][0]['task']}: {record['skipped'][0]['reason']}")
-    record["context"] = context_record(answered)
-    record["across_tasks"] = across_tasks(record["tasks"], found)
-    record["seconds"] = round(time.perf_counter() - began, 1)
     return record, answered

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,6 +43,8 @@ def bench_quality(options: argparse.Namespace) -> None:
     use_threads(options.threads)
     if options.seed < 0:
         raise InputError(f"--seed is {options.seed}; expected a whole number from 0 on")
+    if options.speed and options.against is not None:
+        raise InputError("--speed holds the speeds against exact of one checkpoint; give --speed or --against")
     tasks = [find_task(name) for name in options.tasks or TASKS]
 
     given = loading_options(options)
@@ -62,12 +65,16 @@ def bench_quality(options: argparse.Namespace) -> None:
     if options.speed:
         bench_speeds(options, pipe, drawn, pairs[-1], sampling)
         return
+
+    def save(record: dict[str, Any]) -> None:
+        if options.output:
+            write_record(options.output, record)
+
     with torch.no_grad(), current_device(pipe.device):
-        record, answered = run(pipe, drawn, pairs, sampling, exact)
+        record, answered = run(pipe, drawn, pairs, sampling, exact, save=save)
     print("\n".join(summary(record)))
     if options.output:
         path = Path(options.output)
-        write_record(path, record)
         for suffix, sheet in (("", tasks_sheet(answered)), ("-context", context_sheet(answered))):
             if sheet is not None:
                 with written_whole(path.with_name(f"{path.stem}{suffix}.png")) as partial:

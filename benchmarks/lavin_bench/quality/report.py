@@ -197,8 +197,9 @@ def strangers_table(record: dict[str, Any]) -> str:
     columns += ["a pair's input, dB", "nearest to its own target"]
     asked = record["rows"][0]
     text = (
-        f"lavin-mini, five pairs of photographs' crops, {asked['queries']} queries a mapping, and "
-        f"{asked['pairs_asked']} that are pairs' own inputs. {caption(record['header'])}"
+        f"lavin-mini, five pairs of crops of one photograph, {asked['contexts']} such contexts a mapping with "
+        f"{asked['queries']} queries of another photograph, and {asked['pairs_asked']} that are pairs' own inputs; "
+        f"95 % intervals over contexts. {caption(record['header'])}"
     )
     return f"{text}\n\n{table(columns, rows)}"
 

@@ -1,8 +1,8 @@
 """A stranger's own pairs, through `lavin-rt run --task FOLDER`: `python -m lavin_bench.quality.strangers`.
 
-Five pairs made from photographs that training never sees, by mappings of the trained families, members that are never
-trained among them, and by compositions of two. Other crops of the photographs are the queries; then the pairs' own
-inputs are, which should be answered with the pairs' own targets.
+Five pairs made from crops of a photograph that training never sees, by mappings of the trained families, members that
+are never trained among them, and by compositions of two. Crops of another such photograph are the queries; then the
+pairs' own inputs are, which should be answered with the pairs' own targets.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from lavin_rt.cli.main import main as lavin_rt
 from lavin_rt.errors import InputError
 from lavin_rt.mini.world.encodings import as_picture, grey
 from lavin_rt.mini.world.families import oriented, turned_hue
-from lavin_rt.mini.world.sources import photograph_crop
+from lavin_rt.mini.world.sources import photograph, square_crop
 from lavin_rt.pictures.images import check_writable
 
 PAIRS = 5
+# The evaluation's, but for a grey one, which does not tell a hue. A context is of one and its queries are of the other,
+# in turns, so that no query is seen in its context.
+PHOTOGRAPHS = ("chelsea", "sklearn:china.jpg")
 Mapping = Callable[[np.ndarray], np.ndarray]
 
 
@@ -84,16 +87,6 @@ MAPPINGS: tuple[tuple[str, str, tuple[Mapping, ...]], ...] = (
     ("upside down, then inverted", COMPOSED, (upside_down, inverted)),
     ("hue turned by 97.5 degrees, then inverted", COMPOSED, (hue_between, inverted)),
 )
-
-
-def colourful_crops(rng: np.random.Generator, count: int, size: int) -> list[np.ndarray]:
-    """Crops uint8 `[size, size, 3]` of the evaluation's photographs, but for grey ones, which do not tell a hue."""
-    found: list[np.ndarray] = []
-    while len(found) < count:
-        crop = photograph_crop("evaluation", rng, size)
-        if np.ptp(crop, axis=-1).mean() > 10:
-            found.append(crop)
-    return found
 
 
 def mapped(mapping: Sequence[Mapping], colour: np.ndarray) -> np.ndarray:
@@ -153,24 +146,32 @@ def ask(
     place: Path,
     options: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """A mapping's figures: PSNR of results, of copies and of the mean target, by query, and what pairs' inputs give."""
+    """A mapping's figures: PSNR in dB of results, of copies and of the mean target, and what pairs' inputs give.
+
+    Queries of one context share what it shows, so the intervals are over contexts, of the means of their queries.
+    """
     rows, own, nearest = [], [], []
     for number in range(folders):
         rng = np.random.default_rng([seed, number])
-        shown = [(crop, mapped(mapping, crop)) for crop in colourful_crops(rng, PAIRS, size)]
-        asked = colourful_crops(rng, queries, size)
+        of_pairs, of_queries = (photograph(PHOTOGRAPHS[(number + other) % 2]) for other in (0, 1))
+        inputs = [square_crop(of_pairs, rng, size) for _ in range(PAIRS)]
+        shown = [(crop, mapped(mapping, crop)) for crop in inputs]
+        asked = [square_crop(of_queries, rng, size) for _ in range(queries)]
         results = answers(place / str(number), shown, [*asked, *(pair[0] for pair in shown)], options)
         mean = (np.mean([target for _, target in shown], axis=0) + 0.5).astype(np.uint8)
+        of_context = []
         for query, result in zip(asked, results, strict=False):
             target = mapped(mapping, query)
-            rows.append([fidelity(picture, target) for picture in (result, query, mean)])
+            of_context.append([fidelity(picture, target) for picture in (result, query, mean)])
+        rows.append(np.mean(of_context, axis=0))
         for index, result in enumerate(results[queries:]):
             found = [fidelity(result, target) for _, target in shown]
             own.append(found[index])
             nearest.append(int(np.argmax(found)) == index)
     result, copied, mean = np.array(rows).T
     return {
-        "queries": len(rows),
+        "contexts": folders,
+        "queries": folders * queries,
         "model": round(float(result.mean()), 3),
         "copy": round(float(copied.mean()), 3),
         "mean": round(float(mean.mean()), 3),
@@ -186,8 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m lavin_bench.quality.strangers", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--checkpoint", help="of `lavin-rt run` (default: the small model that comes with the package)")
-    parser.add_argument("--folders", type=int, default=4, help="contexts a mapping (default: 4)")
-    parser.add_argument("--queries", type=int, default=12, help="a context (default: 12)")
+    parser.add_argument("--folders", type=int, default=12, help="contexts a mapping (default: 12)")
+    parser.add_argument("--queries", type=int, default=4, help="a context (default: 4)")
     parser.add_argument("--size", type=int, default=64, help="of the pictures (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="of the crops (default: 0)")
     parser.add_argument("--threads", type=int, help="of PyTorch")
@@ -196,6 +197,9 @@ def main(arguments: list[str] | None = None) -> int:
     rows, options = [], ["--checkpoint", given.checkpoint] if given.checkpoint else []
     try:
         prepare(given)
+        for name, least in (("folders", 2), ("queries", 1), ("seed", 0)):
+            if getattr(given, name) < least:
+                raise InputError(f"--{name} is {getattr(given, name)}; expected at least {least}")
         with tempfile.TemporaryDirectory(prefix="lavin-rt-strangers-") as temporary:
             for number, (name, kind, mapping) in enumerate(tqdm(MAPPINGS, "mappings", disable=None)):
                 place = Path(temporary) / str(number)

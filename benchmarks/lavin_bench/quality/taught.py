@@ -108,6 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         prepare(given)
+        if given.seed < 0:
+            raise InputError(f"--seed is {given.seed}; expected at least 0")
         if min(given.steps, given.queries - 1) < 1:
             raise InputError(f"--steps is {given.steps}, --queries {given.queries}; expected at least 1 and 2")
         with tempfile.TemporaryDirectory(prefix="lavin-rt-taught-") as temporary:
