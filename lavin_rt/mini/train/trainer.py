@@ -28,6 +28,7 @@ from lavin_rt.files import written_whole
 CLOCK_EVERY = 10  # steps
 DIVERGED = 4.0  # times the lowest loss logged so far
 EARLY = 20  # steps after which a training from nothing logs for the first time, as it may diverge from there on
+SLOWEST = 0.05  # of the peak: a loss that runs away even so is the end
 
 
 class AveragedWeights:
@@ -141,7 +142,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.samples = 0
-        self.slower = 1.0  # factor of the rate, smaller after a loss that ran away
+        self.slower = 1.0  # factor of this peak's rate, smaller after a loss that ran away
         self.best = math.inf
         self._sums: dict[str, tuple[torch.Tensor, int]] = {}
         self._logged = (0.0, 0)
@@ -158,14 +159,19 @@ class Trainer:
         return self.length.progress(self.step, self.seconds)
 
     def resume(self) -> bool:
-        """Goes on from the folder's state, if there is one.
+        """Goes on from the folder's state, if there is one; at its slower rate where the peak is the same.
 
         Raises:
-            InputError: a state of another network.
+            InputError: a state of another network, or one of weights that ran away.
         """
         if not self.state_file.is_file():
             return False
         state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+        if not all(bool(value.isfinite().all()) for part in ("network", "averaged") for value in state[part].values()):
+            raise InputError(
+                f"{self.state_file}: its weights are not all finite numbers; remove it to begin anew, or choose "
+                "another output folder"
+            )
         try:
             set_state_dict(
                 self.network,
@@ -186,6 +192,8 @@ class Trainer:
             kept.copy_(value)
         self.step, self.seconds, self.samples = state["step"], state["seconds"], state["samples"]
         self.best = min(self.best, state.get("best", math.inf))  # earlier states have none
+        if state.get("peak") == self.rate.peak:
+            self.slower = min(self.slower, state["slower"])
         self._logged = (self.seconds, self.samples)
         return True
 
@@ -203,12 +211,17 @@ class Trainer:
             "seconds": self.seconds,
             "samples": self.samples,
             "best": self.best,
+            "slower": self.slower,
+            "peak": self.rate.peak,
         }
         with written_whole(self.state_file) as partial:
             torch.save(state, partial)
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, with progress; saves now and then and at the end, interrupted or not."""
+        """The steps that are left, with progress; saves now and then and at the end, interrupted or not.
+
+        What ran away is never saved: training goes back to the state on disk, at half the rate.
+        """
         before, saved, began = self.seconds, self.seconds, time.monotonic()
         if not self.step:
             self.save()
@@ -221,12 +234,19 @@ class Trainer:
                 yield self.step
                 self.seconds = self._common(before + time.monotonic() - began)
                 bar.update()
-                if self.seconds - saved > self.save_every:
+                over = self.progress >= 1
+                if not over and self.seconds - saved <= self.save_every:
+                    continue
+                means = self._means()
+                if not self._sound(means):
+                    self._go_back(means)
+                elif not over:
                     self.save()
                     self.on_save()
                     saved = self.seconds
         except BaseException:
-            if ranks()[1] == 1:  # others would wait for this one, which they do not know to have stopped
+            # Others would wait for this one, which they do not know to have stopped.
+            if ranks()[1] == 1 and self._sound(self._means()):
                 self.save()
             raise
         finally:
@@ -253,8 +273,7 @@ class Trainer:
     ) -> None:
         """One optimiser step down a loss; logs the means of the loss and of `logged` now and then.
 
-        `before_step` is called between gradients and step. A loss that ran away is met when a line is logged: training
-        goes back to the state on disk, at half the rate.
+        `before_step` is called between gradients and step.
         """
         rate = self.rate.at(self.step, self.progress) * self.slower
         for group in self.optimizer.param_groups:
@@ -274,20 +293,37 @@ class Trainer:
         if self.step % self.log_every == 0 or self.step == EARLY or self.progress >= 1:
             self._log_means(rate)
 
-    def _log_means(self, rate: float) -> None:
-        means = torch.stack([total / count for total, count in self._sums.values()])
+    def _means(self) -> dict[str, float]:
+        """The means since the last line, and the weights' norm, of all processes."""
+        weights = nn.utils.get_total_norm([local(p) for p in self.network.parameters() if p.requires_grad])
+        means = torch.stack([*(total / count for total, count in self._sums.values()), weights.float()])
         if ranks()[1] > 1:
             dist.all_reduce(means)
             means /= ranks()[1]
-        values = {key: round(value, 7) for key, value in zip(self._sums, means.tolist(), strict=True)}
+        return dict(zip([*self._sums, "weights"], means.tolist(), strict=True))
+
+    def _sound(self, means: dict[str, float]) -> bool:
+        """Whether training did not run away: a single step may be of a kind whose loss is always higher."""
+        loss, steps = means.get("loss", 0.0), self._sums.get("loss", (0.0, 0))[1]
+        bound = DIVERGED * self.best if steps >= min(EARLY, self.log_every) else math.inf
+        return loss < bound and math.isfinite(means["weights"])
+
+    def _go_back(self, means: dict[str, float]) -> None:
+        """To the state on disk, at half the rate; what ran away stays unsound where that is the end."""
+        self.slower /= 2
+        loss = means.get("loss", math.nan)
+        if self.slower < SLOWEST or not self.resume():
+            raise InputError(f"{self.name}: training ran away, the loss is {loss:.7g}; lower the rate")
         self._sums = {}
-        if not values["loss"] < DIVERGED * self.best:
-            self.slower /= 2
-            if self.slower < 0.05 or not self.resume():
-                raise InputError(f"{self.name}: the loss is {values['loss']} in step {self.step}; lower the rate")
-            print(f"warning: {self.name}: loss {values['loss']}; back to step {self.step} at half the rate", flush=True)
-            self.on_trouble()
+        print(f"warning: {self.name}: loss {loss:.7g}; back to step {self.step} at half the rate", flush=True)
+        self.on_trouble()
+
+    def _log_means(self, rate: float) -> None:
+        means = self._means()
+        if not self._sound(means):
+            self._go_back(means)
             return
+        values, self._sums = {key: round(means[key], 7) for key in self._sums}, {}
         self.best = min(self.best, values["loss"])
         seconds, samples = self.seconds - self._logged[0], self.samples - self._logged[1]
         self._logged = (self.seconds, self.samples)
