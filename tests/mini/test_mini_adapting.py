@@ -15,16 +15,15 @@ from PIL import Image
 from support.mini_pools import SMALL, contexts, plan_of
 from torch.nn.utils import parametrize
 
-from lavin_rt.checkpoint.load import load_dit, load_vae, save_dit, save_vae
+from lavin_rt.checkpoint.load import load_dit, load_vae
 from lavin_rt.dit.config import preset
 from lavin_rt.dit.model import JDiT, randomize_
 from lavin_rt.errors import InputError
 from lavin_rt.mini.train.__main__ import main
-from lavin_rt.mini.train.dit import TransformerRun, initialise_
+from lavin_rt.mini.train.dit import TransformerRun
 from lavin_rt.mini.train.folders import folder_pools
 from lavin_rt.mini.train.sharded import TrainedDiT, adapt_, merged
-from lavin_rt.vae.config import VAEConfig
-from lavin_rt.vae.model import STVAE, scale_latents
+from lavin_rt.vae.model import scale_latents
 
 TESTS = Path(__file__).parents[1]
 PLAN = plan_of(6)
@@ -84,32 +83,6 @@ def test_adapters_train_and_the_rest_stays(tmp_path):
     kept = load_dit(tmp_path / "lavin_dit.safetensors", dtype=torch.float32, resident_modulation=True)
     for name, parameter in kept.named_parameters():
         assert (parameter - result[name]).abs().max() < 2e-2, name
-
-
-@pytest.fixture
-def folders(tmp_path) -> list[Path]:
-    """Two tasks of four pairs: the negative, and the picture itself."""
-    rng, found = np.random.default_rng(0), []
-    for name in ("negative", "same"):
-        folder = tmp_path / name
-        folder.mkdir()
-        for i in range(4):
-            picture = rng.integers(0, 256, (40, 48, 3), np.uint8)
-            Image.fromarray(picture).save(folder / f"{i}_input.png")
-            Image.fromarray(255 - picture if name == "negative" else picture).save(folder / f"{i}_target.png")
-        found.append(folder)
-    return found
-
-
-@pytest.fixture
-def checkpoint(tmp_path) -> Path:
-    """A small transformer and a small VAE."""
-    folder = tmp_path / "start"
-    folder.mkdir()
-    torch.manual_seed(0)
-    save_dit(initialise_(JDiT(SMALL), 0), folder / "lavin_dit.safetensors")
-    save_vae(STVAE(VAEConfig(block_out_channels=(32, 32, 32, 32), layers_per_block=1)), folder / "stvae.safetensors")
-    return folder
 
 
 def test_folders_become_pools(folders, checkpoint):

@@ -12,9 +12,11 @@ from support.mini_pools import SMALL, contexts, plan_of
 
 pytest.importorskip("embreex", reason="needs the extra train")
 
-from lavin_rt.checkpoint.load import load_dit
+from lavin_rt.checkpoint.load import load_dit, load_vae, save_vae
 from lavin_rt.errors import InputError
+from lavin_rt.mini.train.__main__ import TrainingSetting, _train_vae, main
 from lavin_rt.mini.train.dit import TransformerRun
+from lavin_rt.mini.train.presets import PRESETS
 from lavin_rt.mini.train.trainer import Length, Rate, Trainer
 
 PLAN = dataclasses.replace(plan_of(3), tokens=64, log_every=200)
@@ -74,5 +76,70 @@ def test_a_state_of_weights_that_ran_away_is_refused(tmp_path):
     trainer = line(tmp_path)
     trainer.averaged.values["bias"].fill_(float("inf"))
     trainer.save()
-    with pytest.raises(InputError, match=r"line-state.pt: its weights are not all finite numbers; remove it"):
+    with pytest.raises(InputError, match=r"line-state.pt: its weights are not all finite numbers; choose another"):
         line(tmp_path).resume()
+
+
+def taught(output: Path, pairs: Path, *options: object) -> int:
+    """The exit code of a short training in this folder; options that come again win."""
+    given = ["--output", output, "--pairs", pairs, "--device", "cpu", "--dit-steps", 2, "--size", 32, "--tokens", 128]
+    return main([str(part) for part in (*given, *options)])
+
+
+def test_a_state_goes_on_with_what_it_was_trained_on_alone(folders, checkpoint, tmp_path, capsys):
+    output, other = tmp_path / "run", tmp_path / "vae.safetensors"
+    torch.manual_seed(1)
+    save_vae(type(load_vae(checkpoint / "stvae.safetensors"))(load_vae(checkpoint / "stvae.safetensors").config), other)
+    start = ["--warm-start", checkpoint, "--lora", 2]
+    assert taught(output, folders[0], *start) == 0
+    before = {path.name: path.read_bytes() for path in output.glob("*.safetensors")}
+    capsys.readouterr()
+    for pairs, options, named in (
+        (folders[1], start, "another set of pairs (negative"),
+        (folders[0], [*start, "--seed", 1], "another seed (0, now 1)"),
+        (folders[0], [*start, "--lora", 1], "another LoRA rank (2, now 1)"),
+        (folders[0], [], "another warm start ("),
+        (folders[0], [*start, "--vae", other], "belongs to the VAE beside it"),
+    ):
+        assert taught(output, pairs, *options) == 2
+        said = capsys.readouterr().err
+        assert f"{output}/dit-state.pt belongs to " in said and named in said and "choose another output folder" in said
+        assert {path.name: path.read_bytes() for path in output.glob("*.safetensors")} == before
+    assert taught(output, folders[0], *start, "--dit-steps", 3, "--peak", 1e-4) == 0
+    assert torch.load(output / "dit-state.pt")["step"] == 3
+
+
+def test_a_picture_that_changed_is_another_pair(folders, checkpoint, tmp_path, capsys):
+    assert taught(tmp_path / "run", folders[0], "--warm-start", checkpoint) == 0
+    (folders[0] / "0_target.png").write_bytes((folders[0] / "1_target.png").read_bytes())
+    assert taught(tmp_path / "run", folders[0], "--warm-start", checkpoint) == 2
+    assert "another set of pairs" in capsys.readouterr().err
+
+
+def test_a_state_of_before_origins_is_taken(tmp_path, capsys):
+    trainer = line(tmp_path, origin={"seed": "0"})
+    trainer.save()
+    torch.save({k: v for k, v in torch.load(trainer.state_file).items() if k != "origin"}, trainer.state_file)
+    assert line(tmp_path, origin={"seed": "1"}).resume()
+    assert "does not say what it was trained on" in capsys.readouterr().err
+
+
+def test_the_vae_stays_as_it_is_under_a_transformer(checkpoint, tmp_path):
+    """With more steps, or another file to keep; without a state it is replaced."""
+    chosen, file, other = PRESETS["tiny"], tmp_path / "run" / "stvae.safetensors", tmp_path / "vae.safetensors"
+    kept = dataclasses.replace(chosen, vae_plan=dataclasses.replace(chosen.vae_plan, steps=0))
+    torch.manual_seed(1)
+    vae = load_vae(checkpoint / "stvae.safetensors")
+    save_vae(type(vae)(vae.config), other)
+    file.parent.mkdir()
+    setting = TrainingSetting(file.parent, None, torch.device("cpu"), vae=str(checkpoint / "stvae.safetensors"))
+    _train_vae(kept, setting, None)
+    (file.parent / "dit-state.pt").touch()
+    _train_vae(kept, setting, None)
+    for plan, changed in ((chosen, setting), (kept, dataclasses.replace(setting, vae=str(other)))):
+        with pytest.raises(InputError, match=r"dit-state.pt belongs to the VAE beside it"):
+            _train_vae(plan, changed, None)
+    assert load_vae(file).fingerprint == vae.fingerprint
+    (file.parent / "dit-state.pt").unlink()
+    _train_vae(kept, dataclasses.replace(setting, vae=str(other)), None)
+    assert load_vae(file).fingerprint == load_vae(other).fingerprint

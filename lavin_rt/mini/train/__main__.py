@@ -4,7 +4,8 @@ lavin-mini: processes render scenes and make all tasks' pairs while the networks
 every picture is encoded once, and the transformer trains on latents that stay on the device. With `--pairs` a
 transformer of any size trains on folders of example pairs instead, all of it (under `torchrun` sharded over the
 processes) or low-rank adapters. Run again with the same folders it goes on where it stopped; with more steps or minutes
-it goes on from where it ended.
+the transformer goes on from where it ended. What a folder's transformer was trained on stays as it is: other pairs,
+another VAE, seed or warm start need another folder.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -31,6 +34,7 @@ from lavin_rt.mini.train.dit import PATCH, Contexts, TransformerRun, shapes_of
 from lavin_rt.mini.train.folders import folder_pools
 from lavin_rt.mini.train.latents import encode_pieces
 from lavin_rt.mini.train.presets import PRESETS, Preset, preset
+from lavin_rt.mini.train.states import ELSE
 from lavin_rt.mini.train.trainer import ranks
 from lavin_rt.mini.train.vae import train_vae
 from lavin_rt.mini.world.pieces import PieceMaker
@@ -81,7 +85,8 @@ class TrainingSetting:
         total_minutes: of everything.
         lora: rank of adapters that are trained in the place of all weights, or 0.
         checkpointing: compute activations again in the backward pass.
-        vae: weights that the VAE's training begins with; for folders of pairs the VAE as it is.
+        vae: weights that the VAE's training begins with; for folders of pairs, and in the place of a warm start's, the
+            VAE as it is.
     """
 
     output: Path
@@ -96,16 +101,29 @@ class TrainingSetting:
     vae: str | None = None
 
     def start(self) -> JDiT | None:
-        """The weights to begin with; their VAE's file is put into the output folder, unless one is there."""
+        """The weights to begin with, whose VAE, or the one given for them, is put into the output folder."""
         if self.warm_start is None:
             return None
         files = find_checkpoint(self.warm_start)
         dit = load_dit(files.dit, dtype=torch.float32, resident_modulation=True)
         # Latents mean something to the encoder alone that wrote them: a transformer goes on with its own VAE.
-        if not ranks()[0] and not (self.output / "stvae.safetensors").is_file():
-            save_vae(load_vae(files.vae), self.output / "stvae.safetensors")
+        if not ranks()[0]:
+            self.put_vae(self.vae or files.vae)
             _write(self.output / "vae-finished", OF_A_WARM_START)
         return dit
+
+    def put_vae(self, path: str | os.PathLike) -> None:
+        """A VAE as it is into the output folder, unless it is there."""
+        vae, file = load_vae(path), self.output / "stvae.safetensors"
+        if not file.is_file() or load_vae(file).fingerprint != vae.fingerprint:
+            self.check_vae_is_free()
+            save_vae(vae, file)
+
+    def check_vae_is_free(self) -> None:
+        """Raises an InputError where the folder's VAE has to stay, as a transformer was trained on its latents."""
+        state = self.output / "dit-state.pt"
+        if state.is_file() and (self.output / "stvae.safetensors").is_file():
+            raise InputError(f"{state} belongs to the VAE beside it, which would change; {ELSE}")
 
     def run(self, chosen: Preset, dit: JDiT | None) -> TransformerRun:
         shape = chosen.dit if dit is None else dit.config
@@ -143,13 +161,16 @@ def train(chosen: Preset, setting: TrainingSetting) -> None:
         pictures, clips = encode_pieces(maker, vae, setting.device, chosen.patience)
         if pictures is None:
             raise InputError(f"{setting.cache}: no pieces with pictures; see the warnings above")
+        names = sorted(name for name, task in TASKS.items() if task.trained)
+        tasks = f"{len(names)} of {hashlib.sha256(' '.join(names).encode()).hexdigest()[:8]}"
+        origin = {"VAE": vae.fingerprint, "set of tasks": tasks, "size": f"{chosen.size} px"}
         del vae
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
         counts = {"pictures": len(pictures.latents), "clips": 0 if clips is None else len(clips.latents)}
         stages.note("encoded", **counts)
         weights = {name: task.weight for name, task in TASKS.items()}
-        run.train(Contexts(pictures, clips, weights, chosen.plan), stages.left)
+        run.train(Contexts(pictures, clips, weights, chosen.plan, origin), stages.left)
         stages.note("transformer trained")
     finally:
         maker.close()
@@ -164,15 +185,21 @@ def _compiled(chosen: Preset, setting: TrainingSetting, dit: JDiT | None) -> Tra
 def _train_vae(chosen: Preset, setting: TrainingSetting, maker: PieceMaker) -> None:
     """Unless the folder says that it is done."""
     finished, plan = setting.output / "vae-finished", chosen.vae_plan
+    done = finished.read_text() if finished.is_file() else ""
+    if done == OF_A_WARM_START:
+        return
+    start = None if setting.vae is None else load_vae(setting.vae, dtype=torch.float32)
     length = str((plan.steps, plan.seconds))
-    if setting.vae is not None and plan.steps == 0 and not finished.is_file():
-        save_vae(load_vae(setting.vae), setting.output / "stvae.safetensors")
-        _write(finished, length)
-    if not finished.is_file() or finished.read_text() not in (length, OF_A_WARM_START):
+    wanted = f"{length} from {'nothing' if start is None else start.fingerprint}"
+    if setting.vae is not None and plan.steps == 0:
+        setting.put_vae(setting.vae)
+    elif done in (wanted, length):  # the length alone: an earlier version's
+        return
+    else:
+        setting.check_vae_is_free()
         where = setting.output, plan, setting.device, setting.compile
-        start = None if setting.vae is None else load_vae(setting.vae, dtype=torch.float32)
         train_vae(maker, chosen.vae, chosen.size, *where, chosen.patience, start)
-        _write(finished, length)
+    _write(finished, wanted)
 
 
 def train_on_folders(chosen: Preset, setting: TrainingSetting, folders: list[Path], size: int) -> None:
@@ -186,18 +213,20 @@ def train_on_folders(chosen: Preset, setting: TrainingSetting, folders: list[Pat
     stages = Stages(setting.output, setting.total_minutes)
     stages.note("start", device=_name(setting.device))
     dit, file = setting.start(), setting.output / "stvae.safetensors"
-    if setting.vae is not None and not ranks()[0]:
-        save_vae(load_vae(setting.vae), file)
+    if dit is None and setting.vae is not None and not ranks()[0]:
+        setting.put_vae(setting.vae)
     if ranks()[1] > 1:
         dist.barrier()
     if not file.is_file():
         raise InputError("no VAE to encode the pairs with; give --vae FILE or --warm-start CHECKPOINT")
     network: STVAE = load_vae(file, setting.device, torch.float32)
     pools = folder_pools(folders, network, size, setting.device)
+    tasks = sorted(f"{task.name} {task.digest[:8]}" for pool in pools if pool is not None for task in pool.tasks)
+    origin = {"VAE": network.fingerprint, "set of pairs": ", ".join(tasks), "size": f"{size} px"}
     del network
     stages.note("encoded", latents=sum(len(pool.latents) for pool in pools if pool is not None))
     weights = {task.name: 1.0 for pool in pools if pool is not None for task in pool.tasks}
-    setting.run(chosen, dit).train(Contexts(*pools, weights, chosen.plan), stages.left)
+    setting.run(chosen, dit).train(Contexts(*pools, weights, chosen.plan, origin), stages.left)
     stages.note("transformer trained")
 
 

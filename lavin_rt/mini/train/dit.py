@@ -16,11 +16,14 @@ import torch.nn.functional as F
 from lavin_rt.checkpoint.load import save_dit
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.dit.model import GATE_MLP, GATE_MSA, JDiT
+from lavin_rt.dit.prepacked import parameter_samples
 from lavin_rt.mini.train.compiled import Compiled
 from lavin_rt.mini.train.latents import LatentPool
 from lavin_rt.mini.train.sharded import TrainedDiT, adapt_, load_trained_, merged, shard_
+from lavin_rt.mini.train.states import Origin
 from lavin_rt.mini.train.trainer import Length, Rate, Trainer, autocast, ranks
 from lavin_rt.sampling.sampler import null_condition
+from lavin_rt.vae.model import vae_fingerprint
 
 NULL_SHARE = 0.1
 # Times are sigmoid(N(mean, deviation)): rather early ones, where the result must come from the condition. Nine of
@@ -131,7 +134,9 @@ def shapes_of(plan: Plan) -> list[BatchShape]:
 
 
 class Contexts:
-    """Random batches of both pools, one of which may be missing; `weights` are the tasks' shares within a pool."""
+    """Random batches of both pools, one of which may be missing; `weights` are the tasks' shares within a pool, and
+    `origin` says what the latents are of.
+    """
 
     def __init__(
         self,
@@ -139,8 +144,9 @@ class Contexts:
         clips: LatentPool | None,
         weights: Mapping[str, float],
         plan: Plan,
+        origin: Origin | None = None,
     ):
-        self.plan = plan
+        self.plan, self.origin = plan, origin or {}
         self.pools: dict[bool, LatentPool] = {}
         self.pools |= {kind: pool for kind, pool in ((False, pictures), (True, clips)) if pool is not None}
         self.edges = {}
@@ -225,6 +231,10 @@ class TransformerRun:
     ):
         self.output, self.plan, self.device = Path(output), plan, torch.device(device)
         self.dit = initialise_(JDiT(config), plan.seed) if warm_start is None else warm_start.requires_grad_()
+        start = "none"
+        if warm_start is not None:
+            start = vae_fingerprint({name: samples for name, _, samples in parameter_samples(warm_start)})
+        self.origin = {"seed": str(plan.seed), "warm start": start, "LoRA rank": str(lora)}
         self.dit.train().to(self.device)
         if lora:
             adapt_(self.dit, lora, plan.seed)
@@ -259,6 +269,9 @@ class TransformerRun:
 
         Returns:
             The network with averaged weights, for inference.
+
+        Raises:
+            InputError: the state has another origin (see `load_state`), or training ran away.
         """
         plan, network, device = self.plan, cast("TrainedDiT", self.network.network), self.device
         warmup = min(plan.warmup, (plan.steps or 10 * plan.warmup) // 10 + 1)
@@ -270,6 +283,7 @@ class TransformerRun:
             "dit",
             plan.decay,
             log_every=plan.log_every,
+            origin={**self.origin, **contexts.origin},
         )
         trainer.resume()
         if seconds is not None:

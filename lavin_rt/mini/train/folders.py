@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,11 +42,14 @@ def folder_pools(
         if len(frames) > 1:
             raise InputError(f"{folder}: clips of {sorted(frames)} frames; expected the same number in all")
         [count] = frames
+        digest = hashlib.sha256()
+        for clip in (clip for pair in pairs for clip in pair):
+            digest.update(f"{list(clip.shape)}".encode() + clip.contiguous().numpy().data)
         stacked = torch.stack([resize(clip, (size, size)) for pair in pairs for clip in pair])  # [2 N, T, 3, S, S]
         before = sum(map(len, latents.get(count, [])))
         rows = before + torch.arange(2 * len(pairs)).view(1, -1, 2)
         latents.setdefault(count, []).append(encode(vae, stacked.permute(0, 1, 3, 4, 2), device))
-        tasks.setdefault(count, []).append(TaskLatents(name, rows))
+        tasks.setdefault(count, []).append(TaskLatents(name, rows, digest.hexdigest()))
     moving = sorted(set(latents) - {1})
     if len(moving) > 1:
         raise InputError(f"clips of {moving} frames in different folders; expected one number in all")

@@ -24,11 +24,12 @@ AHEAD = 4  # pieces read while others are encoded
 @dataclasses.dataclass(frozen=True, eq=False)
 class TaskLatents:
     """A task's pairs: rows of `LatentPool.latents`, int64 `[members, pairs, 2]`, input and target, for every trained
-    member of the task.
+    member of the task. Of a folder's pairs `digest` is a hash of their pictures.
     """
 
     name: str
     rows: torch.Tensor
+    digest: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

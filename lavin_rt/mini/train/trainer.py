@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from lavin_rt.errors import InputError
-from lavin_rt.files import written_whole
+from lavin_rt.mini.train.states import Origin, load_state, save_state
 
 CLOCK_EVERY = 10  # steps
 DIVERGED = 4.0  # times the lowest loss logged so far
@@ -115,6 +115,7 @@ class Trainer:
         decay: of the averaged weights.
         save_every: seconds between saves.
         log_every: steps between lines of the log.
+        origin: what the state belongs to.
 
     Attributes:
         on_save: called after every save.
@@ -131,9 +132,10 @@ class Trainer:
         decay: float = 0.999,
         save_every: float = 60.0,
         log_every: int = 200,
+        origin: Origin | None = None,
     ):
         self.network, self.rate, self.length, self.folder, self.name = network, rate, length, folder, name
-        self.save_every, self.log_every = save_every, log_every
+        self.save_every, self.log_every, self.origin = save_every, log_every, origin or {}
         learning = [p for p in network.parameters() if p.requires_grad]
         matrices, others = [p for p in learning if p.dim() > 1], [p for p in learning if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
@@ -162,16 +164,11 @@ class Trainer:
         """Goes on from the folder's state, if there is one; at its slower rate where the peak is the same.
 
         Raises:
-            InputError: a state of another network, or one of weights that ran away.
+            InputError: a state of another network or origin, or one of weights that ran away.
         """
         if not self.state_file.is_file():
             return False
-        state = torch.load(self.state_file, map_location="cpu", weights_only=True)
-        if not all(bool(value.isfinite().all()) for part in ("network", "averaged") for value in state[part].values()):
-            raise InputError(
-                f"{self.state_file}: its weights are not all finite numbers; remove it to begin anew, or choose "
-                "another output folder"
-            )
+        state = load_state(self.state_file, self.origin)
         try:
             set_state_dict(
                 self.network,
@@ -214,8 +211,7 @@ class Trainer:
             "slower": self.slower,
             "peak": self.rate.peak,
         }
-        with written_whole(self.state_file) as partial:
-            torch.save(state, partial)
+        save_state(state, self.origin, self.state_file)
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, with progress; saves now and then and at the end, interrupted or not.

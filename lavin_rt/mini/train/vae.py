@@ -250,11 +250,13 @@ def train_vae(
     """
     output = Path(output)
     rate = Rate(plan.peak, warmup=200) if start is None else Rate(plan.peak / 2, warmup=100, fall=0.8)
+    begun = "none" if start is None else start.fingerprint
+    origin = {"seed": str(plan.seed), "VAE to begin with": begun, "size": f"{size} px"}
     vae = part_taps_(make_vae(config, plan.seed) if start is None else start).train().requires_grad_().to(device)
     channels = config.latent_channels
     network = Compiled(vae, vae_loss, enabled=compile)
     length = Length(plan.steps, plan.seconds)
-    trainer = Trainer(vae, rate, length, output, "vae", decay=0.998, save_every=45)
+    trainer = Trainer(vae, rate, length, output, "vae", decay=0.998, save_every=45, origin=origin)
     trainer.resume()
     latent = channels, 1, size // 8, size // 8
     network.warm_up(*[torch.zeros(plan.batch, *rest, device=device) for rest in ((3, 1, size, size), latent, latent)])
