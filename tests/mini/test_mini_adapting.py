@@ -18,11 +18,14 @@ from torch.nn.utils import parametrize
 from lavin_rt.checkpoint.load import load_dit, load_vae
 from lavin_rt.dit.config import preset
 from lavin_rt.dit.model import JDiT, randomize_
-from lavin_rt.errors import InputError
+from lavin_rt.errors import InputError, TooLittleMemory
+from lavin_rt.mini.train import dit as train_dit
+from lavin_rt.mini.train import trainer as trainer_module
 from lavin_rt.mini.train.__main__ import main
-from lavin_rt.mini.train.dit import TransformerRun
+from lavin_rt.mini.train.dit import TransformerRun, shapes_of
 from lavin_rt.mini.train.folders import folder_pools
 from lavin_rt.mini.train.sharded import TrainedDiT, adapt_, merged
+from lavin_rt.mini.train.trainer import Length, Rate, Trainer
 from lavin_rt.vae.model import scale_latents
 
 TESTS = Path(__file__).parents[1]
@@ -131,6 +134,41 @@ def test_presets_have_about_their_names_parameters(name: str, parameters: float)
         dit = JDiT(preset(name))
     assert dit.config.head_size == 72 and dit.config.kv_group == 4
     assert sum(p.numel() for p in dit.parameters()) == pytest.approx(parameters * 1e9, rel=0.25)
+
+
+@pytest.mark.parametrize("processes", [1, 3, 5])
+def test_every_process_has_as_many_samples_and_at_least_one(processes: int, monkeypatch):
+    monkeypatch.setattr(train_dit, "ranks", lambda: (0, processes))
+    for tokens in (1, 40, 300):
+        for shape in shapes_of(PLAN):
+            samples = contexts(PLAN).draw(shape, tokens, torch.Generator().manual_seed(0))[1]
+            assert len(samples) >= processes and len(samples) % processes == 0
+
+
+def test_processes_end_together(tmp_path, monkeypatch):
+    """By the first one's clock: this is the second."""
+    trainer = Trainer(torch.nn.Linear(2, 1), Rate(0.1, 1), Length(steps=1), tmp_path, "line")
+    monkeypatch.setattr(trainer_module, "ranks", lambda: (1, 2))
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, source: tensor.fill_(7.0 + source))
+    assert trainer.of_the_first(3.0) == 7.0
+
+
+@pytest.mark.parametrize(("tokens", "processes"), [(128, 1), (5000, 1), (5000, 2)])
+def test_a_step_that_does_not_fit_is_halved_to_an_end(tokens: int, processes: int, tmp_path, monkeypatch):
+    """By one process alone: others would wait for it."""
+    tried = []
+
+    def full(network: torch.nn.Module, *tensors: torch.Tensor) -> torch.Tensor:
+        tried.append(tensors)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(train_dit, "flow_loss", full)
+    plan = dataclasses.replace(PLAN, tokens=tokens)
+    run = TransformerRun(SMALL, tmp_path, plan, compile=False)
+    monkeypatch.setattr(train_dit, "ranks", lambda: (0, processes))
+    with pytest.raises(TooLittleMemory, match=r"out of memory in a step of \d+ tokens; give fewer --tokens"):
+        run.train(contexts(plan))
+    assert len(tried) == (3 if tokens == 5000 and processes == 1 else 1)
 
 
 @pytest.mark.slow

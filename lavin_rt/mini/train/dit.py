@@ -17,6 +17,7 @@ from lavin_rt.checkpoint.load import save_dit
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.dit.model import GATE_MLP, GATE_MSA, JDiT
 from lavin_rt.dit.prepacked import parameter_samples
+from lavin_rt.errors import TooLittleMemory
 from lavin_rt.mini.train.compiled import Compiled
 from lavin_rt.mini.train.latents import LatentPool
 from lavin_rt.mini.train.sharded import TrainedDiT, adapt_, load_trained_, merged, shard_
@@ -31,6 +32,7 @@ NULL_SHARE = 0.1
 TIME_MEAN, TIME_DEVIATION = -0.8, 1.2
 GATE_START = 0.3  # before tanh: all layers learn from the first step on
 PATCH = 8  # pixels a side of a latent pixel
+LEAST_TOKENS = 2048  # of a step, which are not halved where memory is short
 COMPILE_SECONDS = 110.0  # for all shapes together; those that are left run as they are
 
 
@@ -111,9 +113,10 @@ class BatchShape:
     pairs: int
 
     def batch(self, tokens: int, frames: int, side: int) -> int:
-        """Samples of about so many tokens; `frames` of a query and `side` of its latents."""
+        """Samples of about so many tokens, as many for every process; `frames` of a query and `side` of its latents."""
         of_sample = (frames * (2 * self.pairs + 2) if self.pairs else 1 + 2 * frames) * (side // 2) ** 2
-        return max(1, tokens // of_sample // 8 * 8 or tokens // of_sample)
+        world = ranks()[1]
+        return max(world, (tokens // of_sample // 8 * 8 or tokens // of_sample) // world * world)
 
 
 def chances(plan: Plan, clips: bool, progress: float) -> list[float]:
@@ -250,7 +253,7 @@ class TransformerRun:
         for shape in shapes:
             frames = clip_frames if shape.clips else 1
             conds = frames * (2 * shape.pairs + 1) if shape.pairs else 1 + frames
-            sizes.append((shape.batch(self.plan.tokens, frames, side), conds, frames, side))
+            sizes.append((shape.batch(self.plan.tokens, frames, side) // ranks()[1], conds, frames, side))
         compile_shapes(self.network, sizes, self.dit.config.in_channels, self.device, COMPILE_SECONDS)
 
     def train(
@@ -287,7 +290,7 @@ class TransformerRun:
         )
         trainer.resume()
         if seconds is not None:
-            trainer.length = Length(plan.steps, trainer.seconds + max(0.0, seconds))
+            trainer.length = Length(plan.steps, trainer.seconds + max(0.0, trainer.of_the_first(seconds)))
         tokens, (rank, world) = plan.tokens, ranks()
         size = PATCH * next(iter(contexts.pools.values())).latents.shape[-1]
 
@@ -310,16 +313,18 @@ class TransformerRun:
             shape = contexts.shape(shaping.manual_seed(seed), trainer.progress)
             try:
                 batch = contexts.draw(shape, tokens, generator.manual_seed(seed))
-                cond, data, noise, t, tasks = (part[: len(part) // world * world][rank::world] for part in batch)
+                cond, data, noise, t, tasks = (part[rank::world] for part in batch)
                 with autocast(device):
                     losses = self.network(cond, data, noise, t)
                 trainer.update(losses.mean(), len(batch[0]))
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 losses = None
                 trainer.optimizer.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
-                if tokens < 2048:
-                    raise
+                if world > 1 or tokens < LEAST_TOKENS:  # of several processes this one alone knows of it
+                    raise TooLittleMemory(
+                        f"out of memory in a step of {tokens} tokens; give fewer --tokens, or --checkpointing"
+                    ) from error
                 tokens //= 2
                 print(f"warning: out of memory; {tokens} tokens a step from now on", file=sys.stderr, flush=True)
                 continue

@@ -252,11 +252,15 @@ class Trainer:
 
     def _common(self, seconds: float) -> float:
         """The first process's clock, asked for now and then, so that all do the same in the same step."""
-        if ranks()[1] == 1:
-            return seconds
-        if self.step % CLOCK_EVERY and self.step > CLOCK_EVERY:
+        if ranks()[1] > 1 and self.step % CLOCK_EVERY and self.step > CLOCK_EVERY:
             return self.seconds
-        shared = torch.tensor([seconds], dtype=torch.float64, device=local(next(self.network.parameters())).device)
+        return self.of_the_first(seconds)
+
+    def of_the_first(self, value: float) -> float:
+        """The first process's value, in all of them."""
+        if ranks()[1] == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64, device=local(next(self.network.parameters())).device)
         dist.broadcast(shared, 0)
         return float(shared)
 
