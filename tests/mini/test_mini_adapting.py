@@ -22,7 +22,7 @@ from lavin_rt.errors import InputError, TooLittleMemory
 from lavin_rt.mini.train import dit as train_dit
 from lavin_rt.mini.train import trainer as trainer_module
 from lavin_rt.mini.train.__main__ import main
-from lavin_rt.mini.train.dit import TransformerRun, shapes_of
+from lavin_rt.mini.train.dit import BatchShape, Contexts, Plan, TransformerRun, flow_loss, shapes_of
 from lavin_rt.mini.train.folders import folder_pools
 from lavin_rt.mini.train.sharded import TrainedDiT, adapt_, merged
 from lavin_rt.mini.train.trainer import Length, Rate, Trainer
@@ -106,6 +106,39 @@ def test_pairs_are_all_different_where_there_are_enough(folders, checkpoint):
     cond, _, _ = pictures.draw(torch.tensor([0.5, 1.0]), 3, 64, torch.Generator().manual_seed(0))
     shown = cond[:, :, 0::2].transpose(1, 2).flatten(2)  # [64, 4, features]
     assert (torch.cdist(shown, shown) > 0).sum((1, 2)).eq(12).all()
+
+
+def test_a_context_has_fewer_pairs_than_the_smallest_folder(folders, checkpoint):
+    """So that the query is one of them by the plan's share alone."""
+    for end in ("input", "target"):
+        (folders[0] / f"3_{end}.png").unlink()
+    vae, plan = load_vae(checkpoint / "stvae.safetensors"), Plan(steps=1, repeat=0.0)
+    drawn = Contexts(*folder_pools(folders, vae, 32, torch.device("cpu")), {"negative": 1, "same": 1}, plan)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {drawn.shape(generator, progress) for progress in (0, 0.5, 1) for _ in range(40)}
+    assert {shape.pairs for shape in shapes} == {0, 1, 2} and shapes == set(drawn.shapes())
+    cond, data, *_ = drawn.draw(BatchShape(False, 2), 4096, generator)
+    assert not (cond[:, :, 1:4:2] == data).all((1, 3, 4)).any()
+    for end in ("input", "target"):
+        for i in (1, 2):
+            (folders[0] / f"{i}_{end}.png").unlink()
+    with pytest.raises(InputError, match=r"negative: one pair; expected at least two"):
+        folder_pools(folders, vae, 32, torch.device("cpu"))
+
+
+def test_folders_train_compiled_for_their_shapes(folders, checkpoint, tmp_path, monkeypatch):
+    """All that come are asked for, at their own size; nothing is compiled here."""
+    asked, seen = set(), set()
+
+    def recorded(network: torch.nn.Module, cond: torch.Tensor, data: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        seen.add((len(cond), cond.shape[2], data.shape[2], data.shape[3]))
+        return flow_loss(network, cond, data, *rest)
+
+    monkeypatch.setattr(train_dit, "compile_shapes", lambda network, shapes, *_: asked.update(shapes))
+    monkeypatch.setattr(train_dit, "flow_loss", recorded)
+    arguments = ["--pairs", folders[0], "--warm-start", checkpoint, "--dit-steps", 12, "--size", 64, "--tokens", 256]
+    assert main([*map(str, arguments), "--output", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    assert len(seen) > 1 and seen <= asked
 
 
 def test_folders_train_from_a_checkpoint_with_adapters(folders, checkpoint, tmp_path):

@@ -226,7 +226,10 @@ def train_on_folders(chosen: Preset, setting: TrainingSetting, folders: list[Pat
     del network
     stages.note("encoded", latents=sum(len(pool.latents) for pool in pools if pool is not None))
     weights = {task.name: 1.0 for pool in pools if pool is not None for task in pool.tasks}
-    setting.run(chosen, dit).train(Contexts(*pools, weights, chosen.plan, origin), stages.left)
+    run, contexts = setting.run(chosen, dit), Contexts(*pools, weights, chosen.plan, origin)
+    run.compile(contexts.shapes(), size // PATCH, 1 if pools[1] is None else pools[1].latents.shape[2])
+    stages.note("transformer compiled")
+    run.train(contexts, stages.left)
     stages.note("transformer trained")
 
 

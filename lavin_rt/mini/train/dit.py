@@ -138,7 +138,8 @@ def shapes_of(plan: Plan) -> list[BatchShape]:
 
 class Contexts:
     """Random batches of both pools, one of which may be missing; `weights` are the tasks' shares within a pool, and
-    `origin` says what the latents are of.
+    `origin` says what the latents are of. A context has fewer pairs than the smallest task of its pool, as the query's
+    own would be among them: but for the plan's share of `repeat`, and but for tasks of a single pair.
     """
 
     def __init__(
@@ -156,6 +157,9 @@ class Contexts:
         for kind, pool in self.pools.items():
             sums = torch.tensor(task_shares(pool, weights, plan.families)).cumsum(0)
             self.edges[kind] = (sums / sums[-1]).to(pool.latents.device)
+        self.most = {
+            kind: max(1, min(task.rows.shape[1] for task in pool.tasks) - 1) for kind, pool in self.pools.items()
+        }
         self.names = [task.name for pool in self.pools.values() for task in pool.tasks]
         self.first_clip = len(pictures.tasks) if pictures is not None else 0
 
@@ -165,9 +169,13 @@ class Contexts:
         clips = False not in self.pools or (True in self.pools and kind < self.plan.clips)
         if null < NULL_SHARE:
             return BatchShape(clips, 0)
-        return BatchShape(
-            clips, int(torch.tensor(chances(self.plan, clips, progress)).multinomial(1, generator=generator)) + 1
-        )
+        pairs = int(torch.tensor(chances(self.plan, clips, progress)).multinomial(1, generator=generator)) + 1
+        return BatchShape(clips, min(pairs, self.most[clips]))
+
+    def shapes(self) -> list[BatchShape]:
+        """All that can come, about the most frequent first."""
+        there = (shape for shape in shapes_of(self.plan) if shape.clips in self.pools)
+        return list(dict.fromkeys(BatchShape(shape.clips, min(shape.pairs, self.most[shape.clips])) for shape in there))
 
     def sizes(self, shape: BatchShape, tokens: int) -> tuple[int, int, int]:
         """Batch, latent frames of a query, and side of its latents."""

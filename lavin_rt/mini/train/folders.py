@@ -27,7 +27,8 @@ def folder_pools(
         device: where the latents are to lie.
 
     Raises:
-        InputError: a folder without pairs, one name twice, or clips that do not all have one number of frames.
+        InputError: a folder of fewer than two pairs, one name twice, or clips that do not all have one number of
+            frames.
     """
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
@@ -38,6 +39,8 @@ def folder_pools(
     tasks: dict[int, list[TaskLatents]] = {}
     for name, folder in zip(names, folders, strict=True):
         pairs = [(load_clip(pair.input), load_clip(pair.target)) for pair in read_template(folder)]
+        if len(pairs) < 2:
+            raise InputError(f"{folder}: one pair; expected at least two, one of which is the query; add pairs")
         frames = {len(clip) for pair in pairs for clip in pair}
         if len(frames) > 1:
             raise InputError(f"{folder}: clips of {sorted(frames)} frames; expected the same number in all")
