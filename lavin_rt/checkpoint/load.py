@@ -221,10 +221,24 @@ def save_vae(vae: STVAE, path: str | os.PathLike) -> None:
         write_safetensors(path, layout, tensors.values(), {"format": "pt"})
     elif path.suffix == ".pt":
         state_dict = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        with written_whole(path) as partial, open(partial, "wb") as file:
-            torch.save({"state_dict": state_dict}, file)
+        write_pickle({"state_dict": state_dict}, path)
     else:
         raise InputError(f"{path} ends in {path.suffix!r}; expected .safetensors or .pt")
+
+
+def write_pickle(content: dict[str, Any], path: str | os.PathLike) -> None:
+    """Writes what `torch.save` takes.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    with written_whole(path) as partial, open(partial, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # the zip writer's, while it closes after one of the file's
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,3 +145,50 @@ def test_the_vae_stays_as_it_is_under_a_transformer(checkpoint, tmp_path):
     (file.parent / "dit-state.pt").unlink()
     _train_vae(kept, dataclasses.replace(setting, vae=str(other)), None)
     assert load_vae(file).fingerprint == load_vae(other).fingerprint
+
+
+@pytest.mark.parametrize("left", [0, 100, 2000, "other"])
+def test_a_damaged_state_is_refused(left: int | str, tmp_path):
+    trainer = line(tmp_path)
+    trainer.save()
+    if left == "other":
+        torch.save({"network": {}}, trainer.state_file)
+    else:
+        trainer.state_file.write_bytes(trainer.state_file.read_bytes()[:left])
+    with pytest.raises(InputError, match=r"line-state.pt (cannot be read|is no training's state).*; choose another"):
+        line(tmp_path).resume()
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import torch
+from lavin_rt.errors import InputError
+from lavin_rt.mini.train.states import add_line, save_state
+from lavin_rt.checkpoint.load import save_vae
+from lavin_rt.vae.config import VAEConfig
+from lavin_rt.vae.model import STVAE
+folder, vae = Path(sys.argv[1]), STVAE(VAEConfig(block_out_channels=(32, 32, 32, 32), layers_per_block=1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+big = {"step": torch.zeros(100_000), "other": torch.zeros(2000)}
+for act in (
+    lambda: save_state(big, {}, folder / "dit-state.pt"),
+    lambda: save_vae(vae, folder / "stvae.pt"),
+    lambda: [add_line({"step": step}, folder / "log.jsonl") for step in range(10_000)],
+):
+    try:
+        act()
+        print("written")
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_is_said_and_the_state_before_stays(tmp_path):
+    (tmp_path / "dit-state.pt").write_bytes(b"before")
+    ran = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, check=True)
+    lines = ran.stdout.splitlines()
+    for said, name in zip(lines, ("dit-state.pt", "stvae.pt", "log.jsonl"), strict=True):
+        assert f"{name}: cannot be written (File too large)" in said
+    assert (tmp_path / "dit-state.pt").read_bytes() == b"before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dit-state.pt", "log.jsonl"]

@@ -184,8 +184,9 @@ def test_a_piece_has_every_trained_task_and_every_member(pieces, tmp_path):
     assert np.array_equal(kept.rows["hue"], pieces[PICTURES].rows["hue"])
 
 
-def test_a_damaged_piece_is_removed(tmp_path):
-    (tmp_path / "piece.npz").write_bytes(b"PK not a piece")
+@pytest.mark.parametrize("content", [b"PK not a piece", b""])
+def test_a_damaged_piece_is_removed(content: bytes, tmp_path):
+    (tmp_path / "piece.npz").write_bytes(content)
     assert Piece.load(tmp_path / "piece.npz") is None and not (tmp_path / "piece.npz").exists()
 
 

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import datetime
 import hashlib
-import json
 import os
 import sys
 import time
@@ -34,7 +33,7 @@ from lavin_rt.mini.train.dit import PATCH, Contexts, TransformerRun, shapes_of
 from lavin_rt.mini.train.folders import folder_pools
 from lavin_rt.mini.train.latents import encode_pieces
 from lavin_rt.mini.train.presets import PRESETS, Preset, preset
-from lavin_rt.mini.train.states import ELSE
+from lavin_rt.mini.train.states import ELSE, add_line
 from lavin_rt.mini.train.trainer import ranks
 from lavin_rt.mini.train.vae import train_vae
 from lavin_rt.mini.world.pieces import PieceMaker
@@ -64,12 +63,7 @@ class Stages:
         return None if self.end is None else max(0.0, self.end - time.time())
 
     def note(self, stage: str, **figures: float | str) -> None:
-        if ranks()[0]:
-            return
-        record = {"stage": stage, "seconds": round(time.time() - self.started, 1), **figures}
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        print(json.dumps(record), file=sys.stderr, flush=True)
+        add_line({"stage": stage, "seconds": round(time.time() - self.started, 1), **figures}, self.file)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from lavin_rt.errors import InputError
-from lavin_rt.mini.train.states import Origin, load_state, save_state
+from lavin_rt.mini.train.states import Origin, add_line, load_state, save_state
 
 CLOCK_EVERY = 10  # steps
 DIVERGED = 4.0  # times the lowest loss logged so far
@@ -332,11 +330,7 @@ class Trainer:
         self.log({"network": self.name, "step": self.step, **values, **now})
 
     def log(self, record: dict[str, Any]) -> None:
-        if ranks()[0]:
-            return
-        with open(self.folder / f"{self.name}-log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        print(json.dumps(record), file=sys.stderr, flush=True)
+        add_line(record, self.folder / f"{self.name}-log.jsonl")
 
 
 def autocast(device: torch.device | str) -> contextlib.AbstractContextManager:

@@ -90,7 +90,7 @@ class Piece:
             with np.load(path) as content:
                 rows = {name[5:]: content[name] for name in content.files if name.startswith("rows:")}
                 return cls(content["frames"], rows, content["photographs"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             path.unlink(missing_ok=True)
             return None
 
