@@ -21,7 +21,7 @@ from lavin_rt.dit.model import JDiT, randomize_
 from lavin_rt.errors import InputError, TooLittleMemory
 from lavin_rt.mini.train import dit as train_dit
 from lavin_rt.mini.train import trainer as trainer_module
-from lavin_rt.mini.train.__main__ import main
+from lavin_rt.mini.train.__main__ import _chosen, main, parser
 from lavin_rt.mini.train.dit import BatchShape, Contexts, Plan, TransformerRun, flow_loss, shapes_of
 from lavin_rt.mini.train.folders import folder_pools
 from lavin_rt.mini.train.sharded import TrainedDiT, adapt_, merged
@@ -157,6 +157,37 @@ def test_what_cannot_be_is_said(folders, checkpoint, tmp_path, capsys):
     vae = load_vae(checkpoint / "stvae.safetensors")
     with pytest.raises(InputError, match="one name"):
         folder_pools([folders[0], folders[0]], vae, 32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((f"--{name}", "-1") for name in ("dit-steps", "vae-steps", "clips", "lora", "seed", "minutes")),
+        *((f"--{name}", "0") for name in ("dit-steps", "tokens", "peak", "size", "scenes", "workers", "threads")),
+        *((f"--{name}", "nan") for name in ("peak", "vae-minutes", "total-minutes")),
+        ("--size", "-16"),
+        ("--size", "40"),
+        ("--seed", str(2**40)),
+        ("--minutes", "inf"),
+        ("--vae-steps", "0"),
+        ("--output", "/proc/run"),
+        ("--output", __file__),
+        ("--cache", f"{__file__}/cache"),
+    ],
+)
+def test_numbers_and_folders_are_checked_before_anything(option: str, value: str, tmp_path, capsys):
+    given = ["--output", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), "--device", "cpu"]
+    assert main([*given, f"{option}={value}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and "--pairs" not in said
+    assert (option if option not in ("--output", "--cache") else value) in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_number_that_is_given_counts():
+    given = ["--output", "o", "--clips", "0", "--dit-steps", "1", "--tokens", "5", "--peak", "1e-9"]
+    chosen = _chosen(parser().parse_args(given))
+    assert chosen.amounts.clips == 0 and (chosen.plan.steps, chosen.plan.tokens, chosen.plan.peak) == (1, 5, 1e-9)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ import argparse
 import dataclasses
 import datetime
 import hashlib
+import math
 import os
 import sys
 import time
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,7 +29,7 @@ from lavin_rt.devices import resolve_device
 from lavin_rt.dit import config
 from lavin_rt.dit.model import JDiT
 from lavin_rt.errors import InputError
-from lavin_rt.files import written_whole
+from lavin_rt.files import check_writable, written_whole
 from lavin_rt.find.model import find_checkpoint
 from lavin_rt.mini.train.dit import PATCH, Contexts, TransformerRun, shapes_of
 from lavin_rt.mini.train.folders import folder_pools
@@ -39,7 +41,13 @@ from lavin_rt.mini.train.vae import train_vae
 from lavin_rt.mini.world.pieces import PieceMaker
 from lavin_rt.vae.model import STVAE
 
+Number = TypeVar("Number", int, float, int | None)
 OF_A_WARM_START = "of the warm start"
+LEAST = {  # of what is given as a number, by its argument
+    **dict.fromkeys(("dit_steps", "tokens", "scenes", "workers", "threads"), 1),
+    **dict.fromkeys(("vae_steps", "clips", "lora", "seed", "vae_minutes", "minutes", "total_minutes"), 0),
+}
+LARGEST_SEED = 2**32 - 1
 PATIENCE = datetime.timedelta(hours=3)  # of processes that wait for the first one
 
 
@@ -277,9 +285,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
-    if given.threads:
-        torch.set_num_threads(given.threads)
     try:
+        _check(given)
+        if given.threads is not None:
+            torch.set_num_threads(given.threads)
         if not given.pairs and given.cache is None:
             raise InputError("no folder for rendered pieces; give --cache DIR, or --pairs DIR... to train on")
         if given.lora and (given.warm_start is None or dist.is_torchelastic_launched()):
@@ -298,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
             given.vae,
         )
         if given.pairs:
-            train_on_folders(chosen, setting, given.pairs, given.size or chosen.size)
+            train_on_folders(chosen, setting, given.pairs, _or(given.size, chosen.size))
         else:
             train(chosen, setting)
     except InputError as error:
@@ -311,6 +320,29 @@ def main(arguments: list[str] | None = None) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Raises an InputError for numbers that mean nothing and for folders that cannot be written."""
+    for name, least in LEAST.items():
+        value = getattr(given, name)
+        if value is not None and not least <= value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; expected a number of at least {least}")
+    if given.seed > LARGEST_SEED:
+        raise InputError(f"--seed is {given.seed}; expected at most {LARGEST_SEED}")
+    if given.peak is not None and not 0 < given.peak < math.inf:
+        raise InputError(f"--peak is {given.peak}; expected a positive number such as 0.001")
+    if given.size is not None and (given.size < 1 or given.size % 16):
+        raise InputError(f"--size is {given.size}; expected a positive multiple of 16")
+    if not given.pairs and given.vae_steps == 0 and given.vae is None and given.warm_start is None:
+        raise InputError("--vae-steps 0 keeps a VAE as it is, and none is given; give --vae FILE")
+    for folder in (given.output, given.cache):
+        if folder is not None:
+            check_writable(folder / "started")
+
+
+def _or(value: Number | None, otherwise: Number) -> Number:
+    return otherwise if value is None else value
 
 
 def _device(name: str) -> torch.device:
@@ -332,7 +364,7 @@ def _chosen(given: argparse.Namespace) -> Preset:
     """The preset with what the command line changes; limits in minutes lift those in steps."""
     chosen = preset(given.preset)
     amounts = dataclasses.replace(
-        chosen.amounts, scenes=given.scenes or chosen.amounts.scenes, clips=given.clips or chosen.amounts.clips
+        chosen.amounts, scenes=_or(given.scenes, chosen.amounts.scenes), clips=_or(given.clips, chosen.amounts.clips)
     )
     vae_plan = dataclasses.replace(chosen.vae_plan, seed=given.seed)
     if given.vae_steps is not None:
@@ -342,9 +374,9 @@ def _chosen(given: argparse.Namespace) -> Preset:
     plan = dataclasses.replace(
         chosen.plan,
         seed=given.seed,
-        steps=given.dit_steps or chosen.plan.steps,
-        tokens=given.tokens or chosen.plan.tokens,
-        peak=given.peak or chosen.plan.peak,
+        steps=_or(given.dit_steps, chosen.plan.steps),
+        tokens=_or(given.tokens, chosen.plan.tokens),
+        peak=_or(given.peak, chosen.plan.peak),
     )
     if given.minutes is not None or given.total_minutes is not None:
         seconds = None if given.minutes is None else 60 * given.minutes

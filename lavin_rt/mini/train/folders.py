@@ -33,8 +33,8 @@ def folder_pools(
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         raise InputError(f"two of the folders {', '.join(names)} have one name; rename one, as it is the task's")
-    if size % 16:
-        raise InputError(f"size is {size}; expected a multiple of 16")
+    if size < 1 or size % 16:
+        raise InputError(f"size is {size}; expected a positive multiple of 16")
     latents: dict[int, list[torch.Tensor]] = {}
     tasks: dict[int, list[TaskLatents]] = {}
     for name, folder in zip(names, folders, strict=True):

@@ -76,9 +76,9 @@ class Length:
 
     def progress(self, step: int, seconds: float) -> float:
         """The share that is done, from 0 to 1."""
-        of_steps = step / self.steps if self.steps else 0.0
-        of_seconds = seconds / self.seconds if self.seconds is not None and self.seconds > 0 else 0.0
-        return 1.0 if self.seconds is not None and self.seconds <= 0 else min(1.0, max(of_steps, of_seconds))
+        limits = ((step, self.steps), (seconds, self.seconds))
+        shares = [done / limit if limit > 0 else 1.0 for done, limit in limits if limit is not None]
+        return min(1.0, max(shares, default=0.0))
 
 
 @dataclasses.dataclass(frozen=True)
