@@ -16,17 +16,18 @@ pytest.importorskip("embreex", reason="needs the extra train")
 
 from lavin_rt.checkpoint.load import load_dit, load_vae
 from lavin_rt.dit.model import JDiT
-from lavin_rt.errors import InputError
+from lavin_rt.errors import InputError, TooLittleMemory
 from lavin_rt.find.model import find_checkpoint
 from lavin_rt.mini.train import dit as train_dit
 from lavin_rt.mini.train import latents
+from lavin_rt.mini.train import vae as train_vae_module
 from lavin_rt.mini.train.__main__ import main
 from lavin_rt.mini.train.compiled import Compiled
 from lavin_rt.mini.train.dit import BatchShape, Plan, TransformerRun, flow_loss, initialise_, shapes_of, task_shares
-from lavin_rt.mini.train.latents import LatentPool, TaskLatents, encode_pieces, to_device
+from lavin_rt.mini.train.latents import LatentPool, TaskLatents, encode, encode_pieces, to_device
 from lavin_rt.mini.train.presets import PRESETS
 from lavin_rt.mini.train.trainer import Length, Rate, Trainer
-from lavin_rt.mini.train.vae import make_vae, part_taps_, scale_to_unit_, vae_loss, whole_taps
+from lavin_rt.mini.train.vae import make_vae, part_taps_, scale_to_unit_, train_vae, vae_loss, whole_taps
 from lavin_rt.mini.world.pieces import CLIPS, PICTURES, Amounts, Arrivals, Piece, make_piece
 from lavin_rt.mini.world.tasks import TASKS
 from lavin_rt.vae.config import VAEConfig
@@ -157,7 +158,8 @@ def test_a_length_is_of_steps_or_of_seconds_the_sooner():
     assert Length(steps=10).progress(5, 1e9) == 0.5
     assert Length(seconds=10).progress(10**9, 4) == 0.4
     assert Length(steps=10, seconds=100).progress(3, 60) == 0.6
-    assert Length(steps=10, seconds=0).progress(0, 0) == 1
+    assert Length(steps=10, seconds=0).progress(0, 0) == Length(steps=0).progress(0, 0) == 1
+    assert Length().progress(10, 10) == 0
 
 
 AMOUNTS = Amounts(8, 1, 8, 2, 3, scenes_a_piece=8, clips_a_piece=1)
@@ -248,6 +250,35 @@ def test_pieces_are_encoded_once(pieces, vae, tmp_path, monkeypatch):
     assert torch.equal(_encoded(path, vae), first)
     other = make_vae(vae.config, seed=1)
     assert not torch.equal(_encoded(path, other), first) and len(list(tmp_path.glob("*.npy"))) == 2
+
+
+@pytest.mark.parametrize(("batch", "tried"), [(16, 1), (40, 3)])
+def test_a_batch_of_the_vae_that_does_not_fit_is_halved_to_an_end(batch, tried, tmp_path, monkeypatch):
+    counted = []
+
+    def full(*tensors: torch.Tensor) -> torch.Tensor:
+        counted.append(tensors)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(train_vae_module, "vae_loss", full)
+    monkeypatch.setattr(train_vae_module, "held_out", lambda *_: None)
+    frames = np.zeros((8, 1, 32, 32, 3), np.uint8)
+    rows = {"negative": np.arange(8, dtype=np.int32).reshape(1, 4, 2)}
+    Piece(frames, rows, frames[:, 0]).save(tmp_path / "pictures.npz")
+    plan = dataclasses.replace(PRESETS["tiny"].vae_plan, batch=batch)
+    maker = Made([tmp_path / "pictures.npz"], done=True)
+    with pytest.raises(TooLittleMemory, match="out of memory in batches of 16 pictures"):
+        train_vae(maker, PRESETS["tiny"].vae, 32, tmp_path, plan, torch.device("cpu"), compile=False)
+    assert len(counted) == tried
+
+
+def test_a_picture_that_does_not_fit_is_said(vae, monkeypatch):
+    def full(pixels: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(vae.encoder, "forward", full)
+    with pytest.raises(TooLittleMemory, match="out of memory while encoding 1 x 32 x 48"):
+        encode(vae, torch.zeros(3, 1, 32, 48, 3, dtype=torch.uint8), torch.device("cpu"))
 
 
 def _encoded(path: Path, vae: STVAE) -> torch.Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lavin_rt.errors import TooLittleMemory
 from lavin_rt.files import written_whole
 from lavin_rt.mini.world.pieces import CLIPS, PICTURES, Piece, PieceMaker
 from lavin_rt.vae.model import STVAE, scale_latents
@@ -125,15 +126,19 @@ def to_device(frames: torch.Tensor, device: torch.device) -> torch.Tensor:
 def encode(vae: STVAE, frames: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Scaled latents `[N, 16, t, S/8, S/8]` float16 on the device, of uint8 frames `[N, T, S, S, 3]`, in the arithmetic
     of `vae`. A batch that does not fit is halved.
+
+    Raises:
+        TooLittleMemory: a single picture or clip does not fit.
     """
     batch, done, start = max(1, ENCODE_BATCH[device.type] // frames.shape[1] ** 2), [], 0
     while start < len(frames):
         part = to_device(frames[start : start + batch], device)
         try:
             moments = vae.encoder(part.to(vae.dtype))
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if batch == 1:
-                raise
+                what = " x ".join(map(str, frames.shape[1:4]))
+                raise TooLittleMemory(f"out of memory while encoding {what}; free some of the device's") from error
             batch //= 2
             torch.cuda.empty_cache()
             continue

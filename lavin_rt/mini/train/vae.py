@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lavin_rt.checkpoint.load import save_vae
-from lavin_rt.errors import InputError
+from lavin_rt.errors import InputError, TooLittleMemory
 from lavin_rt.mini.train.compiled import Compiled
 from lavin_rt.mini.train.latents import to_device
 from lavin_rt.mini.train.trainer import Length, Rate, Trainer, autocast
@@ -37,6 +37,7 @@ CLIP_EVERY, CLIPS_BEGIN = 8, 0.3  # steps between batches of clips, and when the
 FEED_EVERY = 10  # steps between new pieces
 CLIP_COST = 8  # a clip costs as much as so many pictures
 TARGETS_A_TASK, INPUTS_A_TASK = 30, 10  # frames that the VAE takes of a task in a piece
+LEAST_BATCH = 16  # which is not halved where memory is short
 EVALUATION_PHOTOGRAPHS = 96
 
 
@@ -247,6 +248,10 @@ def train_vae(
     """Trains in `output`, going on from the state there if any, and writes `stvae.safetensors` (float16) there.
 
     `start` is a float32 network to begin with, in the place of one of `config` from nothing.
+
+    Raises:
+        InputError: the state there has another origin, training ran away, or there are no pictures.
+        TooLittleMemory: the smallest batch does not fit.
     """
     output = Path(output)
     rate = Rate(plan.peak, warmup=200) if start is None else Rate(plan.peak / 2, warmup=100, fall=0.8)
@@ -308,11 +313,15 @@ def train_vae(
             psnr = (10 * torch.log10(4 / squared)).mean()
             figures = {"psnr of clips": psnr} if clip else {"psnr": psnr}
             trainer.update(loss, len(pixels), None, divergence=divergence, **figures)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             loss = divergence = squared = None
             trainer.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-            batch = max(16, batch // 2)
+            if batch <= LEAST_BATCH:
+                raise TooLittleMemory(
+                    f"out of memory in batches of {batch} pictures; free some of the device's"
+                ) from error
+            batch = max(LEAST_BATCH, batch // 2)
             print(f"warning: out of memory; batches of {batch} from now on", flush=True)
 
     torch.backends.cudnn.benchmark = False  # the shapes that follow differ
