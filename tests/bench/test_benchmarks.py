@@ -6,11 +6,13 @@ import argparse
 import dataclasses
 import json
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from lavin_bench import report
+from lavin_bench.kernels import attention_backends
 from lavin_bench.kernels.bench import WrongResult, check, largest_error, run, timed
 from lavin_bench.kernels.cases import OperatorVariant, ShapeSetting, cases, settings
 from lavin_rt.cli.main import main
@@ -167,6 +169,26 @@ def test_operators_that_do_not_exist_are_refused(capsys):
 def test_every_result_file_makes_a_table():
     for path in report.RESULTS.glob("*.json"):
         assert report.render(json.loads(path.read_text())).count("|") > 10, path.name
+
+
+def test_every_attention_backend_is_the_one_it_is_called_by(monkeypatch):
+    """The records of two names once came from one backend."""
+    asked = []
+    monkeypatch.setattr(attention_backends, "sdpa_kernel", lambda backend: asked.append(backend) or nullcontext())
+    q, k, v = (torch.randn(3, heads, 8) for heads in (2, 1, 1))
+    made = attention_backends._attempts(q, k, v, [3], [3])
+    for name in attention_backends.BACKENDS:
+        made[name][0]()()
+    assert asked == list(attention_backends.BACKENDS.values())
+
+
+def test_no_two_backends_in_a_record_round_alike():
+    for path in report.RESULTS.glob("*.json"):
+        errors: dict[tuple[str, ...], str] = {}
+        for row in json.loads(path.read_text()).get("rows", []):
+            if row.get("variant") in (*attention_backends.BACKENDS, "flex"):
+                place = (row["operator"], row["setting"], row["relative_error"])
+                assert errors.setdefault(place, row["variant"]) == row["variant"], (path.name, place)
 
 
 def test_tuning_keeps_the_fastest_right_candidate(monkeypatch):
