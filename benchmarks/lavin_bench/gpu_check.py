@@ -102,7 +102,9 @@ def _tests(visit: Visit, save: Save, first: bool) -> None:
         code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
     lines = log.read_text().strip().splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    # pytest's 5 is "no test was selected", as in a dry run every one is skipped.
+    # No pytest, killed, nothing collected: no test says so. 5 is "no test was selected", as it may be in a dry run.
+    if code not in ((0, 5) if visit.dry else (0,)) and not failed:
+        failed = [f"pytest ended with {code}: {lines[-1] if lines else 'nothing printed'}"]
     save({"kind": "tests", "exit_code": code, "last_line": lines[-1:], "failures": failed})
 
 
@@ -213,7 +215,7 @@ def run_part(name: str, visit: Visit) -> int:
             raise
     last["complete"] = True
     save(dict(last))
-    failed = bool(last.get("failures")) or last.get("exit_code") not in (None, 0, 5)
+    failed = bool(last.get("failures"))
     print(f"{name}: {'FAILED' if failed else 'done'} in {last['part_seconds']:.0f} s", flush=True)
     return int(failed)
 

@@ -72,6 +72,16 @@ def record() -> dict:
         return pipeline.run([TINY], CPU, torch.float32, 2, 6, 6, show=False, without=COMPILED)
 
 
+def test_a_setting_of_which_nothing_ran_is_a_failure(monkeypatch):
+    def fails() -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipeline, "variants", lambda *arguments, **options: {"exact savings": Variant(fails, False)})
+    record = pipeline.run([TINY], CPU, torch.float32, 1, 6, 6, show=False, whole=False)
+    assert "out of memory" in record["settings"][0]["skipped"][0]["reason"]
+    assert "no sampling was measured" in record["failures"][0]
+
+
 def test_every_variant_samples_the_same(models, monkeypatch):
     """Every eager rung and the whole calls by two schedules, one after the other, against the plain model."""
     dit, vae = models

@@ -109,6 +109,29 @@ def test_the_first_tests_are_attention_and_executor_and_every_other_comes_later(
     assert marked <= {*first, *later} and not {*first} & {*later} and all(Path(path).is_file() for path in first)
 
 
+@pytest.mark.parametrize(
+    ("code", "said", "dry", "right"),
+    [
+        (0, "3 passed", False, True),
+        (5, "3 deselected", True, True),
+        (5, "3 deselected", False, False),
+        (1, "python: No module named pytest", False, False),
+        (-9, "", False, False),
+        (1, "FAILED tests/a.py::b\n1 failed", False, False),
+    ],
+)
+def test_tests_that_did_not_pass_are_never_done_before(tmp_path, monkeypatch, code, said, dry, right):
+    def ran(command, stdout, **options):
+        stdout.write(said)
+        return SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", ran)
+    assert gpu_check.run_part("tests-first", dataclasses.replace(visit(tmp_path), dry=dry)) == (not right)
+    assert gpu_check.completed(tmp_path / "tests-first.json") == right
+    failures = json.loads((tmp_path / "tests-first.json").read_text())["failures"]
+    assert len(failures) == (not right) and all(str(code) in one or "FAILED" in one for one in failures)
+
+
 def test_without_a_device_it_says_so(tmp_path, monkeypatch, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

@@ -145,6 +145,8 @@ def run(
         figures["speedups"] = speedups(figures)
         record["settings"].append(figures)
         record["failures"] += meter.failures
+        if not figures["rows"]:
+            record["failures"].append(f"{setting.name}: no sampling was measured; see what was skipped, and why")
         save(record)
         if show:
             for gain in figures["speedups"]:
