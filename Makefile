@@ -42,9 +42,9 @@ readme: $(READY) ## the tables of the documents, from the records
 	$(BIN)/python -m lavin_bench.report --write docs/guide.md
 
 # With the torch at hand (PYTHON=...) and nothing installed: a machine with a GPU may have no package index.
-# DIR is the folder for the JSON files; FULL=1 adds the whole matrix of sizes and pairs.
+# DIR is the folder for the JSON files; FULL=1 adds the whole matrix of sizes and pairs, MINUTES=30 gives a slow GPU time.
 gpu-check: ## all that needs a GPU, in ten minutes, into DIR
-	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/export:$(CURDIR)/benchmarks $(PYTHON) -m lavin_bench.gpu_check --output $(or $(DIR),gpu-check) $(if $(FULL),--full)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/export:$(CURDIR)/benchmarks $(PYTHON) -m lavin_bench.gpu_check --output $(or $(DIR),gpu-check) $(if $(FULL),--full) $(if $(MINUTES),--minutes $(MINUTES))
 
 # SECONDS each; build/fuzz keeps what it finds.
 fuzz: $(READY) ## hostile bytes for every reader of files, Python's and the native runner's

@@ -2,6 +2,9 @@
 
 What matters most comes first, every part in a process of its own with its own limit, and writes its file after every
 case. A second call goes on where the first stopped. At the end one screen holds the figures against their bounds.
+
+It takes 12 GB of the GPU's memory. One whose matrix product is slower than 200 TFLOP/s samples 256 px instead of 512;
+twice the `--minutes` give every part twice the time, and half as fast a GPU its 512 px.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -24,6 +28,7 @@ from typing import Any
 import torch
 
 from lavin_bench import gpu_summary
+from lavin_bench.ceilings import matmul_ceiling
 from lavin_bench.kernels import bench as kernels
 from lavin_bench.kernels import tune
 from lavin_bench.kernels.cases import settings
@@ -41,17 +46,33 @@ FIRST_TESTS = (
     "kernels/test_joint_attention_gpu.py", "sampling/test_executor_gpu.py", "kernels/test_stream_linear.py",
     "kernels/test_golden_triton.py",
 )  # fmt: skip
+# FLOP/s of a matrix product in bfloat16 that 512 px need in the parts' seconds: the first takes eight samplings of
+# 1,061 TFLOP in 100, at two thirds of that rate. 256 px need a sixth.
+ENOUGH = 200e12
 SLOWER = ("exact savings",)  # rungs of the waterfall that a short visit leaves out
 
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
-    """What parts share: the folder of the results, the device, and whether all is as small as it can be."""
+    """What parts share: the folder of the results, the device, whether all is as small as it can be, and how many times
+    the usual seconds a part has.
+    """
 
     folder: Path
     device: torch.device
     dry: bool = False
     full: bool = False
+    patience: float = 1.0
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Pixels of the standard run, that the device at hand can sample in the time there is."""
+        if self.dry:
+            return 512
+        rate = matmul_ceiling(self.device, torch.bfloat16, repeats=5)["flops_per_second"]
+        size = 512 if rate * self.patience >= ENOUGH else 256
+        print(f"a matrix product has {rate / 1e12:.0f} TFLOP/s: samplings at {size} px", flush=True)
+        return size
 
     def setting(self, size: int) -> Setting:
         return Setting(32, 1, QUICK_CONFIG, CPU_VAE) if self.dry else Setting(size, 4)
@@ -111,19 +132,20 @@ def _tests(visit: Visit, save: Save, first: bool) -> None:
 def _standard(visit: Visit, save: Save) -> None:
     """The standard run by our exact ways alone, with the launches of today."""
     without = [AUTHORS_EAGER, AUTHORS_COMPILED, *SLOWER]
-    _pipeline(visit, save, (512,), without, speeds=False)
+    _pipeline(visit, save, (visit.size,), without, speeds=False)
 
 
 def _tuned(visit: Visit, save: Save) -> None:
     """The standard run and 256 px again, at every speed, with the launches that tuning found."""
     with visit.tuned():
-        _pipeline(visit, save, (512, 256), [AUTHORS_EAGER, AUTHORS_COMPILED, *SLOWER], speeds=True)
+        sizes = tuple(dict.fromkeys((visit.size, 256)))
+        _pipeline(visit, save, sizes, [AUTHORS_EAGER, AUTHORS_COMPILED, *SLOWER], speeds=True)
 
 
 def _peers(visit: Visit, save: Save) -> None:
     """Ours and the authors' way interleaved, with the launches that tuning found."""
     with visit.tuned():
-        _pipeline(visit, save, (512,), SLOWER, speeds=False)
+        _pipeline(visit, save, (visit.size,), SLOWER, speeds=False)
 
 
 def _pipeline(visit: Visit, save: Save, sizes: Sequence[int], without: Sequence[str], speeds: bool) -> None:
@@ -165,7 +187,7 @@ def _startup(visit: Visit, save: Save) -> None:
     if visit.dry:
         save({"kind": "startup", "header": header(visit.device)})
         return
-    save(startup.run(startup.STANDARD, "released", repeats=1))
+    save(startup.run({**startup.STANDARD, "size": visit.size}, "released", repeats=1))
 
 
 def _graphs(visit: Visit, save: Save) -> None:
@@ -176,7 +198,7 @@ def _graphs(visit: Visit, save: Save) -> None:
     from lavin_bench.pipeline.checks import graphs_equal_eager
     from lavin_bench.pipeline.variants import RELEASED_VAE, random_model, random_vae
 
-    dit = random_model(visit.setting(256).config, visit.device, torch.bfloat16).to(torch.bfloat16)
+    dit = random_model(visit.setting(256).config, visit.device, torch.bfloat16)
     figures, failures = graphs_equal_eager(dit, random_vae(RELEASED_VAE, visit.device), [visit.setting(256)])
     save({"kind": "graphs", "header": header(visit.device), **figures, "failures": failures})
 
@@ -227,7 +249,7 @@ def run_in_process(name: str, visit: Visit, seconds: float) -> str:
     end, as by Ctrl-C, and then killed with all it started.
     """
     command = [sys.executable, "-m", "lavin_bench.gpu_check", "--output", str(visit.folder), "--part", name]
-    command += ["--dry-run"] * visit.dry + ["--full"] * visit.full
+    command += ["--dry-run"] * visit.dry + ["--full"] * visit.full + ["--minutes", str(MINUTES * visit.patience)]
     process = subprocess.Popen(command, start_new_session=True)
     try:
         code = process.wait(seconds)
@@ -259,7 +281,9 @@ def completed(path: Path) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="lavin_bench.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the JSON files")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for everything (default: {MINUTES})")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help=f"for everything; more of them lengthen all (default: {MINUTES})"
+    )
     parser.add_argument(
         "--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts alone, in this order"
     )
@@ -272,7 +296,7 @@ def main() -> int:
         return 2
     options.output.mkdir(parents=True, exist_ok=True)
     device = torch.device("cpu" if options.dry_run else "cuda")
-    visit = Visit(options.output, device, options.dry_run, options.full)
+    visit = Visit(options.output, device, options.dry_run, options.full, max(1.0, options.minutes / MINUTES))
     if options.part:
         return run_part(options.part, visit)
     ends = time.monotonic() + 60 * options.minutes
@@ -285,7 +309,7 @@ def main() -> int:
         if left < 10:
             outcomes[name] = "no time left; call again"
             continue
-        outcomes[name] = run_in_process(name, visit, min(left, PARTS[name].seconds))
+        outcomes[name] = run_in_process(name, visit, min(left, PARTS[name].seconds * visit.patience))
     print("\n".join(gpu_summary.lines(visit.folder, outcomes)))
     return 0 if all(outcome.startswith("done") for outcome in outcomes.values()) else 1
 

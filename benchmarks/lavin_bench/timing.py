@@ -151,10 +151,13 @@ def use_threads(threads: int | None) -> None:
 
 def header(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Where and with what a measurement was made; the commit is None outside a checkout, the date is UTC."""
-    device = torch.device(device)
+    device, gpu = torch.device(device), {}
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        gpu = {"capability": f"{major}.{minor}", "gpu": gpu_state(device)}
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        **({"gpu": gpu_state(device)} if device.type == "cuda" else {}),
+        **gpu,
         "torch": torch.__version__,
         "triton": installed_version("triton"),
         "cuda": torch.version.cuda,

@@ -4,6 +4,7 @@ timed.
 
 from __future__ import annotations
 
+import copy
 import json
 import xml.etree.ElementTree as ElementTree
 
@@ -30,6 +31,7 @@ from lavin_bench.pipeline.variants import (
     Setting,
     Variant,
     as_loaded,
+    in_float32,
     oracles,
     random_model,
     random_vae,
@@ -110,14 +112,38 @@ def test_speeds_are_rungs_with_their_own_work(models, monkeypatch):
         assert TINY.flops(variant.speed, 20) < TINY.flops("exact", 20) == 19 * TINY.useful_flops
 
 
-def test_weights_that_a_16_bit_dtype_holds_exactly():
-    """The truth in float32 and the variants in bfloat16 have the same weights, none of them zero."""
-    full = random_model(QUICK_CONFIG, CPU, torch.bfloat16)
-    half = random_model(QUICK_CONFIG, CPU, torch.bfloat16).to(torch.bfloat16)
-    for one, other in zip(full.parameters(), half.parameters(), strict=True):
-        assert one.dtype == torch.float32 and torch.equal(one, other.float()) and (one != 0).all()
+def test_the_truth_is_of_the_same_weights_in_float32_and_never_all_of_them_at_once():
+    half = random_model(QUICK_CONFIG, CPU, torch.bfloat16)
+    full = copy.deepcopy(half).float()
+    before = [parameter.clone() for parameter in half.parameters()]
+    assert all(parameter.dtype == torch.bfloat16 and (parameter != 0).all() for parameter in before)
     for one, other in zip(full.modulation_parameters(0), half.modulation_parameters(0), strict=True):
         assert torch.equal(one, other.float())
+
+    wide = []
+
+    def count(part: torch.nn.Module, arguments: object) -> None:
+        blocks = [parameter for block in half.blocks for parameter in block.parameters()]
+        wide.append(sum(parameter.dtype == torch.float32 for parameter in blocks))
+
+    for block in half.blocks:
+        block.mlp.register_forward_pre_hook(count)
+    inputs = (*TINY.latents(CPU)[::-1],)
+    with in_float32(half), torch.no_grad():
+        found = half(inputs[0], torch.tensor([0.25]), inputs[1])
+    with torch.no_grad():
+        assert torch.equal(found, full(inputs[0], torch.tensor([0.25]), inputs[1])) and found.dtype == torch.float32
+    assert set(wide) == {0} and len(wide) == 2 * QUICK_CONFIG.depth  # before a part's turn none is converted
+    assert all(torch.equal(*pair) for pair in zip(half.parameters(), before, strict=True))
+
+
+def test_a_start_is_held_to_seconds_of_the_gpu_that_they_are_meant_for():
+    slow = {"cold": {"reserved_bytes": 6e9}, "warm": {"total": 60.0}}
+    assert not startup.beyond_bounds({**slow, "header": {}} | {"cold": {"reserved_bytes": None}})
+    assert not startup.beyond_bounds({**slow, "header": {"capability": "8.9"}})
+    assert "60 s" in startup.beyond_bounds({**slow, "header": {"capability": "9.0"}})[0]
+    large = {**slow, "cold": {"reserved_bytes": 8e9}, "header": {"capability": "8.9"}}
+    assert "8e+09 bytes" in startup.beyond_bounds(large)[0]
 
 
 def test_record_holds_every_figure(record):

@@ -88,6 +88,34 @@ def test_a_second_call_goes_on_where_the_first_stopped(tmp_path, monkeypatch, ca
     assert ran == ["tuning", "graphs"] and "done before" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("rate", "patience", "size"), [(700e12, 1, 512), (60e12, 1, 256), (60e12, 4, 512)])
+def test_a_slow_gpu_samples_256_px_or_has_more_time(tmp_path, monkeypatch, rate, patience, size):
+    sampled, started = [], []
+    monkeypatch.setattr(gpu_check, "matmul_ceiling", lambda *arguments, **options: {"flops_per_second": rate})
+    monkeypatch.setattr(gpu_check.pipeline, "run", lambda chosen, *arguments, **options: sampled.append(chosen) or {})
+    monkeypatch.setattr(gpu_check.startup, "run", lambda options, *arguments, **more: started.append(options) or {})
+    small = dataclasses.replace(visit(tmp_path), dry=False, patience=patience)
+    for part in ("standard", "standard-tuned", "peers", "startup"):
+        gpu_check.PARTS[part].run(small, lambda record: None)
+    assert [[one.size for one in chosen] for chosen in sampled] == [[size], list(dict.fromkeys((size, 256))), [size]]
+    assert started[0]["size"] == size
+
+
+def test_more_minutes_are_more_for_every_part(tmp_path, monkeypatch):
+    asked, commands = [], []
+    monkeypatch.setattr(gpu_check, "run_in_process", lambda name, visit, seconds: asked.append(seconds) or "done")
+    for minutes in ("9.5", "95"):
+        command = ["gpu_check", "--dry-run", "--output", str(tmp_path), "--only", "graphs", "--minutes", minutes]
+        monkeypatch.setattr(sys, "argv", command)
+        assert gpu_check.main() == 0
+    assert asked == [60, 600]
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu_check.subprocess, "Popen", lambda command, **options: commands.append(command) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gpu_check.run_in_process("graphs", dataclasses.replace(visit(tmp_path), patience=10.0), 1)
+    assert commands[0][-2:] == ["--minutes", "95.0"]
+
+
 def test_the_first_tests_are_attention_and_executor_and_every_other_comes_later(tmp_path, monkeypatch):
     """All GPU tests take longer than the two minutes that correctness has before anything is measured."""
     root = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
@@ -138,6 +166,15 @@ def test_without_a_device_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--output", str(tmp_path / "never")])
     assert gpu_check.main() == 2
     assert "no CUDA device" in capsys.readouterr().err and not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(("capability", "size", "held"), [("9.0", 512, True), ("9.0", 256, False), ("8.9", 512, False)])
+def test_bounds_in_seconds_are_those_of_one_generation(tmp_path, capability, size, held):
+    row = {"variant": "CUDA graphs", "seconds": {"median": 5.0}}
+    setting = {"name": "a", "size": size, "rows": [row], "speedups": [], "skipped": []}
+    record = {"kind": "pipeline", "header": {"capability": capability}, "settings": [setting], "failures": []}
+    (tmp_path / "standard.json").write_text(json.dumps(record))
+    assert ("at most" in "\n".join(gpu_summary.lines(tmp_path, {"standard": "done"}))) == held
 
 
 def test_the_summary_has_a_line_for_every_part_and_names_failures(tmp_path):

@@ -26,7 +26,7 @@ def main() -> None:
     dtype = resolve_dtype(options.dtype, device)
     size = options.size or (512 if device.type == "cuda" else 128)
     setting = Setting(size, options.pairs, RELEASED if device.type == "cuda" else CPU_CONFIG)
-    dit = random_model(setting.config, device).to(dtype)
+    dit = random_model(setting.config, device, dtype)
     cond, noise = setting.latents(device)
     way = AuthorsWay(dit, compile=not options.eager)
     timing = measure({"way": lambda: way.sample(cond, noise)}, options.repeats, device=device)["way"]

@@ -113,8 +113,8 @@ def run(
     dit = random_model(config, device, dtype)
     vae = random_vae(vae_config, device, dtype)
     truths = [oracles(dit, vae, setting, error_steps, whole) for setting in chosen]
-    peers = Peers(copy.deepcopy(dit), copy.deepcopy(vae), (STEPS, steps, error_steps)) if with_peers else None
-    dit, vae = dit.to(dtype), vae.to(dtype)
+    peers = Peers(copy.deepcopy(dit).float(), copy.deepcopy(vae), (STEPS, steps, error_steps)) if with_peers else None
+    vae = vae.to(dtype)
     _release(device)
     if device.type == "cuda":
         for name in checks:

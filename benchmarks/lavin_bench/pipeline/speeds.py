@@ -80,7 +80,7 @@ def run(
         "matmul_flops_per_second": matmul_ceiling(device, dtype)["flops_per_second"],
     }
     print(header_line(record["header"]), flush=True)
-    dit, vae = random_model(setting.config, device, dtype).to(dtype), random_vae(setting.vae, device, dtype).to(dtype)
+    dit, vae = random_model(setting.config, device, dtype), random_vae(setting.vae, device, dtype).to(dtype)
     context, _, query = task_pixels(setting)
     pipe = Pipeline(dit, vae, compile=compile)
     task = pipe.task(context, size=setting.size)

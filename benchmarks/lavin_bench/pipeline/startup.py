@@ -23,7 +23,8 @@ from typing import Any  # noqa: E402
 STEPS, GUIDANCE = 20, 1.5
 STANDARD = {"checkpoint": None, "size": 512, "pairs": 4, "impl": "auto", "compile": False, "threads": None}
 STANDARD |= {"device": "auto", "dtype": "auto"}
-SECONDS_AT_MOST, RESERVED_AT_MOST = 25.0, 7.0e9  # warm, released model, 512 px and 4 pairs on CUDA
+# Released model, 512 px and 4 pairs: seconds of a warm start on an H100 or H200, bytes on any GPU.
+SECONDS_AT_MOST, RESERVED_AT_MOST, HOPPER = 25.0, 7.0e9, "9.0"
 
 
 class Clock:
@@ -177,7 +178,7 @@ def make_checkpoint(folder: Path, model: str, device: Any) -> Path:
         "small": (CPU_CONFIG, CPU_VAE, torch.float32),
         "released": (RELEASED, RELEASED_VAE, torch.bfloat16),
     }[model]
-    save_dit(random_model(config, device, dtype).to(dtype), folder / "lavin_dit.safetensors")
+    save_dit(random_model(config, device, dtype), folder / "lavin_dit.safetensors")
     save_vae(random_vae(vae, device, dtype).to(dtype), folder / "stvae.safetensors")
     release_cached(device)  # the memory is the children's now
     return folder
@@ -229,10 +230,19 @@ def run(options: dict[str, Any], model: str, repeats: int = 3, show: bool = True
     record["header"]["dtype"], record["warm_totals"] = cold["dtype"], [figures["total"] for figures in warm]
     if show:
         print("\n".join(lines(record)), flush=True)
-    if device.type == "cuda" and model == "released" and (options["size"], options["pairs"]) == (512, 4):
-        found = (record["warm"]["total"], SECONDS_AT_MOST, "s"), (cold["reserved_bytes"], RESERVED_AT_MOST, "bytes")
-        record["failures"] += [f"{value:.4g} {unit}; at most {most:.4g}" for value, most, unit in found if value > most]
+    if model == "released" and (options["size"], options["pairs"]) == (512, 4):
+        record["failures"] += beyond_bounds(record)
     return record
+
+
+def beyond_bounds(record: dict[str, Any]) -> list[str]:
+    """What a GPU's start of the standard run takes too much of; seconds are those of an H100 or H200."""
+    head, found = record["header"], []
+    if "capability" in head:
+        found.append((record["cold"]["reserved_bytes"], RESERVED_AT_MOST, "bytes"))
+    if head.get("capability") == HOPPER:
+        found.append((record["warm"]["total"], SECONDS_AT_MOST, "s"))
+    return [f"{value:.4g} {unit}; at most {most:.4g}" for value, most, unit in found if value > most]
 
 
 def lines(record: dict[str, Any]) -> list[str]:
