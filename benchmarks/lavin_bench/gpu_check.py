@@ -105,7 +105,7 @@ def _tests(visit: Visit, save: Save, first: bool) -> None:
     files = (
         names if first else [str(path) for path in sorted(Path("tests").rglob("test_*.py")) if str(path) not in names]
     )
-    parallel = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    parallel = ["-n", str(min(8, tune.processes_at_once(visit.device)))] if importlib.util.find_spec("xdist") else []
     log = visit.folder / ("tests-first.log" if first else "tests.log")
     report = visit.folder / f"{log.stem}.xml"
     command = [
@@ -173,7 +173,7 @@ def _tune(visit: Visit, save: Save, operator: str) -> None:
         write_record(path, tune.merged(before, record))
         save(record)
 
-    save(tune.tune_all(visit.device, operator, 9, keep))
+    save(tune.tune_all(visit.device, operator, 9, keep, seconds=90 * visit.patience))
 
 
 def _kernels(visit: Visit, save: Save) -> None:

@@ -224,14 +224,17 @@ def test_tuning_keeps_the_fastest_right_candidate(monkeypatch):
 
 
 def test_candidates_that_end_or_hold_up_their_process_are_dropped_with_the_reason(monkeypatch):
-    """Two processes: one aborts at its second candidate, one never returns from its first."""
+    """Four processes: one aborts at its second candidate, one never returns from its first, one began its second just
+    before the end. What was not reached is not dropped.
+    """
     from lavin_bench.kernels import tune
 
     program = (
         "import json, os, sys, time\n"
         "for kernel, candidate in json.loads(sys.argv[1]):\n"
-        "    if candidate['block'] == 3: os.abort()\n"
-        "    if candidate['block'] == 2: time.sleep(60)\n"
+        "    if candidate['block'] == 5: os.abort()\n"
+        "    if candidate['block'] == 7: os.utime(sys.stdout.fileno(), (2e9, 2e9))\n"
+        "    if candidate['block'] in (2, 7): time.sleep(60)\n"
         "    print(json.dumps({'said': 'wrong' * (candidate['block'] == 1)}), flush=True)\n"
     )
     popen = tune.subprocess.Popen
@@ -240,13 +243,45 @@ def test_candidates_that_end_or_hold_up_their_process_are_dropped_with_the_reaso
         "Popen",
         lambda command, **options: popen([sys.executable, "-c", program, command[-1]], **options),
     )
-    monkeypatch.setattr(tune, "candidates", lambda kernel, capability: [{"block": block} for block in (1, 2, 3, 4, 5)])
-    found = tune.tried(["swiglu"], CPU, torch.float32, workers=2, seconds=3)
+    monkeypatch.setattr(tune, "candidates", lambda kernel, capability: [{"block": block} for block in range(1, 13)])
+    found = tune.tried(["swiglu"], CPU, torch.float32, workers=4, seconds=5)
     silent = "ended or held up its process"
-    assert found == {
-        "swiglu": {"block=1": "wrong", "block=2": silent, "block=3": silent, "block=4": "not reached"}
-        | {"block=5": "not reached"}
-    }
+    assert found == {"swiglu": {"block=1": "wrong", "block=2": silent, "block=5": silent}}
+
+
+def test_what_fails_beside_others_is_tried_again_alone_but_what_breaks_the_device_ends_the_process(monkeypatch, capsys):
+    from lavin_bench.kernels import tune
+
+    [case] = [case for case in cases(TINY, CPU, torch.float32) if case.operator == "swiglu"]
+    right, block, broken = case.variants["eager"], lambda: tune.tuning.config("swiglu", CPU, torch.float32)["block"], []
+
+    def ours():
+        if block() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        broken.extend([True] * (block() == 4))
+        return right.call() * (1.1 if block() == 3 else 1.0)
+
+    def synchronize(device):
+        if broken:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    case = dataclasses.replace(case, variants={"eager": right, "ours": OperatorVariant(ours)})
+    monkeypatch.setattr(tune, "case_of", lambda *_: case)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    share = [("swiglu", {"block": block, "num_warps": 1}) for block in (1, 2, 3, 4, 5)]
+    tune._try_candidates(CPU, torch.float32, share)
+    assert [json.loads(line)["said"] for line in capsys.readouterr().out.splitlines()] == [
+        *("", "", "wrong result, error 1.0e-01")
+    ]
+
+
+@pytest.mark.parametrize(("free", "processors", "most"), [(24e9, 32, 8), (11e9, 32, 3), (2e9, 32, 1), (80e9, 4, 4)])
+def test_processes_that_share_a_device_have_memory_each(monkeypatch, free, processors, most):
+    from lavin_bench.kernels import tune
+
+    monkeypatch.setattr(tune, "memory_at_hand", lambda device: free)
+    monkeypatch.setattr(tune.os, "cpu_count", lambda: processors)
+    assert tune.processes_at_once(CPU) == most
 
 
 def test_tuning_chooses_kernels_by_their_operator(monkeypatch, tmp_path):

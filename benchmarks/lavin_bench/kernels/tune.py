@@ -27,10 +27,12 @@ from lavin_bench.kernels.cases import Case, cases, settings
 from lavin_bench.timing import header, measure
 from lavin_kernels import tuning
 from lavin_kernels.table import KERNELS, OPERATORS
-from lavin_rt.devices import current_device, resolve_device
+from lavin_rt.devices import current_device, memory_at_hand, resolve_device
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 from lavin_rt.pictures.images import check_writable
+
+PROCESS_BYTES = 3e9  # of one that tries candidates: a context, and attention's case with what libraries read
 
 
 def candidates(kernel: str, capability: int) -> list[dict[str, int | str]]:
@@ -62,6 +64,9 @@ def tune(
     """Times a kernel's candidates and today's configuration in one case; returns times, what was dropped, the best.
 
     `dropped` are candidates that are known not to work, with the reasons.
+
+    Raises:
+        RuntimeError: today's configuration is among those that do not work.
     """
     today = dict(tuning.config(kernel, device, dtype))
     today_name = _named(today)
@@ -77,15 +82,14 @@ def tune(
             continue
         run = overridden(kernel, candidate, ours.call)
         try:
-            error = largest_error(ours.compared(run()), truth)
+            wrong = _wrong(largest_error(ours.compared(run()), truth), allowed)
             torch.cuda.synchronize(device)
         except Exception as failure:  # Triton raises its own errors for what does not fit a device.
-            dropped[name] = _reason(failure)
-            continue
-        if not error <= allowed:
-            dropped[name] = f"wrong result, error {error:.1e}"
-            continue
-        kept[name], configs[name] = run, candidate
+            wrong = _reason(failure)
+        if wrong:
+            dropped[name] = wrong
+        else:
+            kept[name], configs[name] = run, candidate
     if today_name not in kept:
         raise RuntimeError(f"{kernel}: today's configuration fails on this device: {dropped[today_name]}")
     timings = measure(kept, repeats, warmup=2, device=device, graph=device.type == "cuda")
@@ -108,6 +112,11 @@ def _allowed(case: Case, dtype: torch.dtype) -> float:
     return 2 * check(eager, dtype)["eager"] + torch.finfo(dtype).eps
 
 
+def _wrong(error: float, allowed: float) -> str:
+    """What is wrong with a result of that error; nothing within the budget."""
+    return "" if error <= allowed else f"wrong result, error {error:.1e}"
+
+
 def _reason(failure: Exception) -> str:
     return " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
 
@@ -118,13 +127,19 @@ def case_of(kernel: str, device: torch.device, dtype: torch.dtype) -> Case:
     return next(case for case in cases(settings(device)[0], device, dtype) if case.operator == operator)
 
 
+def processes_at_once(device: torch.device) -> int:
+    """Processes that a device's free memory and the processors take, at least one."""
+    return max(1, min(os.cpu_count() or 1, int(memory_at_hand(device) / PROCESS_BYTES)))
+
+
 def tried(
     kernels: Sequence[str], device: torch.device, dtype: torch.dtype, workers: int, seconds: float
 ) -> dict[str, dict[str, str]]:
-    """Of every kernel the candidates that end a process, hang or fail, with the reasons.
+    """Of every kernel the candidates whose result is wrong, or that end or hold up a process, with the reasons.
 
     Each of `workers` processes compiles and runs its share once, so that one which aborts in the compiler or never
-    returns takes nothing with it, and all that work are in Triton's cache afterwards.
+    returns takes nothing with it, and all that work are in Triton's cache afterwards. One that fails otherwise, be it
+    for the memory that other processes hold, or that was not reached in time, is left for `tune` to try alone.
     """
     listed = [(kernel, candidate) for kernel in kernels for candidate in candidates(kernel, tuning.capability(device))]
     shares = [listed[first::workers] for first in range(min(workers, len(listed)))]
@@ -141,17 +156,19 @@ def tried(
             for process in running:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, deadline - time.monotonic()))
+            ended = [process.poll() is not None for process in running]
+            # What a process is at began when it last wrote a line.
+            idle = [time.time() - output.stat().st_mtime for output in outputs]
         finally:
             for process in running:
                 process.kill()
                 process.wait()
         said = [_lines(output) for output in outputs]
     found: dict[str, dict[str, str]] = {kernel: {} for kernel in kernels}
-    for share, lines in zip(shares, said, strict=True):
-        for number, (kernel, candidate) in enumerate(share):
-            # The first of a share without a word ended or held up its process; those behind it were not reached.
-            silent = "ended or held up its process" if number == len(lines) else "not reached"
-            reason = lines[number] if number < len(lines) else silent
+    for share, lines, at_end, seconds_silent in zip(shares, said, ended, idle, strict=True):
+        # The first of a share without a word ended its process, or holds it up if it had half of the time.
+        stuck = ["ended or held up its process"] if at_end or seconds_silent > seconds / 2 else []
+        for (kernel, candidate), reason in zip(share, [*lines, *stuck], strict=False):
             if reason:
                 found[kernel][_named(candidate)] = reason
     return found
@@ -163,22 +180,26 @@ def _lines(output: Path) -> list[str]:
 
 
 def _try_candidates(device: torch.device, dtype: torch.dtype, share: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """What one of the processes of `tried` does: a line of JSON per candidate that says what went wrong, or nothing."""
-    made: dict[str, tuple[Case, Any, float]] = {}
+    """What one of the processes of `tried` does: a line of JSON per candidate that says what drops it, or nothing. Ends
+    with the first that leaves the device unusable to this process, without a line of it.
+    """
+    kernel_of_case, case, truth, allowed = "", None, None, 0.0
     for kernel, candidate in share:
         said = ""
         try:
-            if kernel not in made:
+            if kernel != kernel_of_case:
+                case = truth = None  # its memory, before that of the next
                 case = case_of(kernel, device, dtype)
-                made = {kernel: (case, case.truth(), _allowed(case, dtype))}
-            case, truth, allowed = made[kernel]
+                truth, allowed, kernel_of_case = case.truth(), _allowed(case, dtype), kernel
+            assert case is not None and truth is not None
             ours = case.variants["ours"]
-            error = largest_error(ours.compared(overridden(kernel, candidate, ours.call)()), truth)
+            said = _wrong(largest_error(ours.compared(overridden(kernel, candidate, ours.call)()), truth), allowed)
             torch.cuda.synchronize(device)
-            if not error <= allowed:
-                said = f"wrong result, error {error:.1e}"
-        except Exception as failure:
-            said = _reason(failure)
+        except Exception:
+            try:
+                torch.cuda.synchronize(device)
+            except Exception:  # an illegal address fails whatever comes after it
+                return
         print(json.dumps({"said": said}), flush=True)
 
 
@@ -201,7 +222,7 @@ def tune_all(
     record: dict[str, Any] = {"kind": "tuning", "header": header(device), "kernels": {}, "failures": []}
     chosen = [kernel for kernel, of in KERNELS.items() if operator in of]
     chosen.sort(key=lambda kernel: "attention" not in kernel)  # what matters most comes first
-    dropped = tried(chosen, device, dtype, workers or max(2, os.cpu_count() or 2), seconds)
+    dropped = tried(chosen, device, dtype, workers or processes_at_once(device), seconds)
     for kernel in chosen:
         try:
             found = tune(kernel, case_of(kernel, device, dtype), device, dtype, repeats, dropped[kernel])
