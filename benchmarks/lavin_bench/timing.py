@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def measure(
 
     On CUDA a sample is the time between two events around the call, taken after a buffer of twice the L2's size was
     written: the call finds a cold L2, and the host has the time of that write to get ahead. A call that keeps the host
-    busy for longer than the device needs `graph`; a graph holds several calls, as its start takes some microseconds.
+    busy for longer than the device needs `graph`; a graph holds several calls, as its start takes some microseconds,
+    with such a write before each, whose own time is measured beside it and taken off.
 
     Args:
         variants: calls without arguments, by name. Their results are dropped.
@@ -71,15 +73,11 @@ def measure(
     for call in variants.values():
         for _ in range(warmup):
             call()
-    replays = {name: captured(call, device) for name, call in variants.items()} if graph else {}
+    replayed = {name: graph_sampler(call, device) for name, call in variants.items()} if graph else {}
     sample = cuda_sampler(device) if device.type == "cuda" else wall_clock
-
-    def sampler(name: str, call: Callable[[], object]) -> Callable[[], float]:
-        replay = replays.get(name)
-        return (lambda: sample(replay) / CALLS_IN_GRAPH) if replay else lambda: sample(call)
-
-    timings = in_turn({name: sampler(name, call) for name, call in variants.items()}, repeats, progress)
-    return {name: dataclasses.replace(timing, graph=bool(replays.get(name))) for name, timing in timings.items()}
+    samplers = {name: replayed.get(name) or partial(sample, call) for name, call in variants.items()}
+    timings = in_turn(samplers, repeats, progress)
+    return {name: dataclasses.replace(timing, graph=bool(replayed.get(name))) for name, timing in timings.items()}
 
 
 def in_turn(
@@ -106,14 +104,13 @@ def wall_clock(call: Callable[[], object]) -> float:
 
 def cuda_sampler(device: torch.device) -> Callable[[Callable[[], object]], float]:
     """A function that gives the device seconds of one call, with a cold L2."""
-    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    flush = torch.empty(2 * l2_bytes, dtype=torch.uint8, device=device)
+    flush = l2_flush(device)
 
     def sample(call: Callable[[], object]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         with torch.cuda.device(device):
             torch.cuda.synchronize()
-            flush.zero_()
+            flush()
             start.record()
             call()
             end.record()
@@ -121,6 +118,32 @@ def cuda_sampler(device: torch.device) -> Callable[[Callable[[], object]], float
         return start.elapsed_time(end) / 1e3
 
     return sample
+
+
+def l2_flush(device: torch.device) -> Callable[[], object]:
+    """Writes a buffer of twice the L2's size."""
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(2 * l2_bytes, dtype=torch.uint8, device=device).zero_
+
+
+def graph_sampler(call: Callable[[], object], device: torch.device) -> Callable[[], float] | None:
+    """A function that gives the device seconds of one call of a graph's, each with a cold L2; None where the call
+    cannot be captured.
+    """
+    flush, sample = l2_flush(device), cuda_sampler(device)
+
+    def flushed() -> None:
+        flush()
+        call()
+
+    both, alone = captured(flushed, device), captured(flush, device)
+    if both is None or alone is None:
+        return None
+
+    def seconds(held: object = flushed) -> float:  # a graph does not hold the tensors that it reads
+        return (sample(both) - sample(alone)) / CALLS_IN_GRAPH
+
+    return seconds
 
 
 def captured(call: Callable[[], object], device: torch.device) -> Callable[[], object] | None:

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from lavin_bench import timing as timer
 from lavin_bench.timing import Timing, header, header_line, measure
 
 
@@ -38,6 +39,33 @@ def test_header_is_json_and_one_line():
     assert values["torch"] == torch.__version__ and values["threads"] == torch.get_num_threads()
     assert values["device"] and values["date"].endswith("+00:00")
     assert "\n" not in header_line(values) and "None" not in header_line(values)
+
+
+def test_every_call_of_a_graph_finds_a_cold_l2(monkeypatch):
+    """With a stand-in for the device: a flush takes 25 s, a call 5 s, and 1 s where the L2 is warm."""
+    clock, cold, device = 0.0, True, torch.device("cuda")
+
+    def flush() -> None:
+        nonlocal clock, cold
+        clock, cold = clock + 25, True
+
+    def call() -> None:
+        nonlocal clock, cold
+        clock, cold = clock + (5 if cold else 1), False
+
+    def sample(replay) -> float:
+        before = clock
+        replay()
+        return clock - before
+
+    monkeypatch.setattr(timer, "l2_flush", lambda device: flush)
+    monkeypatch.setattr(timer, "cuda_sampler", lambda device: sample)
+    monkeypatch.setattr(timer, "captured", lambda call, device: lambda: [call() for _ in range(timer.CALLS_IN_GRAPH)])
+    [found] = measure({"a": call}, repeats=2, warmup=0, device=device, graph=True).values()
+    assert found.samples == (5.0, 5.0) and found.graph
+    monkeypatch.setattr(timer, "captured", lambda call, device: None)
+    [found] = measure({"a": call}, repeats=1, warmup=1, device=device, graph=True).values()
+    assert found.samples == (1.0,) and not found.graph
 
 
 @pytest.mark.gpu

@@ -6,12 +6,14 @@ given a clock that advances by them.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from lavin_bench.kernels.bench import check
 from lavin_bench.kernels.cases import OPERATORS, Case, cases, settings
-from lavin_bench.timing import captured, cuda_sampler, wall_clock
+from lavin_bench.timing import graph_sampler, wall_clock
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -46,13 +48,12 @@ def test_kernel(benchmark, setting, operator, variant):
 
 
 def _time(benchmark, case: Case, variant: str) -> None:
-    sample = cuda_sampler(DEVICE) if DEVICE.type == "cuda" else wall_clock
-    eager = case.variants[variant].call
+    call = case.variants[variant].call
     # A launch from Python takes longer than a small kernel.
-    call = captured(eager, DEVICE) if DEVICE.type == "cuda" and not case.flops else eager
-    assert call is not None, "cannot be captured"
+    sample = graph_sampler(call, DEVICE) if DEVICE.type == "cuda" else partial(wall_clock, call)
+    assert sample is not None, "cannot be captured"
 
     def timed() -> None:
-        CLOCK.now += sample(call)
+        CLOCK.now += sample()
 
     benchmark.pedantic(timed, rounds=7, iterations=1, warmup_rounds=2)
