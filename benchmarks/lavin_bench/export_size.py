@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from lavin_bench.programs import at_least, program
 from lavin_bench.timing import resident_bytes
 from lavin_rt.checkpoint.load import save_vae
 from lavin_rt.checkpoint.names import official_layout
@@ -28,6 +29,7 @@ from lavin_rt.checkpoint.tensors import write_safetensors
 from lavin_rt.devices import DTYPES
 from lavin_rt.dit.config import PRESETS, DiTConfig
 from lavin_rt.find.model import DIT, find_checkpoint
+from lavin_rt.pictures.images import check_writable
 from lavin_rt.vae.config import VAEConfig
 from lavin_rt.vae.model import STVAE
 
@@ -82,6 +84,7 @@ def run_job(job: str, checkpoint: Path, output: Path, dtype: torch.dtype) -> dic
     return record
 
 
+@program
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint and the artifact go")
@@ -93,6 +96,9 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="write the record to this JSON file")
     parser.add_argument("--job", choices=["export", "verify"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    at_least(arguments, depth=1)
+    if arguments.output:
+        check_writable(arguments.output)
     config = dataclasses.replace(PRESETS["lavin-dit-3.4b"], depth=arguments.depth)
     checkpoint = arguments.folder / f"random-{arguments.depth}"
     output = arguments.folder / f"onnx-{arguments.dtype}-{arguments.depth}"
@@ -116,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -35,9 +35,11 @@ from lavin_bench.kernels.cases import settings
 from lavin_bench.pipeline import bench as pipeline
 from lavin_bench.pipeline import startup
 from lavin_bench.pipeline.variants import AUTHORS_COMPILED, AUTHORS_EAGER, CPU_VAE, QUICK_CONFIG, Setting
+from lavin_bench.programs import program
 from lavin_bench.record import write_record
 from lavin_bench.timing import header
 from lavin_kernels import tuning
+from lavin_rt.errors import InputError
 
 MINUTES = 9.5
 GRACE = 8.0  # seconds between the request to end and the kill
@@ -278,6 +280,7 @@ def completed(path: Path) -> bool:
     return bool(record.get("complete")) and not record.get("failures")
 
 
+@program
 def main() -> int:
     parser = argparse.ArgumentParser(prog="lavin_bench.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the JSON files")
@@ -292,8 +295,9 @@ def main() -> int:
     parser.add_argument("--part", choices=PARTS, help="run this part alone, in this process")
     options = parser.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
-        print("lavin-rt: error: no CUDA device on this machine; gpu-check measures a GPU", file=sys.stderr)
-        return 2
+        raise InputError("no CUDA device on this machine; gpu-check measures a GPU")
+    if not 0 < options.minutes < float("inf"):
+        raise InputError(f"--minutes is {options.minutes}; expected a positive number")
     options.output.mkdir(parents=True, exist_ok=True)
     device = torch.device("cpu" if options.dry_run else "cuda")
     visit = Visit(options.output, device, options.dry_run, options.full, max(1.0, options.minutes / MINUTES))

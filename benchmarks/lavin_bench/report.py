@@ -6,7 +6,6 @@ A table stands between `<!-- results: FILE -->` and `<!-- end -->`; FILE is one 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -14,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lavin_bench.markdown import caption, milliseconds, table
+from lavin_bench.programs import program, read_record
 from lavin_bench.quality.report import quality_table, strangers_table, taught_table
-from lavin_bench.quality.speeds_report import speeds_table
+from lavin_bench.quality.speeds_report import own_pairs_table, speeds_table
+from lavin_rt.errors import InputError, one_line
 
 RESULTS = Path(__file__).parents[1] / "results"
 PLACE = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -202,7 +203,7 @@ def render(record: dict[str, Any]) -> str:
     """The table of a record, by its kind.
 
     Raises:
-        ValueError: a kind of record that has no table.
+        InputError: a kind of record that has no table, or a record without what belongs to its kind.
     """
     tables = {
         "kernels": kernels_table,
@@ -212,6 +213,7 @@ def render(record: dict[str, Any]) -> str:
         "forms": forms_table,
         "quality": quality_table,
         "quality_speeds": speeds_table,
+        "own_pairs": own_pairs_table,
         "speeds": named_speeds_table,
         "engines": engines_table,
         "crowded": crowded_table,
@@ -221,8 +223,13 @@ def render(record: dict[str, Any]) -> str:
     }
     kind = record.get("kind", "forms")
     if kind not in tables:
-        raise ValueError(f"a record of kind {kind!r} has no table; expected one of {', '.join(tables)}")
-    return tables[kind](record)
+        raise InputError(f"a record of kind {kind!r} has no table; expected one of {', '.join(tables)}")
+    try:
+        return tables[kind](record)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"a record of kind {kind!r} lacks what its table shows ({one_line(error)}); measure again"
+        ) from error
 
 
 def crowded_table(record: dict[str, Any]) -> str:
@@ -248,12 +255,12 @@ def fill(text: str, results: Path = RESULTS) -> str:
     """The text with every table made anew from its file."""
 
     def replaced(match: re.Match) -> str:
-        record = json.loads((results / match[2]).read_text())
-        return f"{match[1]}{render(record)}{match[3]}"
+        return f"{match[1]}{render(read_record(results / match[2]))}{match[3]}"
 
     return PLACE.sub(replaced, text)
 
 
+@program
 def main() -> int:
     parser = argparse.ArgumentParser(prog="lavin_bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, help="result files to print; all committed ones by default")
@@ -263,7 +270,7 @@ def main() -> int:
         options.write.write_text(fill(options.write.read_text()))
         return 0
     for path in options.files or sorted(RESULTS.glob("*.json")):
-        print(f"{path.name}\n\n{render(json.loads(path.read_text()))}")
+        print(f"{path.name}\n\n{render(read_record(path))}")
     return 0
 
 

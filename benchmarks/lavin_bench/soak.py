@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from lavin_bench.programs import at_least, program
 from lavin_bench.timing import resident_bytes
 from lavin_rt.sampling.speeds import SPEEDS
 
@@ -130,11 +131,13 @@ def soak(calls: int, settled: int, kinds: int = KINDS) -> dict[str, Any]:
     }
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lavin_bench.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=1000, help="how many (default: 1000)")
     parser.add_argument("--settled", type=int, default=100, help="after which memory is settled (default: 100)")
     options = parser.parse_args(arguments)
+    at_least(options, settled=1, calls=options.settled + 1)
     record = soak(options.calls, options.settled)
     print(json.dumps(record, indent=1))
     return int(record["growth"] > GROWTH or record["descriptors"] > 0 or bool(record["different"]))

@@ -41,7 +41,7 @@ lavin_export.to_tensorrt lavin_export.to_openvino
 lavin_export.cli
 lavin_export
 
-lavin_bench.timing lavin_bench.markdown lavin_bench.record lavin_bench.svg
+lavin_bench.timing lavin_bench.markdown lavin_bench.record lavin_bench.svg lavin_bench.programs
 lavin_bench.ceilings
 lavin_bench.kernels
 lavin_bench.pipeline

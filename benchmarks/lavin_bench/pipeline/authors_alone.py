@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 
 from lavin_bench.pipeline.authors_way import AuthorsWay
+from lavin_bench.programs import at_least, multiple_of, program
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints what the authors' way reaches, so that everyone can see that it is no straw man."""
     from lavin_bench.ceilings import matmul_ceiling
     from lavin_bench.pipeline.variants import CPU_CONFIG, RELEASED, Setting, random_model
@@ -21,11 +25,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
-    size = options.size or (512 if device.type == "cuda" else 128)
-    setting = Setting(size, options.pairs, RELEASED if device.type == "cuda" else CPU_CONFIG)
+    options.size = (512 if device.type == "cuda" else 128) if options.size is None else options.size
+    at_least(options, pairs=1, repeats=1)
+    multiple_of(options, 16)
+    setting = Setting(options.size, options.pairs, RELEASED if device.type == "cuda" else CPU_CONFIG)
     dit = random_model(setting.config, device, dtype)
     cond, noise = setting.latents(device)
     way = AuthorsWay(dit, compile=not options.eager)
@@ -44,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lavin_bench.programs import at_least, program
 from lavin_bench.record import write_record
 from lavin_bench.timing import Timing, header, header_line
 from lavin_rt.container import processor_time, processors
-from lavin_rt.errors import InputError
 from lavin_rt.find.model import BUNDLED
 from lavin_rt.pictures.context import read_template
 from lavin_rt.pictures.images import check_writable
@@ -81,19 +81,15 @@ def run(repeats: int) -> dict[str, Any]:
     return {"kind": "crowded", "header": header(), "task": TASK, "processor_time": processor_time(), "rows": rows}
 
 
+@program
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lavin_bench.pipeline.crowded", description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7, help="runs of each choice (default: 7)")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     options = parser.parse_args(arguments)
-    try:
-        if options.repeats < 1:
-            raise InputError(f"--repeats is {options.repeats}; expected at least 1")
-        if options.json:
-            check_writable(options.json)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    at_least(options, repeats=1)
+    if options.json:
+        check_writable(options.json)
     record = run(options.repeats)
     print(header_line(record["header"]))
     for row in record["rows"]:

@@ -10,16 +10,18 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lavin_bench.pipeline.variants import random_vae
+from lavin_bench.programs import at_least, multiple_of, program
 from lavin_bench.record import write_record
 from lavin_bench.timing import header, header_line, measure, resident_bytes
-from lavin_rt.devices import DTYPES
+from lavin_rt.devices import DTYPES, resolve_device
+from lavin_rt.pictures.images import check_writable
 from lavin_rt.sampling.self_check import relative_error
 from lavin_rt.vae.config import VAEConfig
 from lavin_rt.vae.layers import DerivedKernel
@@ -105,7 +107,8 @@ def compare(direction: str, options: argparse.Namespace) -> list[dict[str, Any]]
     return rows
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="lavin_bench.pipeline.vae_forms", description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=128, help="height and width in pixels, a multiple of 8")
     parser.add_argument("--repeats", type=int, default=7)
@@ -116,7 +119,12 @@ def main() -> None:
     parser.add_argument(
         "--peak", nargs=2, metavar=("FORM", "DIRECTION"), help="print peak and derived bytes of one pass"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    at_least(options, repeats=1, threads=1)
+    multiple_of(options, 8)
+    if options.json:
+        check_writable(options.json)
+    resolve_device(options.device)
     torch.set_num_threads(options.threads)
     if options.peak:
         form, direction = options.peak
@@ -148,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lavin_bench import svg
+from lavin_bench.programs import program, read_record
+from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 
 WIDTH, LEFT, RIGHT, TOP, ROW, BAR = 860, 210, 190, 62, 34, 20
@@ -84,15 +87,20 @@ def _gain(base: float | None, median: float) -> str:
     return "" if base is None or base == median else f"  ({base / median:.2f}x)"
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="lavin_bench.pipeline.waterfall", description=__doc__.splitlines()[0])
     parser.add_argument("record", type=Path, help="JSON of lavin-rt bench pipeline")
     parser.add_argument("-o", "--output", type=Path, help="SVG to write (default: beside the record)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     output = options.output or options.record.with_suffix(".svg")
+    record = read_record(options.record)
+    if record.get("kind") != "pipeline":
+        raise InputError(f"{options.record}: of kind {record.get('kind')!r}; expected one of lavin-rt bench pipeline")
+    drawn = waterfall(record)
     with written_whole(output) as partial:
-        partial.write_text(waterfall(json.loads(options.record.read_text())))
+        partial.write_text(drawn)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,17 +7,20 @@ split alone, so that `lavin-rt bench quality --speed` can say on held-out ones w
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from lavin_bench.programs import at_least, program
 from lavin_bench.quality.answers import Sampling
 from lavin_bench.quality.queries import draw
 from lavin_bench.quality.speeds import ONE_TO_MANY, run_speeds
 from lavin_bench.record import write_record
 from lavin_bench.timing import use_threads
 from lavin_rt.mini.world.tasks import TASKS, find_task
+from lavin_rt.pictures.images import check_writable
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.sampling.speeds import Speed
 
@@ -62,7 +65,8 @@ def ranked(record: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["flops"])
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="lavin_bench.quality.speed_search", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", help="folder, archive or hub id (default: lavin-mini)")
     parser.add_argument("--tasks", nargs="+", help="by their full names (default: those with one right answer)")
@@ -72,13 +76,17 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("-o", "--output", help="JSON of every speed and task")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    at_least(options, scenes=2, pairs=1)
+    speeds = list(candidates(options.evaluations))
+    if options.output:
+        check_writable(options.output)
     use_threads(options.threads)
-    pipe = Pipeline.from_pretrained(options.checkpoint, device=options.device)
     tasks = [find_task(name) for name in options.tasks or (name for name in TASKS if name not in ONE_TO_MANY)]
+    pipe = Pipeline.from_pretrained(options.checkpoint, device=options.device)
     drawn = draw(pipe.size, options.scenes, options.pairs, tasks, split="train")
     with torch.no_grad():
-        record = run_speeds(pipe, drawn, options.pairs, Sampling(), list(candidates(options.evaluations)))
+        record = run_speeds(pipe, drawn, options.pairs, Sampling(), speeds)
     record["ranked"] = ranked(record)
     for row in record["ranked"]:
         print(
@@ -90,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

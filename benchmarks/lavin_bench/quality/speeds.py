@@ -256,6 +256,11 @@ def own_pairs_record(
         **new_record("own_pairs", pipe),
         "task": str(options.task),
         "queries": len(found),
+        "pairs": len(others),
+        "size": list(task.size),
+        "steps": options.steps,
+        "guidance": options.guidance,
+        "seed": options.seed,
         "rows": [],
     }
     of_exact = np.array(rows["exact"])

@@ -43,6 +43,20 @@ def speeds_table(record: dict[str, Any]) -> str:
     return "\n\n".join(text) + "\n"
 
 
+def own_pairs_table(record: dict[str, Any]) -> str:
+    """A row a speed: PSNR to the targets of a folder's pairs, each answered from others, and to exact's answers."""
+    height, width = record["size"]
+    of = f"{record['task']}: {record['queries']} queries, {record['pairs']} pairs, {width}x{height} px"
+    text = f"{record['checkpoint']}, {of}, guidance {record['guidance']}. {caption(record['header'])}"
+    rows = []
+    for row in record["rows"]:
+        mean, half = row.get("better_than_exact", (None, None))
+        apart = ["", ""] if mean is None else [f"{mean:+.2f} ± {half:.2f}", f"{row['psnr_to_exact']:.1f}"]
+        rows.append([row["speed"], f"{row['psnr']:.2f}", *apart, f"{row['seconds']:.3f}"])
+    columns = ["speed", "dB to the targets", "to exact ± 95 %", "dB to exact's answers", "s a query"]
+    return f"{text}\n\n{table(columns, rows)}"
+
+
 def _groups(record: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Tasks in three groups, each with what is to be said of it."""
     asked = [task for task in record["tasks"] if not task["one_to_many"]]

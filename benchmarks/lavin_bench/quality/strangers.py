@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from lavin_bench.programs import at_least, multiple_of, program
 from lavin_bench.quality.figures import fidelity, interval
 from lavin_bench.quality.report import strangers_table
 from lavin_bench.record import write_record
@@ -109,8 +110,7 @@ def prepare(given: argparse.Namespace) -> None:
     Raises:
         InputError: no multiple of 16, or a file that cannot be written.
     """
-    if given.size < 16 or given.size % 16:
-        raise InputError(f"--size is {given.size}; expected a positive multiple of 16")
+    multiple_of(given, 16)
     if given.json:
         check_writable(given.json)
     use_threads(given.threads)
@@ -182,6 +182,7 @@ def ask(
     }
 
 
+@program
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lavin_bench.quality.strangers", description=__doc__.splitlines()[0]
@@ -195,19 +196,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     given = parser.parse_args(arguments)
     rows, options = [], ["--checkpoint", given.checkpoint] if given.checkpoint else []
-    try:
-        prepare(given)
-        for name, least in (("folders", 2), ("queries", 1), ("seed", 0)):
-            if getattr(given, name) < least:
-                raise InputError(f"--{name} is {getattr(given, name)}; expected at least {least}")
-        with tempfile.TemporaryDirectory(prefix="lavin-rt-strangers-") as temporary:
-            for number, (name, kind, mapping) in enumerate(tqdm(MAPPINGS, "mappings", disable=None)):
-                place = Path(temporary) / str(number)
-                row = ask(mapping, given.folders, given.queries, given.size, given.seed, place, options)
-                rows.append({"mapping": name, "kind": kind, **row})
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    prepare(given)
+    at_least(given, folders=2, queries=1, seed=0)
+    with tempfile.TemporaryDirectory(prefix="lavin-rt-strangers-") as temporary:
+        for number, (name, kind, mapping) in enumerate(tqdm(MAPPINGS, "mappings", disable=None)):
+            place = Path(temporary) / str(number)
+            row = ask(mapping, given.folders, given.queries, given.size, given.seed, place, options)
+            rows.append({"mapping": name, "kind": kind, **row})
     record = {"kind": "strangers", "header": {**header(), "dtype": "float32"}, "rows": rows}
     print(strangers_table(record))
     if given.json:

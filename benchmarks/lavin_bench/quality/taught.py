@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lavin_bench.programs import at_least, program
 from lavin_bench.quality.figures import fidelity, interval
 from lavin_bench.quality.report import taught_table
 from lavin_bench.quality.strangers import PAIRS, answers, prepare, save_pairs
@@ -95,6 +96,7 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     }
 
 
+@program
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lavin_bench.quality.taught", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", default="mini", help="to begin with (default: the small model)")
@@ -106,17 +108,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="of PyTorch")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     given = parser.parse_args(arguments)
-    try:
-        prepare(given)
-        if given.seed < 0:
-            raise InputError(f"--seed is {given.seed}; expected at least 0")
-        if min(given.steps, given.queries - 1) < 1:
-            raise InputError(f"--steps is {given.steps}, --queries {given.queries}; expected at least 1 and 2")
-        with tempfile.TemporaryDirectory(prefix="lavin-rt-taught-") as temporary:
-            record = measure(given, Path(temporary))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    prepare(given)
+    at_least(given, steps=1, queries=2, seed=0)
+    with tempfile.TemporaryDirectory(prefix="lavin-rt-taught-") as temporary:
+        record = measure(given, Path(temporary))
     print(taught_table(record))
     if given.json:
         write_record(given.json, record)
