@@ -85,6 +85,8 @@ def _fields(view: memoryview) -> Iterator[tuple[int, memoryview]]:
     position, end = 0, len(view)
     while position < end:
         tag, position = _varint(view, position)
+        if tag >= 2**32:  # readers drop what is above, so that it is another field to them
+            raise ValueError("a tag of more than 32 bits")
         number, kind = tag >> 3, tag & 7
         if kind == VARINT:
             _, position = _varint(view, position)

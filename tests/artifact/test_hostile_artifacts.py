@@ -107,6 +107,22 @@ def test_external_data_hidden_in_a_subgraph_or_a_function(folder):
         assert external_files(folder / "denoiser.onnx") == {"../elsewhere"}
 
 
+def test_external_data_under_a_tag_that_readers_shorten(folder):
+    """ONNX Runtime takes `EA 80 80 80 10`, of 33 bits, for `6A`: the tag of a tensor's `external_data`."""
+    tensor = onnx.load(folder / "denoiser.onnx", load_external_data=False).graph.initializer[0]
+    entry = onnx.StringStringEntryProto(key="location", value="../elsewhere").SerializeToString()
+    tensor.ClearField("external_data")
+    for tag, seen in ((b"\x6a", True), (b"\xea\x80\x80\x80\x00", True), (b"\xea\x80\x80\x80\x10", False)):
+        content = tensor.SerializeToString() + tag + bytes([len(entry)]) + entry
+        for field in (b"\x2a", b"\x3a"):  # of a graph, and of the model
+            content = field + bytes([len(content)]) + content
+        (folder / "denoiser.onnx").write_bytes(content)
+        if seen:
+            assert external_files(folder / "denoiser.onnx") == {"../elsewhere"}
+        else:
+            assert "a tag of more than 32 bits" in refusal(external_files, folder / "denoiser.onnx")
+
+
 @pytest.mark.parametrize("file", ["denoiser.onnx", "denoiser.onnx.data", "modulation.safetensors"])
 def test_truncated_changed_missing_and_linked_files(folder, tmp_path, file):
     path, content = folder / file, (folder / file).read_bytes()
