@@ -29,6 +29,10 @@ from lavin_rt.errors import InputError, one_line
 Progress = Callable[[int, int], None]
 """`(bytes done, bytes in all)`, called while files are read or unpacked."""
 
+Stamp = tuple[int, int]
+"""Size and time of last change, by which a file is known to be the same. No inode: some network file systems number a
+file anew when they forget it."""
+
 PARTIAL = ".lavin-rt-*.part"
 ABANDONED_SECONDS = 24 * 3600  # where a file system knows no locks
 NOT_CONTENT = ("lost+found",)  # in the root of a volume
@@ -253,6 +257,28 @@ def _cannot_write(path: str | os.PathLike, error: OSError) -> InputError:
     name = one_line(os.fspath(path))
     name = name if len(name) <= 300 else f"{name[:150]}...{name[-100:]}"
     return InputError(f"{name}: cannot be written ({error.strerror or error}); choose a place you can write to")
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """The stamp of a file by its status."""
+    return status.st_size, status.st_mtime_ns
+
+
+def check_stamp(path: str | os.PathLike, stamp: Stamp, descriptor: int | None = None) -> None:
+    """Raises an `InputError` where a model's file, or what is open in its place, is not as it was."""
+    try:
+        found = stamp_of(os.stat(path if descriptor is None else descriptor))
+    except OSError as error:
+        raise cannot_reread(path, error) from None
+    if found != stamp:
+        raise InputError(f"{os.fspath(path)} has changed since its model was loaded; load the model again")
+
+
+def cannot_reread(path: str | os.PathLike, error: OSError) -> InputError:
+    """The error for a file of a model in use that is gone."""
+    return InputError(
+        f"{os.fspath(path)} cannot be read any more: {error.strerror}; keep a model's files in place while it is in use"
+    )
 
 
 @contextlib.contextmanager

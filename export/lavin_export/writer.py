@@ -27,7 +27,8 @@ from typing import Any, cast
 
 import torch
 
-from lavin_rt.artifact.manifest import FORMAT, KINDS, MODULATION, NAME, VERSION, Manifest, file_sha256
+from lavin_rt.artifact.checked_files import file_sha256
+from lavin_rt.artifact.manifest import FORMAT, KINDS, MODULATION, NAME, VERSION, Manifest
 from lavin_rt.artifact.parts import FileEntry, Part, Ranges, Record, Target, TensorSpec
 from lavin_rt.artifact.speeds import described, named_speeds, tables
 from lavin_rt.checkpoint.files import Checkpoint

@@ -1,7 +1,7 @@
 """A network compiled by AOTInductor: a `.pt2` package of code, and its weights in a safetensors file.
 
 A package is machine code that runs in this process; nothing here runs it before the manifest's hashes were checked
-(`Manifest.check_files`, the loader's business).
+(`Manifest.check_files`) and the file found to be the same since (`Manifest.check_unchanged`), the loader's business.
 """
 
 from __future__ import annotations

@@ -78,7 +78,18 @@ def assemble(manifest: Manifest, device: torch.device, provider: str = "auto") -
 
 
 def opener(manifest: Manifest, device: torch.device, provider: str = "auto") -> Callable[[str], Session]:
-    """Loads a part by its name."""
+    """Loads a part by its name, whose files have to be those that were checked: some come to be opened hours later."""
+    open_part = _opener(manifest, device, provider)
+
+    def opened(name: str) -> Session:
+        part = manifest.parts[name]
+        manifest.check_unchanged(part["file"], *part["weights"])
+        return open_part(name)
+
+    return opened
+
+
+def _opener(manifest: Manifest, device: torch.device, provider: str) -> Callable[[str], Session]:
     if manifest.kind == "onnx":
         from lavin_rt.artifact.onnxruntime import OrtSession
 
@@ -145,7 +156,8 @@ class ArtifactNetwork:
         """Modulation `[n - 1, depth, 2, 4, D]` and head scale `[n - 1, D]` float32 of a schedule's knots `[n]`.
 
         Raises:
-            InputError: a schedule that the artifact was exported without, with those it has; a damaged file.
+            InputError: a schedule that the artifact was exported without, with those it has; a file that is damaged, or
+                another one than was checked.
         """
         steps, manifest = len(knots), self.manifest
         names = tables_of(steps, manifest.schedules, manifest.speeds)
@@ -155,6 +167,7 @@ class ArtifactNetwork:
                 f"{manifest.folder} has no modulation for steps {steps}; it has {has}: "
                 f"choose one of these, or export it with --steps {steps}"
             )
+        manifest.check_unchanged(MODULATION)
         found = read_table(manifest.folder / MODULATION, names, self.config, knots)
         return found["blocks"].to(self.device), found["head_scale"].to(self.device)
 

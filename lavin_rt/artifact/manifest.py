@@ -7,32 +7,29 @@ An artifact may come from anyone: whatever its manifest says is checked here bef
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
 import stat
-import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
 
+from lavin_rt.artifact.checked_files import REAL_FILES, check_hashes
 from lavin_rt.artifact.parts import FileEntry, Part, Record, Target
 from lavin_rt.artifact.sizes import parse_size, ranges_of, shown
 from lavin_rt.artifact.speeds import parsed_speeds
 from lavin_rt.devices import DTYPES
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.errors import InputError
-from lavin_rt.files import Progress
+from lavin_rt.files import Progress, Stamp, check_stamp
 from lavin_rt.sampling.speeds import Speed
 
 T = TypeVar("T")
 FORMAT, VERSION = "lavin-rt artifact", 1
 NAME = "manifest.json"
-REAL_FILES = "copy the file itself (cp -rL), or of a hub's cache give the hub's id"
 KINDS = ("onnx", "tensorrt", "aoti", "openvino")
 KINDS_OF_CODE = ("tensorrt", "aoti")
 KINDS_OF_ANY_DTYPE = ("openvino",)  # whose files are float32, and computed in what is asked for
@@ -40,7 +37,6 @@ MODULATION = "modulation.safetensors"
 PARTS = ("denoiser", "vae_encoder", "vae_decoder")
 KEPT = "denoiser_kept"  # the part with keys and values of the context among its inputs and outputs
 MAX_BYTES = 16 * 2**20
-BLOCK = 4 * 2**20
 # Options of TensorRT exports that only 0.1 had; its plans with one of them are not run.
 ONLY_IN_0_1 = ("plugins", "refit", "strip_plan", "weight_streaming", "version_compatible")
 
@@ -66,6 +62,7 @@ class Manifest:
         parts: by name: "denoiser", "vae_encoder", "vae_decoder", "vae_encoder_clip5", ...
         files: every file but the manifest itself.
         versions, source, options, verification: of the export, for the record.
+        stamps: by name, of the files that were checked.
     """
 
     folder: Path
@@ -84,6 +81,7 @@ class Manifest:
     source: Record
     options: Record
     verification: Record
+    stamps: dict[str, Stamp] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Manifest:
@@ -129,47 +127,14 @@ class Manifest:
         )
 
     def check_files(self, progress: Progress | None = None) -> None:
-        """Compares every file with its size and hash.
+        """Compares every file with its size and hash; `progress` and errors as of `check_hashes`."""
+        self.stamps.update(check_hashes(self.folder, self.files, progress))
 
-        Args:
-            progress: called with (bytes read, bytes in all), from one thread at a time.
-
-        Raises:
-            InputError: a file that is missing, no plain file, or not the one that was exported.
-        """
-        for name, entry in self.files.items():
-            self._check_file(name, entry["bytes"])
-        total, done, lock = sum(entry["bytes"] for entry in self.files.values()), 0, threading.Lock()
-
-        def add(count: int) -> None:
-            nonlocal done
-            with lock:
-                done += count
-                if progress is not None:
-                    progress(done, total)
-
-        with ThreadPoolExecutor(max_workers=2) as pool:  # hashing releases the interpreter
-            digests = pool.map(lambda name: file_sha256(self.folder / name, add), self.files)
-            for (name, entry), digest in zip(self.files.items(), digests, strict=True):
-                if digest != entry["sha256"]:
-                    raise InputError(
-                        f"{self.folder / name} is not the file that was exported (SHA-256 {digest[:12]}..., the "
-                        f"manifest has {entry['sha256'][:12]}...); export or fetch the artifact again"
-                    )
-
-    def _check_file(self, name: str, size: int) -> None:
-        path = self.folder / name
-        try:
-            status = os.lstat(path)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise InputError(f"{path}: {reason}; the artifact is not complete, export or fetch it again") from None
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{path} is no plain file; an artifact holds neither links nor devices: {REAL_FILES}")
-        if status.st_size != size:
-            raise InputError(
-                f"{path} has {status.st_size:,} bytes, the manifest says {size:,}; export or fetch the artifact again"
-            )
+    def check_unchanged(self, *names: str) -> None:
+        """Raises an `InputError` for a file that is gone, or another one, since `check_files`."""
+        for name in names:
+            if name in self.stamps:
+                check_stamp(self.folder / name, self.stamps[name])
 
     def check_device(self, device: torch.device) -> None:
         """Raises an `InputError` where the artifact was made for another kind of device or another GPU."""
@@ -237,17 +202,6 @@ def artifact_values(folder: str | os.PathLike) -> Record | None:
     if path.is_symlink():
         _read_json(path)  # says why it may not be one
     return values
-
-
-def file_sha256(path: str | os.PathLike, add: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file, 64 hexadecimal digits, read 4 MiB at a time; `add` is told the bytes of each time."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-            if add is not None:
-                add(len(block))
-    return digest.hexdigest()
 
 
 def _read_json(path: Path) -> Record:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lavin_rt.errors import InputError
-from lavin_rt.files import written_whole
+from lavin_rt.files import Stamp, cannot_reread, check_stamp, stamp_of, written_whole
 
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 BITS = {
@@ -57,13 +57,13 @@ class SafetensorsFile:
         path: the file, or the index.
         entries: tensors by name.
         metadata: the header's `__metadata__`.
-        files: each with its (size, time of last change), by which a later read knows that it is still the same file.
+        files: each with what tells a later read that it is still the same file.
     """
 
     path: Path
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
-    files: tuple[tuple[Path, tuple[int, int]], ...]
+    files: tuple[tuple[Path, Stamp], ...]
 
     @property
     def size(self) -> int:
@@ -83,7 +83,7 @@ class SafetensorsFile:
             return cls._open_index(path)
         try:
             with open(path, "rb") as file:
-                stamp = _stamp(file.fileno())
+                stamp = stamp_of(os.fstat(file.fileno()))
                 start = file.read(8)
                 length = int.from_bytes(start, "little")
                 if len(start) < 8 or length > MAX_HEADER:
@@ -149,12 +149,8 @@ class Reader:
                 try:
                     self._files.append(self._open.enter_context(open(path, "rb", buffering=0)))  # noqa: SIM115
                 except OSError as error:
-                    raise InputError(
-                        f"{path} cannot be read any more: {error.strerror}; "
-                        "keep a checkpoint in place while its model is in use"
-                    ) from None
-                if _stamp(self._files[-1].fileno()) != stamp:
-                    raise InputError(f"{path} has changed since its model was loaded; load the model again")
+                    raise cannot_reread(path, error) from None
+                check_stamp(path, stamp, self._files[-1].fileno())
             self._open = self._open.pop_all()
 
     def __enter__(self) -> Reader:
@@ -282,11 +278,6 @@ def write_safetensors(
             file.write(flat.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())  # on disk before the rename, which may replace a sound checkpoint
-
-
-def _stamp(descriptor: int) -> tuple[int, int]:
-    status = os.fstat(descriptor)
-    return status.st_size, status.st_mtime_ns
 
 
 def _truncated(path: Path, size: int, expected: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from support.checks import refusal
@@ -9,7 +11,7 @@ from support.small_artifact import WEIGHT, add_parts, read_manifest, write_manif
 
 from lavin_export.writer import modulation_model, writing
 from lavin_rt.artifact import load as artifact
-from lavin_rt.artifact.manifest import Manifest, artifact_values
+from lavin_rt.artifact.manifest import KEPT, Manifest, artifact_values
 from lavin_rt.artifact.sizes import bind_sizes, check_ranges, sized
 from lavin_rt.checkpoint.load import load_dit
 from lavin_rt.cli.main import main
@@ -101,6 +103,35 @@ def test_schedules_and_shapes_that_it_does_not_have(sound):
     changed = schedule(20).clone()
     changed[3] += 0.001
     assert "knots are not" in refusal(network.table, changed)
+
+
+def exported_anew(path):
+    """Another file of the same size in a file's place, a millisecond younger."""
+    content, status = path.read_bytes(), path.stat()
+    path.unlink()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**6))
+
+
+def test_an_artifact_that_is_exported_anew_while_it_is_in_use(folder):
+    """What is opened late is not taken from the new one."""
+    values = read_manifest(folder)
+    late = {"vae_decoder_clip5": values["parts"]["vae_decoder"], KEPT: values["parts"]["denoiser"]}
+    write_manifest(folder, {**values, "parts": {**values["parts"], **late}})
+    network, vae, _ = artifact.load(folder)
+    vae.decode(torch.zeros(1, 16, 1, 2, 2))
+    network.table(schedule(20))
+    for name, use in (
+        ("modulation.safetensors", lambda: network.table(schedule(20))),
+        ("vae_decoder.onnx.data", lambda: vae.decode(torch.zeros(1, 16, 2, 2, 2))),
+        ("denoiser.onnx", lambda: network.loaded(KEPT)),
+    ):
+        exported_anew(folder / name)
+        assert f"{name} has changed since its model was loaded; load the model again" in refusal(use)
+        (folder / name).unlink()
+        assert f"{name} cannot be read any more: No such file" in refusal(use)
+    vae.decode(torch.zeros(1, 16, 1, 2, 2))
+    network.loaded("denoiser")
 
 
 def test_info_of_an_artifact(sound, folder, capsys):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lavin_rt.artifact.manifest import Manifest, file_sha256
+from lavin_rt.artifact.checked_files import file_sha256
+from lavin_rt.artifact.manifest import Manifest
 from lavin_rt.find.model import find_checkpoint
 from lavin_rt.sampling.speeds import SPEEDS as SPEEDS_BY_NAME
 from support.golden import CASES, GOLDEN, golden_cases

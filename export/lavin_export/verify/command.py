@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lavin_export.verify.artifact import verify_artifact
-from lavin_rt.artifact.manifest import Manifest, file_sha256
+from lavin_rt.artifact.checked_files import file_sha256
+from lavin_rt.artifact.manifest import Manifest
 from lavin_rt.devices import resolve_device
 from lavin_rt.errors import InputError
 from lavin_rt.find.model import find_checkpoint

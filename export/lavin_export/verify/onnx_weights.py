@@ -79,7 +79,7 @@ def widened(manifest: Manifest, folder: Path) -> Manifest:
         outputs: list[TensorSpec] = [{**tensor, "dtype": "float32"} for tensor in part["outputs"]]
         parts[name] = {**part, "inputs": inputs, "outputs": outputs, "weights": [data.name]}
     (folder / MODULATION).symlink_to((manifest.folder / MODULATION).resolve())
-    return dataclasses.replace(manifest, folder=folder, dtype=torch.float32, parts=parts)
+    return dataclasses.replace(manifest, folder=folder, dtype=torch.float32, parts=parts, stamps={})
 
 
 def _load(manifest: Manifest, file: str, weights: list[str]) -> onnx_ir.Model:
