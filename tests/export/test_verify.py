@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.checks import refusal
 from support.command import exit_code
 from support.onnx_exports import exported, golden_checkpoint
-from support.small_artifact import read_manifest, write_manifest
+from support.small_artifact import add_parts, read_manifest, write_manifest
 
 from lavin_export.errors import VerificationError
 from lavin_export.networks import denoiser
@@ -22,7 +22,9 @@ from lavin_export.to_onnx import export as to_onnx
 from lavin_export.to_onnx.support import SupportReport
 from lavin_export.verify import artifact as verify
 from lavin_export.verify.artifact import relative_error, verify_artifact
-from lavin_rt.artifact.manifest import Manifest
+from lavin_export.verify.modulation import check_modulation
+from lavin_export.writer import writing
+from lavin_rt.artifact.manifest import KEPT, Manifest
 from lavin_rt.checkpoint.load import ModulationInFile, describe
 from lavin_rt.cli.main import main
 from lavin_rt.find.model import find_checkpoint
@@ -108,14 +110,36 @@ def test_a_weight_that_changes_results(made, folder, monkeypatch):
         verify_artifact(folder, made[1])
 
 
+def test_a_changed_row_of_modulation(tmp_path):
+    """Of any evaluation of any schedule and speed."""
+    checkpoint, folder = golden_checkpoint(tmp_path / "checkpoint", "dit_b"), tmp_path / "artifact"
+    with writing(folder, "onnx", checkpoint, torch.float16, steps=(20, 40), speeds=["fast"]) as writer:
+        add_parts(writer)
+        writer.add_part(KEPT, **writer.parts["denoiser"])
+        writer.write_modulation()
+    manifest = Manifest.read(folder)
+    check_modulation(manifest, checkpoint)
+    sound = load_file(folder / "modulation.safetensors")
+    for name in sorted(sound):
+        if name.startswith("knots."):
+            continue
+        for value in (1e-3, float("nan")):
+            tensors = {other: tensor.clone() for other, tensor in sound.items()}
+            row = len(tensors[name]) * 2 // 3
+            tensors[name][row].view(-1)[-1] += value
+            save_file(tensors, folder / "modulation.safetensors")
+            with pytest.raises(VerificationError, match=f"row {row} of {name} in .* is off by"):
+                check_modulation(manifest, checkpoint)
+
+
 @pytest.mark.slow
 def test_a_changed_modulation_table(made, folder):
-    """No graph and no weight differ: the results do."""
+    """No graph and no weight differ, and no run of the verification reads the row."""
     tensors = load_file(folder / "modulation.safetensors")
-    tensors["head_scale.20"] *= 1.01
+    tensors["head_scale.20"][10] *= 1.01
     save_file(tensors, folder / "modulation.safetensors")
     rehash(folder)
-    with pytest.raises(VerificationError, match="is off by"):
+    with pytest.raises(VerificationError, match=r"row 10 of head_scale\.20"):
         verify_artifact(folder, made[1])
 
 

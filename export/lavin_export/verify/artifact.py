@@ -1,4 +1,5 @@
-"""Holding an artifact against the checkpoint it was made of: every part, a short sampling run, and one at every speed.
+"""Holding an artifact against the checkpoint it was made of: every part, a short sampling run, one at every speed, and
+every row of modulation.
 
 Every error is against the plain model in float32. In float32 it may be 1e-5 for a pass and 1e-4 for the sampling run;
 in 16 bits at most twice the error that the plain model itself makes in that dtype; of a denoiser in int8 at most twice
@@ -22,6 +23,7 @@ from lavin_export.errors import VerificationError
 from lavin_export.networks import vae as vae_parts
 from lavin_export.networks.denoiser import BranchDenoiser
 from lavin_export.verify.int8 import EightBits, in_int8
+from lavin_export.verify.modulation import check_modulation
 from lavin_export.verify.onnx_weights import widened
 from lavin_export.verify.speeds import PlainBranches, at_speeds, kept_passes, kept_sizes, other_speeds
 from lavin_export.verify.weights import check_weights
@@ -99,12 +101,14 @@ def verify_artifact(
         what the manifest keeps as "verification": plain values.
 
     Raises:
-        VerificationError: an error above its budget; names the part, the sizes and both numbers.
+        VerificationError: an error above its budget; names the part, the sizes and both numbers. Weights or modulation
+            that are not the checkpoint's.
         InputError: an artifact that is damaged or cannot run on the device.
     """
     manifest, device = Manifest.read(folder), torch.device(device)
     manifest.check_device(device)
     manifest.check_files()
+    check_modulation(manifest, checkpoint)
     if manifest.kind in ("onnx", "openvino"):
         check_weights(manifest, checkpoint)
     elif manifest.kind == "aoti":

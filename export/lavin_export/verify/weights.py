@@ -11,9 +11,8 @@ from lavin_export.verify import onnx_weights, openvino_weights
 from lavin_export.verify.int8 import in_int8
 from lavin_rt.artifact.manifest import KEPT, Manifest
 from lavin_rt.checkpoint.files import Checkpoint
-from lavin_rt.checkpoint.header import dit_config, open_checkpoint
+from lavin_rt.checkpoint.header import open_checkpoint
 from lavin_rt.checkpoint.load import load_vae
-from lavin_rt.errors import InputError
 
 
 def check_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
@@ -21,11 +20,9 @@ def check_weights(manifest: Manifest, checkpoint: Checkpoint) -> None:
 
     Raises:
         VerificationError: one that differs or is missing, by name.
-        InputError: a graph that names other files, or a checkpoint of another model.
+        InputError: a graph that names other files.
     """
     file = open_checkpoint(checkpoint.dit)
-    if dit_config(file) != manifest.config:
-        raise InputError(f"{manifest.folder} was exported from another model than {checkpoint.dit}")
     vae = load_vae(checkpoint.vae, dtype=torch.float32)
     onnx = manifest.kind == "onnx"
     stored_weights = onnx_weights.stored_weights if onnx else openvino_weights.stored_weights
