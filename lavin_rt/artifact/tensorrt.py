@@ -17,7 +17,7 @@ import torch
 
 from lavin_rt.artifact.manifest import Manifest
 from lavin_rt.artifact.parts import Part, TensorSpec
-from lavin_rt.artifact.tensorrt_library import check_version, create, import_tensorrt, make_logger
+from lavin_rt.artifact.tensorrt_library import check_version, create, import_tensorrt, make_logger, signals_noted
 from lavin_rt.errors import InputError
 
 DTYPES = {
@@ -104,7 +104,11 @@ class TensorRTSession:
     def _deserialise(self) -> Any:
         if self.path.stat().st_size == 0:
             raise InputError(f"{self.path.name} is empty; export it again")
-        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        with (
+            self.path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan,
+            signals_noted(),
+        ):
             engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise InputError(f"{self.path.name}: TensorRT cannot read the plan: {self.logger.why}; export it again")

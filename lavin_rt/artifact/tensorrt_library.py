@@ -1,12 +1,16 @@
-"""What running and building TensorRT plans share: the module, its versions, its logger."""
+"""What running and building TensorRT plans share: the module, its versions, its logger, signals meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 from lavin_rt.errors import InputError, missing_extra, one_line
+from lavin_rt.process import SIGNALS
 
 OLDEST = (10, 15)
 
@@ -84,6 +88,30 @@ def make_logger(trt: ModuleType) -> Any:
     return Logger()
 
 
+@contextlib.contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """Notes interrupts, TERM and HUP that come during a call into TensorRT, and lets them do what they would have when
+    the block ends.
+
+    TensorRT calls back, its logger and its monitor; Python raises what a signal's handler raises as they are entered,
+    and C++ drops it.
+    """
+    noted: list[int] = []
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, *SIGNALS)}
+        before = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in before:
+        signal.signal(number, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if noted:
+            before[noted[0]](noted[0], None)
+
+
 def create(kind: Callable[[Any], Any], logger: Any) -> Any:
     """A builder or a runtime, the first thing that needs a GPU and a driver.
 
@@ -91,6 +119,7 @@ def create(kind: Callable[[Any], Any], logger: Any) -> Any:
         RuntimeError: TensorRT cannot start on this machine, with what it logged.
     """
     try:
-        return kind(logger)
+        with signals_noted():
+            return kind(logger)
     except (TypeError, RuntimeError) as error:
         raise RuntimeError(f"TensorRT cannot start: {(logger.errors or [str(error)])[-1]}") from error

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import types
 
 import pytest
 from support.checks import refusal
 
-from lavin_rt.artifact.tensorrt_library import check_version, import_tensorrt, version_numbers
+from lavin_rt.artifact.tensorrt_library import check_version, import_tensorrt, signals_noted, version_numbers
+from lavin_rt.process import Terminated, terminating
 
 
 def test_missing(monkeypatch):
@@ -53,6 +56,29 @@ def test_versions_of_plans(built, installed, fits):
         check_version(built, installed)
     else:
         assert installed in refusal(check_version, built, installed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_call_into_tensorrt_waits_for_its_end(number):
+    after = []
+    with pytest.raises(KeyboardInterrupt) as caught, terminating(), signals_noted() as noted:
+        signal.raise_signal(number)
+        after.append(list(noted))
+    assert after == [[number]] and isinstance(caught.value, Terminated) == (number == signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_only_the_main_threads_signals_are_noted():
+    found = []
+
+    def other():
+        with signals_noted() as noted:
+            found.append((noted, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert found == [([], signal.default_int_handler)]
 
 
 def test_version_numbers():

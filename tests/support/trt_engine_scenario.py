@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import tempfile
 import types
@@ -16,6 +17,7 @@ import lavin_export.to_tensorrt.build as trt_build
 import lavin_rt.artifact.tensorrt as trt_session
 from lavin_rt.artifact.tensorrt_library import create, make_logger
 from lavin_rt.errors import InputError
+from lavin_rt.process import terminating
 from support import trt_bindings
 from support.trt_host_cuda import Device, Stream, Torch, aligned
 from support.trt_libraries import GRAPH, LAYERS, PLAN, Libraries
@@ -34,7 +36,7 @@ MISTAKES = [
     (trt_build, "parse_from_file(str(onnx_file))", "parse_from_file(onnx_file)"),
     (trt_build, "builder.create_network(_network_flags(trt))", "builder.create_network(flag=1)"),
     (trt_build, "get_engine_information(trt.LayerInformationFormat.JSON)", 'get_engine_information("JSON")'),
-    (trt_build, "    plan = builder.build_serialized", "    del parser\n    plan = builder.build_serialized"),
+    (trt_build, "        plan = builder.build", "        del parser\n        plan = builder.build"),
     (
         trt_build,
         "    cache = _timing_cache(config, options.timing_cache)",
@@ -123,7 +125,7 @@ def whole(trt: ModuleType, classes: dict, build_module: ModuleType, session_modu
         assert (folder / "timing").read_bytes() == b"timings and more"
         assert (folder / "denoiser.plan").read_bytes() == PLAN
         assert json.loads((folder / "layers.json").read_text()) == LAYERS
-        assert report.attention == {"nodes": 2, "fused": 1} and report.layers == 3
+        assert report.attention == {"nodes": 2, "fused": 1} and report.layers == 5
         assert report.plan_bytes == len(PLAN)
         session_module.import_tensorrt = lambda purpose: stand_in
         session_module.torch = Torch()
@@ -176,11 +178,11 @@ def builds(trt: ModuleType, classes: dict) -> None:
         onnx, plan = folder / "denoiser.onnx", folder / "denoiser.plan"
         onnx.write_bytes(GRAPH)
 
-        def build(fault: str = "", **options) -> Libraries:
+        def build(fault: str = "", quiet: bool = True, **options) -> Libraries:
             libraries = Libraries(trt, fault)
             stand_in = StandIn(trt, classes, libraries.script())
             chosen = trt_build.BuildOptions(**options)
-            trt_build.build_plan(stand_in, onnx, plan, [BOUNDS], chosen, quiet=True)
+            trt_build.build_plan(stand_in, onnx, plan, [BOUNDS], chosen, quiet=quiet)
             return libraries
 
         message = failure(InputError, build, "parse")
@@ -189,6 +191,13 @@ def builds(trt: ModuleType, classes: dict) -> None:
         assert "refuses the profile" in failure(InputError, build, "profile")
         message = failure(RuntimeError, build, "build")
         assert message == "denoiser.onnx: TensorRT cannot build the engine: no tactic for node_7", message
+        # Signals end a build at its next step, in silence or not, and then mean what they did before.
+        for fault in ("SIGINT", "SIGTERM"):
+            for quiet in (True, False):
+                with terminating():
+                    message = failure(KeyboardInterrupt, build, fault, quiet)
+                assert ("SIGTERM" in message) == (fault == "SIGTERM"), message
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
         assert not plan.exists()
         libraries = build()
         assert not libraries.flags and libraries.network_flags == 1 << int(
@@ -271,7 +280,7 @@ def sessions(trt: ModuleType, classes: dict) -> None:
         assert failure(InputError, load) == "denoiser.plan is empty; export it again"
 
 
-def failure(kind: type[Exception], function, *arguments, **keywords) -> str:
+def failure(kind: type[BaseException], function, *arguments, **keywords) -> str:
     """The message, one line, of the error that a call must raise."""
     try:
         function(*arguments, **keywords)

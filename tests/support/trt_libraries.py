@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import signal
 import weakref
 from pathlib import Path
 from types import ModuleType
@@ -20,11 +21,21 @@ from support.trt_stand_in import HostMemory
 
 PLAN = b"a plan"
 GRAPH = b"\x3a\x03\x12\x01g"  # the least that is an ONNX file: a graph named g
+DECOMPOSED = "node_scaled_dot_product_attention_1"
 LAYERS = {
     "Layers": [
+        {
+            "Name": f"{DECOMPOSED}_gemm",
+            "LayerType": "gemm",
+            "Inputs": [{"Name": f"{DECOMPOSED}_query"}],
+            "Outputs": [{"Name": DECOMPOSED}],
+            "TacticName": "sm90_xmma_gemm_bf16bf16_f32",
+            "Metadata": f"[ONNX Layer: {DECOMPOSED}]",
+        },
         {"Name": "__myl_MulSum_0", "LayerType": "kgen"},
         {"Name": "attention_0", "LayerType": "kgen", "TacticName": "__mye_fused_mha_sm90"},
         {"Name": "shuffle_0", "LayerType": "shuffle"},
+        "attention_1",
     ],
     "Bindings": ["latents"],
 }
@@ -37,7 +48,8 @@ class Libraries:
     computes, at the addresses that it was given. It has two profiles: 1 to 2 rows, and 2 to 8 rows.
 
     Attributes:
-        fault: "parse", "profile", "build" or "run": what goes wrong.
+        fault: "parse", "profile", "build" or "run": what goes wrong; "SIGINT" or "SIGTERM": the signal that comes in
+            the middle of a build.
     """
 
     PROFILES = ((1, 1, 2), (2, 4, 8))
@@ -149,6 +161,13 @@ class Libraries:
             monitor.phase_start("Building", None, 2)
             monitor.phase_start("Tactics", "Building", 3)
             assert monitor.step_complete("Tactics", 0) is True
+            if self.fault.startswith("SIG"):
+                try:
+                    signal.raise_signal(getattr(signal, self.fault))
+                    if not monitor.step_complete("Tactics", 1):
+                        return None
+                except BaseException:
+                    pass  # what a callback raises is lost in C++
             monitor.phase_finish("Tactics")
             monitor.phase_finish("Building")
         if self.fault == "build":

@@ -19,15 +19,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lavin_rt.artifact.tensorrt_library import create, make_logger
+from lavin_rt.artifact.tensorrt_library import create, make_logger, signals_noted
 from lavin_rt.errors import InputError
 from lavin_rt.files import written_whole
 
 Bounds = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
 """Of every input with a shape that varies: its smallest, its tuned and its largest shape."""
 
-# In the names of TensorRT's fused attention kernels and of the layers that they run in.
-FUSED_ATTENTION = re.compile(r"mha|attention", re.IGNORECASE)
+# In the names of TensorRT's fused attention kernels and of such layers' type. Whatever else it tells of a layer repeats
+# the names of the graph's nodes, which are attention's however they are computed.
+FUSED_ATTENTION, OF_KERNEL = re.compile(r"mha|attention", re.IGNORECASE), ("TacticName", "LayerType")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ class BuildReport:
         seconds: of building, parsing included.
         plan_bytes: of the file.
         attention: `nodes`, how many attention operators the network holds, all marked decomposable, and `fused`, the
-            engine's layers that name an attention kernel. Fewer of these than nodes: some run decomposed.
+            engine's layers that run an attention kernel. Fewer of these than nodes: some run decomposed.
         layers: of the engine, after fusion.
         warnings: of parser and builder.
     """
@@ -106,8 +107,10 @@ def build_plan(
     builder = create(trt.Builder, logger)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
-    # The form that takes a path finds external data beside the file, of any size.
-    if not parser.parse_from_file(str(onnx_file)):
+    with signals_noted():
+        # The form that takes a path finds external data beside the file, of any size.
+        parsed = parser.parse_from_file(str(onnx_file))
+    if not parsed:
         raise InputError(f"{onnx_file.name}: TensorRT cannot take the graph: {_parser_errors(parser)}")
     attention = _mark_attention_decomposable(trt, network)
     config = builder.create_builder_config()
@@ -115,12 +118,9 @@ def build_plan(
     for bounds in profiles:
         _add_profile(builder, config, bounds)
     cache = _timing_cache(config, options.timing_cache)
-    monitor = None if quiet else progress_monitor(trt, plan_file.name)
-    if monitor is not None:
-        config.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, config)
-    if monitor is not None and monitor.interrupted:
-        raise KeyboardInterrupt
+    with signals_noted() as noted:
+        config.progress_monitor = progress_monitor(trt, plan_file.name, noted, quiet)
+        plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise RuntimeError(f"{onnx_file.name}: TensorRT cannot build the engine: {'; '.join(logger.errors[-3:])}")
     # The parser and the cache own memory that the builder reads, so they must outlive the build.
@@ -134,12 +134,13 @@ def build_plan(
     if layer_file is not None:
         with written_whole(layer_file) as path:
             path.write_text(json.dumps(layers, indent=1) + "\n")
-    texts = [json.dumps(layer) for layer in layers["Layers"]]
+    told = [layer if isinstance(layer, dict) else {} for layer in layers["Layers"]]  # a mere name, in less detail
+    kernels = [" ".join(str(layer.get(name)) for name in OF_KERNEL) for layer in told]
     return BuildReport(
         seconds=time.perf_counter() - start,
         plan_bytes=plan.nbytes,
-        attention={"nodes": attention, "fused": sum(bool(FUSED_ATTENTION.search(text)) for text in texts)},
-        layers=len(texts),
+        attention={"nodes": attention, "fused": sum(map(bool, map(FUSED_ATTENTION.search, kernels)))},
+        layers=len(kernels),
         warnings=tuple(message for severity, message in logger.lines if severity == "warning"),
     )
 
@@ -212,7 +213,8 @@ def _timing_cache(config: Any, path: Path | None) -> Any:
 def layer_report(trt: ModuleType, plan: Any, logger: Any) -> dict:
     """The engine's layers after fusion, as its inspector tells them: `{"Layers": [...], "Bindings": [...]}`."""
     runtime = create(trt.Runtime, logger)
-    engine = runtime.deserialize_cuda_engine(plan)
+    with signals_noted():
+        engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise RuntimeError(f"TensorRT cannot read the plan that it has just built: {logger.why}")
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
@@ -221,8 +223,11 @@ def layer_report(trt: ModuleType, plan: Any, logger: Any) -> dict:
     return report
 
 
-def progress_monitor(trt: ModuleType, title: str) -> Any:
-    """A bar for every phase of a build, nested ones below; an interrupt ends the build at its next step."""
+def progress_monitor(trt: ModuleType, title: str, noted: Sequence[int], quiet: bool) -> Any:
+    """Ends a build at its next step once a signal is `noted`; unless `quiet`, a bar for every phase, nested ones below.
+
+    TensorRT calls from C++, which no exception may pass.
+    """
     from tqdm import tqdm
 
     base: Any = trt.IProgressMonitor
@@ -231,31 +236,21 @@ def progress_monitor(trt: ModuleType, title: str) -> Any:
         def __init__(self):
             trt.IProgressMonitor.__init__(self)
             self.bars: dict[str, tqdm] = {}
-            self.interrupted = False
-
-        def _quietly(self, action, *arguments):
-            # TensorRT calls from C++, which no exception may pass.
-            try:
-                action(*arguments)
-            except KeyboardInterrupt:
-                self.interrupted = True
 
         def phase_start(self, phase_name, parent_phase, num_steps):
             name = f"  {phase_name}" if parent_phase else f"{title}: {phase_name}"
-            self._quietly(self._open, phase_name, name, num_steps)
-
-        def _open(self, phase, name, steps):
-            self.bars[phase] = tqdm(total=steps, desc=name, leave=False, disable=None, unit="step")
+            if not quiet:
+                self.bars[phase_name] = tqdm(total=num_steps, desc=name, leave=False, disable=None, unit="step")
 
         def step_complete(self, phase_name, step):
             bar = self.bars.get(phase_name)
             if bar is not None:
-                self._quietly(bar.update, step + 1 - bar.n)
-            return not self.interrupted
+                bar.update(step + 1 - bar.n)
+            return not noted
 
         def phase_finish(self, phase_name):
             bar = self.bars.pop(phase_name, None)
             if bar is not None:
-                self._quietly(bar.close)
+                bar.close()
 
     return Monitor()
