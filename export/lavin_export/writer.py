@@ -40,7 +40,7 @@ from lavin_rt.devices import DTYPES
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.dit.model import JDiT
 from lavin_rt.dit.modulation import modulation_table
-from lavin_rt.errors import InputError
+from lavin_rt.errors import InputError, one_line
 from lavin_rt.files import check_writable, is_vacant, written_whole
 from lavin_rt.sampling.schedule import schedule
 from lavin_rt.sampling.speeds import Speed
@@ -78,8 +78,8 @@ def writing(
             the names that they shall have.
 
     Raises:
-        InputError: a folder that is in use, a checkpoint that cannot be read, a schedule that does not exist or comes
-            twice, a speed that does not exist or cannot be served.
+        InputError: a folder that is in use, a checkpoint or template that cannot be read, a schedule that does not exist
+            or comes twice, a speed that does not exist or cannot be served.
     """
     if kind not in KINDS or dtype not in DTYPES.values():
         raise InputError(f"cannot export {kind!r} in {dtype}; expected {', '.join(KINDS)} in {', '.join(DTYPES)}")
@@ -99,10 +99,23 @@ def writing(
         artifact = ArtifactWriter(
             partial, kind, checkpoint, dtype, target or ANY_DEVICE, options or {}, tuple(steps), served
         )
+        if templates and checkpoint.templates is not None:  # before the work, which they may not spoil
+            _copy_templates(checkpoint.templates, partial / "template")
         yield artifact
-        if templates and checkpoint.templates is not None:
-            shutil.copytree(checkpoint.templates, partial / "template", symlinks=False)
         artifact.write_manifest()
+
+
+def _copy_templates(source: Path, folder: Path) -> None:
+    try:
+        shutil.copytree(source, folder, symlinks=False)
+    except OSError as error:
+        # Of several files, each with its place in the artifact and its reason, the first.
+        several = isinstance(error, shutil.Error) and isinstance(error.args[0], list)
+        path, reason = error.args[0][0][::2] if several else (error.filename or source, error.strerror or error)
+        raise InputError(
+            f"{path} cannot be copied into the artifact ({one_line(reason)}); mend or remove it, or leave the "
+            "templates behind: --no-templates"
+        ) from None
 
 
 def check_served(name: str, speed: Speed, kind: str, steps: int) -> None:

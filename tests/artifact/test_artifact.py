@@ -177,6 +177,19 @@ def test_writing_leaves_nothing_behind(checkpoint, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
+def test_a_template_that_cannot_be_copied(checkpoint, tmp_path):
+    """Found before the work that it would lose."""
+    lost = checkpoint.templates / "edges" / "0_input.png"
+    lost.symlink_to(tmp_path / "nowhere")
+    given = (tmp_path / "artifact", "onnx", checkpoint, torch.float32)
+    said = refusal(writing(*given).__enter__)
+    assert said.startswith(f"{lost} cannot be copied into the artifact ([Errno 2] No such file") and "[(" not in said
+    with writing(*given, templates=False) as writer:
+        add_parts(writer)
+        writer.write_modulation()
+    assert not (tmp_path / "artifact" / "template").exists()
+
+
 def test_writing_where_something_is(checkpoint, tmp_path):
     output = tmp_path / "artifact"
     output.mkdir()

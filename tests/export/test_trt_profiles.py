@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from support.checks import refusal
 
 from lavin_export.networks import denoiser
 from lavin_export.networks import vae as vae_parts
+from lavin_export.to_tensorrt import export as to_tensorrt
+from lavin_export.to_tensorrt.build import BuildOptions
 from lavin_export.to_tensorrt.export import DEFAULT_PROFILE
 from lavin_export.to_tensorrt.profiles import Range, for_vae, parse, with_null_branches
 from lavin_rt.dit.config import PRESETS
@@ -82,3 +85,11 @@ def test_guidance_gets_profiles_of_its_own():
     # A profile for the null branch that was asked for is not doubled.
     null = parse("cond_frames=2")
     assert with_null_branches([picture, null]) == [picture, null]
+
+
+def test_a_timing_cache_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(to_tensorrt, "import_tensorrt", lambda purpose: None)
+    monkeypatch.setattr(to_tensorrt, "resolve_device", torch.device)
+    options = BuildOptions(timing_cache=tmp_path)
+    said = refusal(to_tensorrt.export_tensorrt, None, tmp_path / "artifact", options=options)
+    assert said.startswith(f"{tmp_path}: cannot be written (Is a directory)")

@@ -29,7 +29,7 @@ from lavin_rt.artifact.tensorrt_library import import_tensorrt, version_numbers
 from lavin_rt.checkpoint.files import Checkpoint
 from lavin_rt.devices import resolve_device, resolve_dtype
 from lavin_rt.errors import InputError
-from lavin_rt.files import Progress, scratch
+from lavin_rt.files import Progress, check_writable, scratch
 from lavin_rt.find.model import find_checkpoint
 
 DEFAULT_PROFILE = "batch=1,pairs=4,height=512,width=512"
@@ -77,8 +77,8 @@ def export_tensorrt(
         progress: `(bytes of weights written, bytes in all)` of the denoiser's graph.
 
     Raises:
-        InputError: what of these cannot be used, TensorRT or a GPU is missing, the parser refuses a graph, or a result
-            is beyond its error budget.
+        InputError: what of these cannot be used, TensorRT or a GPU is missing, or the parser refuses a graph.
+        VerificationError: a result beyond its error budget.
         RuntimeError: TensorRT cannot build an engine.
     """
     trt = import_tensorrt("exporting to TensorRT")
@@ -88,6 +88,8 @@ def export_tensorrt(
     lengths = clip_lengths(clip_frames)
     wanted = with_null_branches(profiles or [parse(DEFAULT_PROFILE)])
     _check_profiles(wanted)
+    if options.timing_cache is not None:
+        check_writable(options.timing_cache)
     target: Target = {"device": "cuda", "compute_capability": list(torch.cuda.get_device_capability(device))}
     with (
         torch.cuda.device(device),
