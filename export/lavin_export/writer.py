@@ -78,8 +78,8 @@ def writing(
             the names that they shall have.
 
     Raises:
-        InputError: a folder that is in use, a checkpoint or template that cannot be read, a schedule that does not exist
-            or comes twice, a speed that does not exist or cannot be served.
+        InputError: a folder that is in use, a checkpoint or template that cannot be read, a schedule that does not
+            exist or comes twice, a speed that does not exist or cannot be served.
     """
     if kind not in KINDS or dtype not in DTYPES.values():
         raise InputError(f"cannot export {kind!r} in {dtype}; expected {', '.join(KINDS)} in {', '.join(DTYPES)}")

@@ -155,9 +155,9 @@ class BranchDenoiser(nn.Module):
         q, k = rotated(q, *q_angles), rotated(k, *angles)
         if joined is not None:
             k, v = joined(k, v)
-        joint = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=config.head_size**-0.5, enable_gqa=True
-        )
+        # Tracing for ONNX refuses groups of one.
+        grouped = {"scale": config.head_size**-0.5, "enable_gqa": config.kv_group > 1}
+        joint = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **grouped)
         joint = joint.transpose(1, 2).flatten(2)  # [B, L or Lx, D]
         if last:
             return cond, self._residuals(x, joint, of_x, x_mod)

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -279,8 +278,3 @@ def _quiet() -> Iterator[None]:
         finally:
             for one, level in levels:
                 one.setLevel(level)
-
-
-def readable(name: str) -> bool:
-    """Whether an initialiser's name is a parameter's or a constant's, and none that an exporter made up."""
-    return not re.fullmatch(r"(val|tensor|lifted_tensor|scalar_tensor)(_.*)?", name)
