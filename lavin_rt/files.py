@@ -48,7 +48,7 @@ def written_whole(path: str | os.PathLike, folder: bool = False) -> Iterator[Pat
     A file is renamed, and has the mode, owner and attributes of the one that it replaces. Where that one cannot be
     replaced, being a mount of its own or in a folder that cannot be written, and where it is no plain file, it is
     written over. A folder is renamed; into one that is there and empty, which may be a mount or the current one, its
-    content is moved. An `OSError` in the block becomes an `InputError`.
+    content is moved. An `OSError` in the block becomes an `InputError`, about the file elsewhere that it names, if any.
 
     Raises:
         InputError: it cannot be written; or a folder that is not empty.
@@ -68,7 +68,21 @@ def written_whole(path: str | os.PathLike, folder: bool = False) -> Iterator[Pat
             else:
                 _write_over(partial, Path(path))
     except OSError as error:
+        if isinstance(error.filename, str) and not _is_of(Path(os.path.abspath(error.filename)), target):
+            reason = error.strerror or error
+            raise InputError(
+                f"{one_line(error.filename)}: {reason}; {one_line(os.fspath(path))} was not written for it"
+            ) from error
         raise _cannot_write(path, error) from error
+
+
+def _is_of(place: Path, target: Path) -> bool:
+    """Whether a file is a target's: in it, in something unfinished beside it, or a folder that leads there."""
+    place = Path(os.path.realpath(place.parent)) / place.name
+    if place.is_relative_to(target) or target.is_relative_to(place):
+        return True
+    beside = place.is_relative_to(target.parent)
+    return beside and fnmatch.fnmatchcase(place.relative_to(target.parent).parts[0], PARTIAL)
 
 
 def check_writable(path: str | os.PathLike, folder: bool = False) -> None:

@@ -61,6 +61,21 @@ def test_denoiser_sources_are_all_that_a_step_needs(golden_dit):
     assert 2.39e9 < parameters < 2.41e9  # of 3.40e9: no modulation, no time embedder, the last block pruned
 
 
+@pytest.mark.parametrize("group", [1, 2])
+def test_heads_that_share_no_keys_are_no_groups(monkeypatch, group):
+    """Tracing for ONNX refuses an attention that is said to be of groups, and has one head in each."""
+    config, asked = DiTConfig(hidden_size=24, depth=1, num_heads=2, kv_group=group), []
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *given, **options: asked.append(options["enable_gqa"]) or attention(*given, **options),
+    )
+    denoiser.BranchDenoiser(JDiT(config))(*(torch.zeros_like(given) for given in denoiser.example_inputs(config)))
+    assert asked == [group > 1]
+
+
+@pytest.mark.slow
 def test_a_denoiser_whose_heads_share_no_keys_is_traced():
     config = DiTConfig(hidden_size=24, depth=1, num_heads=2, kv_group=1)
     with torch.device("meta"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.checks import refusal
 from support.command import exit_code, write_picture, write_template
 from support.golden import golden_cases, relative_error
 from support.onnx_exports import golden_checkpoint
@@ -20,6 +22,7 @@ from support.small_artifact import read_manifest, write_manifest
 
 from lavin_export.errors import VerificationError
 from lavin_export.to_openvino import int8
+from lavin_export.to_openvino.shared import save_network
 from lavin_export.verify import artifact as verify
 from lavin_export.verify.artifact import verify_artifact
 from lavin_export.verify.int8 import EightBits, rounded
@@ -27,6 +30,7 @@ from lavin_rt.artifact import load as artifact
 from lavin_rt.artifact.manifest import Manifest
 from lavin_rt.artifact.openvino import core
 from lavin_rt.dit.layout import Shape
+from lavin_rt.files import written_whole
 from lavin_rt.find.model import find_checkpoint
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.sampling.executor import Executor
@@ -53,6 +57,30 @@ def run(network, cond_latents, noise, steps, guidance):
     executor = Executor(network)
     rows = executor.embed(cond_latents)
     return executor.sample(shape, rows[:, :-1], rows[:, -1:], noise, schedule(steps), guidance)
+
+
+def test_a_network_that_does_not_fit(tmp_path):
+    """Files of 64 kB at most, in the place of a full disk, of which OpenVINO says as little."""
+    operators = openvino.opset13
+    given = operators.parameter([-1, 512], np.float32, name="x")
+    weight = operators.constant(np.ones((512, 64), np.float32), name="weight")
+    model = openvino.Model([operators.matmul(given, weight, False, False)], [given], "m")
+    output = tmp_path / "artifact"
+
+    def write():
+        with written_whole(output, folder=True) as partial:
+            save_network(openvino, model, partial / "m.xml")
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        said = refusal(write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert said.startswith(f"{output}: cannot be written (OpenVINO: ") and "is the disk full?" in said
+    assert not list(tmp_path.iterdir())
+    write()
+    assert {path.name for path in output.iterdir()} == {"m.xml", "m.bin"}
 
 
 @pytest.mark.slow

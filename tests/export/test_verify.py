@@ -186,6 +186,17 @@ def test_a_failing_export_leaves_nothing_behind(made, tmp_path, monkeypatch, cap
     assert "not verified" in capsys.readouterr().out
 
 
+def test_a_copy_for_the_verification_lies_beside_the_artifact(tmp_path, monkeypatch):
+    """Whose place has to have room for it, not the temporary folder."""
+    checkpoint, given = golden_checkpoint(tmp_path / "checkpoint", "dit_b"), {}
+    monkeypatch.setattr(verify, "verify_artifact", lambda *_, **options: given.update(options) or {"passed": True})
+    with writing(tmp_path / "artifact", "onnx", checkpoint, torch.bfloat16) as writer:
+        add_parts(writer)
+        writer.write_modulation()
+        verify.verify_written(writer)
+        assert given == {"room": tmp_path} and writer.verification["passed"]
+
+
 def test_relative_error():
     truth = torch.ones(4)
     assert relative_error(truth, truth) == 0

@@ -250,6 +250,24 @@ def test_an_empty_mount_is_filled(tmp_path):
     assert sorted(os.listdir(tmp_path / "w")) == ["a", "sub"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_what_cannot_be_written_elsewhere_is_not_the_outputs_fault(tmp_path, there):
+    output, elsewhere = tmp_path / "link" / "artifact", tmp_path / "elsewhere" / "lost"
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    if there:
+        output.mkdir()
+
+    def write(place):
+        with written_whole(output, folder=True) as partial:
+            place(partial).write_text("")
+
+    said = refusal(write, lambda partial: elsewhere)
+    assert said == f"{elsewhere}: No such file or directory; {output} was not written for it"
+    for place in (lambda partial: partial / "a" / "b", lambda partial: partial.parent / ".lavin-rt-0.part" / "b"):
+        assert refusal(write, place).startswith(f"{output}: cannot be written (No such file or directory)")
+
+
 @needs_mounts
 def test_a_full_disk_loses_nothing_of_a_file_that_is_written_over(tmp_path):
     (tmp_path / "disk").mkdir()

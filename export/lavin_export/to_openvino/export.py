@@ -13,7 +13,7 @@ from lavin_export.networks.vae import clip_lengths
 from lavin_export.options import common_options
 from lavin_export.to_onnx import export as to_onnx
 from lavin_export.to_openvino.int8 import import_nncf, quantize_denoiser
-from lavin_export.to_openvino.shared import share_weights
+from lavin_export.to_openvino.shared import save_network, share_weights
 from lavin_export.verify.artifact import verify_written
 from lavin_export.writer import ArtifactWriter, Speeds, writing
 from lavin_rt.artifact.manifest import KEPT, Manifest
@@ -116,8 +116,7 @@ def write_network(artifact: ArtifactWriter, graphs: Path, part: to_onnx.TracedPa
             f"OpenVINO {version} cannot read the graph of the {part.name} ({one_line(error, 400)}); "
             "install a newer one: pip install -U 'lavin-rt[openvino]'"
         ) from error
-    # Its own default rounds weights to float16.
-    openvino.save_model(model, str(artifact.folder / network), compress_to_fp16=False)
+    save_network(openvino, model, artifact.folder / network)
     del model  # which maps the files that go now
     (graphs / part.file).unlink()
     if not (part.name == "denoiser" and artifact.keeps):  # whose weights the next one names, too

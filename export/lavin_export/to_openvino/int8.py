@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lavin_export.to_openvino.shared import save_network
 from lavin_rt.artifact.load import assemble
 from lavin_rt.artifact.manifest import Manifest
 from lavin_rt.artifact.openvino import import_openvino, read_network
@@ -70,7 +71,7 @@ def quantize_denoiser(manifest: Manifest, templates: Path) -> None:
             ),
         )
     with scratch(manifest.folder) as made:
-        openvino.save_model(quantized, str(made / part["file"]), compress_to_fp16=False)
+        save_network(openvino, quantized, made / part["file"])
         del model, quantized  # which map the files that go now
         for name in (part["file"], *part["weights"]):
             (made / name).replace(manifest.folder / name)

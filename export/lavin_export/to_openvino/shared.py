@@ -1,4 +1,4 @@
-"""One file of weights for two of OpenVINO's networks, which writes one for each."""
+"""Writing OpenVINO's networks, and one file of weights for two of them, where it writes one for each."""
 
 from __future__ import annotations
 
@@ -6,10 +6,23 @@ import contextlib
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 from xml.etree import ElementTree
+
+from lavin_rt.errors import one_line
 
 ALIGNMENT = 64
 SMALL = 4096  # bytes up to which constants are told by what they hold, as names of small numbers are made up
+
+
+def save_network(openvino: ModuleType, model: Any, path: Path) -> None:
+    """Writes a network's XML file and its weights beside it; an `OSError` where they cannot be."""
+    try:
+        # Its own default rounds weights to float16.
+        openvino.save_model(model, str(path), compress_to_fp16=False)
+    except RuntimeError as error:  # of a full disk "iostream error"
+        raise OSError(0, f"OpenVINO: {one_line(error, 200)}: is the disk full?", str(path)) from error
 
 
 def share_weights(network: Path, of: Path) -> None:

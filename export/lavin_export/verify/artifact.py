@@ -79,12 +79,17 @@ def verify_written(artifact: ArtifactWriter, device: torch.device | str = "cpu",
         VerificationError: an error above its budget.
     """
     artifact.write_manifest()
-    artifact.verification = verify_artifact(artifact.folder, artifact.checkpoint, device, **limits)
+    room = artifact.folder.parent  # that a copy would not fit is then said of the right place
+    artifact.verification = verify_artifact(artifact.folder, artifact.checkpoint, device, room=room, **limits)
     return artifact.verification
 
 
 def verify_artifact(
-    folder: Path, checkpoint: Checkpoint, device: torch.device | str = "cpu", evaluations: int = EVALUATIONS
+    folder: Path,
+    checkpoint: Checkpoint,
+    device: torch.device | str = "cpu",
+    evaluations: int = EVALUATIONS,
+    room: Path | None = None,
 ) -> dict[str, Any]:
     """Runs every part of an artifact, a short sampling run and whole ones at its other speeds, beside the plain model.
 
@@ -96,6 +101,7 @@ def verify_artifact(
         checkpoint: that it was made of.
         device: to run both on.
         evaluations: of the sampling run, spread over the first schedule.
+        room: a folder for a copy in float32 of what this machine cannot compute; the temporary one by default.
 
     Returns:
         what the manifest keeps as "verification": plain values.
@@ -114,13 +120,13 @@ def verify_artifact(
     elif manifest.kind == "aoti":
         check_compiled_weights(manifest, checkpoint)
     cases = Cases(manifest, checkpoint, evaluations)
-    with torch.no_grad(), current_device(device), scratch(Path(tempfile.gettempdir())) as room:
+    with torch.no_grad(), current_device(device), scratch(room or Path(tempfile.gettempdir())) as copy:
         truth = cases.of_plain(torch.float32, device)
         own = truth if manifest.dtype == torch.float32 else cases.of_plain(manifest.dtype, device)
         eight = cases.of_eight_bits() if in_int8(manifest) else {}
         runnable, method = manifest, "as it runs"
         if manifest.kind == "onnx" and manifest.dtype == torch.bfloat16 and device.type == "cpu":
-            runnable, method = widened(manifest, room), "its bfloat16 weights in float32 arithmetic"
+            runnable, method = widened(manifest, copy), "its bfloat16 weights in float32 arithmetic"
         network, vae = assemble(runnable, device)
         if getattr(network.session, "computes_in", manifest.dtype) != manifest.dtype:
             method = "in float32 arithmetic, as this processor has no bfloat16"
