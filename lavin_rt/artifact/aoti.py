@@ -68,11 +68,11 @@ class AotiSession:
             if name not in known:
                 known[name] = read_weights(Path(folder) / name, device)
             self._weights |= known[name]
-        with _loading(self.path):
+        with _loading(self.path), utf8_path(self.path) as readable:
             # What torch._inductor.aoti_load_package wraps, without the compiler, whose import takes a second. The third
             # argument leaves out locks between threads, which a capture into a CUDA graph does not allow.
             index = -1 if device.index is None else device.index
-            self._loader = torch._C._aoti.AOTIModelPackageLoader(str(self.path), "model", True, 1, index)
+            self._loader = torch._C._aoti.AOTIModelPackageLoader(readable, "model", True, 1, index)
             wanted = list(self._loader.get_constant_fqns())
         missing = [name for name in wanted if name not in self._weights]
         if missing:

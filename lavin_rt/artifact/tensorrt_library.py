@@ -40,7 +40,7 @@ def version_numbers(version: str) -> tuple[int, ...]:
     for part in version.split("."):
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
         if digits:
-            numbers.append(int(digits))
+            numbers.append(int(digits[:9]))  # of a manifest's there may be thousands
         if digits != part:
             break
     return tuple(numbers)
@@ -56,8 +56,9 @@ def check_version(built: str | None, installed: str) -> None:
     """
     needs = version_numbers(built or "")
     if not needs or version_numbers(installed)[:3] != needs[:3]:
+        version = one_line(built, 40) if needs else "of unknown version"
         raise InputError(
-            f"the plan was built with TensorRT {built if needs else 'of unknown version'}; {installed} is installed; "
+            f"the plan was built with TensorRT {version}; {installed} is installed; "
             "install that version, or export it again on this machine: lavin-rt export tensorrt"
         )
 

@@ -74,7 +74,7 @@ class VAEConfig:
             return sizes
 
         def layers(blocks: str) -> int:
-            numbers = (re.match(rf"{blocks}\.\d+\.resnets\.(\d+)\.", name) for name in shapes)
+            numbers = (re.match(rf"{blocks}\.\d+\.resnets\.(\d{{1,4}})\.", name) for name in shapes)
             return max((int(number[1]) + 1 for number in numbers if number), default=0)
 
         # The most layers that any level has: a lost tensor is then found missing, and not taken for a smaller network.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import types
 
 import numpy as np
 import onnx
@@ -18,6 +20,7 @@ from lavin_rt.artifact import load as artifact
 from lavin_rt.artifact import manifest
 from lavin_rt.artifact import onnxruntime as ort_session
 from lavin_rt.artifact import sizes as part_sizes
+from lavin_rt.artifact.aoti import AotiSession
 from lavin_rt.artifact.onnx_file import external_files
 from lavin_rt.errors import InputError
 
@@ -211,6 +214,16 @@ def test_a_tensorrt_plan_of_0_1_for_several_kinds_of_gpu(folder):
 def test_code_needs_trust(folder, kind):
     edited(folder, lambda values: values.update(kind=kind))
     assert "--trust" in refusal(artifact.load, folder)
+
+
+def test_a_package_of_code_whose_folder_is_not_utf8(tmp_path):
+    """It is no package; that its path is one that PyTorch's loader cannot take is nobody's fault."""
+    part = {"file": "x.pt2", "weights": [], "machine": platform.machine(), "cpu_level": "DEFAULT"}
+    whose = types.SimpleNamespace(versions={"torch": torch.__version__}, check_device=lambda device: None)
+    folder = tmp_path / os.fsdecode(b"n\xff")
+    folder.mkdir()
+    (folder / "x.pt2").write_bytes(b"PK")
+    assert "x.pt2 cannot be loaded (" in refusal(AotiSession, folder, part, whose, torch.device("cpu"))
 
 
 def test_bfloat16_on_a_cpu(folder):

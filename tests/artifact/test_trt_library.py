@@ -49,6 +49,7 @@ def test_a_library_that_cannot_be_loaded(monkeypatch, tmp_path):
         ("10.16.1.11", "11.4.0.106", False),
         (None, "11.4.0.106", False),
         ("new", "11.4.0.106", False),
+        pytest.param("1" * 5000, "11.4.0.106", False, id="more digits than Python reads"),
     ],
 )
 def test_versions_of_plans(built, installed, fits):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
 from support.checks import refusal
@@ -37,6 +39,7 @@ def test_ranges():
         ("height=512,height=256", "at most once"),
         ("height=big", "NAME=LEAST:TUNED:MOST"),
         ("height=1:2:3:4", "NAME=LEAST:TUNED:MOST"),
+        pytest.param("height=" + "16" * 2500, "NAME=LEAST:TUNED:MOST", id="more digits than Python reads"),
         ("height=-16", "NAME=LEAST:TUNED:MOST"),
         ("height=500", "multiples of 16"),
         ("height=512:256", "expected LEAST:TUNED:MOST, ascending"),
@@ -93,3 +96,14 @@ def test_a_timing_cache_that_cannot_be_written_is_found_before_the_work(tmp_path
     options = BuildOptions(timing_cache=tmp_path)
     said = refusal(to_tensorrt.export_tensorrt, None, tmp_path / "artifact", options=options)
     assert said.startswith(f"{tmp_path}: cannot be written (Is a directory)")
+
+
+@pytest.mark.parametrize("workspace", ["nan", "inf", "-1", "0", "1e300"])
+def test_a_workspace_that_is_none(monkeypatch, workspace):
+    monkeypatch.setattr(to_tensorrt, "import_tensorrt", lambda purpose: None)
+    monkeypatch.setattr(to_tensorrt, "resolve_device", torch.device)
+    parser = argparse.ArgumentParser()
+    to_tensorrt.add_arguments(parser)
+    given = parser.parse_args([f"--workspace={workspace}"])
+    given.device = "cpu"
+    assert f"--workspace is {float(workspace)} GiB; expected" in refusal(to_tensorrt.from_arguments, given)

@@ -187,9 +187,12 @@ def from_arguments(arguments: argparse.Namespace) -> Manifest:
 
     import_tensorrt("exporting to TensorRT")
     device = resolve_device("cuda" if arguments.device == "auto" else arguments.device)
+    workspace = None if arguments.workspace is None else arguments.workspace * GIB
+    if workspace is not None and not 1 <= workspace < 2**63:
+        raise InputError(f"--workspace is {arguments.workspace} GiB; expected a positive number, less than 2^33")
     options = BuildOptions(
         optimization_level=arguments.optimization_level,
-        workspace=None if arguments.workspace is None else int(arguments.workspace * GIB),
+        workspace=None if workspace is None else int(workspace),
         tf32=arguments.tf32,
         timing_cache=arguments.timing_cache,
     )

@@ -7,13 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 
 from lavin_rt.artifact.parts import TensorSpec
-from lavin_rt.artifact.sizes import parse_size
+from lavin_rt.artifact.sizes import parse_size, shown
 from lavin_rt.errors import InputError
 
 Bounds = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 SIZES = ("batch", "pairs", "cond_frames", "target_frames", "height", "width")
-_RANGE = re.compile(r"(\d+)(?::(\d+))?(?::(\d+))?")
+_RANGE = re.compile(r"(\d{1,6})(?::(\d{1,6}))?(?::(\d{1,6}))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def parse(text: str) -> Profile:
         match = _RANGE.fullmatch(value.strip())
         if name not in SIZES or match is None or name in given:
             raise InputError(
-                f"the profile has {item!r}; expected each of {', '.join(SIZES)} at most once, as NAME=NUMBER, "
+                f"the profile has {shown(item)}; expected each of {', '.join(SIZES)} at most once, as NAME=NUMBER, "
                 "NAME=LEAST:MOST or NAME=LEAST:TUNED:MOST"
             )
         numbers = [int(number) for number in match.groups() if number is not None]
