@@ -42,6 +42,7 @@ from lavin_rt.dit.model import JDiT
 from lavin_rt.dit.modulation import modulation_table
 from lavin_rt.errors import InputError, one_line
 from lavin_rt.files import check_writable, is_vacant, written_whole
+from lavin_rt.find.model import HUB_ID
 from lavin_rt.sampling.schedule import schedule
 from lavin_rt.sampling.speeds import Speed
 from lavin_rt.vae.model import LATENT_SCALE, LATENT_SHIFT, STVAE, vae_fingerprint
@@ -286,4 +287,8 @@ def _is_listed(path: Path) -> bool:
 
 def _public_name(checkpoint: Checkpoint) -> str:
     """A hub id with its commit, or the last part of a local path: an artifact is handed on, the maker's folders not."""
-    return checkpoint.source if "@" in checkpoint.source else Path(checkpoint.source).name
+    source = checkpoint.source
+    repository, at, _ = source.partition("@")
+    if at and HUB_ID.fullmatch(repository) and not os.path.lexists(source):
+        return source
+    return os.path.basename(os.path.abspath(source))

@@ -23,7 +23,7 @@ at::Tensor decode_png(std::string_view data, int64_t max_pixels = kMaxPixels);
 // Writes uint8 [3, H, W] as .png, whole or not at all.
 void save_picture(const at::Tensor& picture, const fs::path& path);
 
-// Throws InputError for a name or a place that save_picture cannot write to; makes the folder where it is missing.
+// Throws InputError for a name or a place that save_picture cannot write to; makes nothing.
 void check_output(const fs::path& path);
 
 // Bicubic antialiased resampling of uint8 [3, H, W] on uint8 values; aspect ratio is ignored.

@@ -188,7 +188,7 @@ def artifact_values(folder: str | os.PathLike) -> Record | None:
     """What a folder's `manifest.json` holds where it says that it is an artifact's (of whatever version), else None.
 
     Raises:
-        InputError: it is one, but a link.
+        InputError: it is one, but a link, or damaged, as a modulation beside it tells.
     """
     path = Path(folder) / NAME
     if not path.is_file():
@@ -196,6 +196,8 @@ def artifact_values(folder: str | os.PathLike) -> Record | None:
     try:
         values = _read_json(Path(os.path.realpath(path)))
     except InputError:
+        if path.with_name(MODULATION).is_file():
+            raise
         return None
     if values.get("format") != FORMAT:
         return None

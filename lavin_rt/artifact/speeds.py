@@ -32,7 +32,7 @@ def named_speeds(speeds: Sequence[str] | Mapping[str, Speed]) -> dict[str, Speed
     """Speeds by name, `exact` first among them: those of `lavin_rt.sampling.speeds.SPEEDS`, or of names given here.
 
     Raises:
-        InputError: no such speed, or a name that none can have.
+        InputError: no such speed, a name that none can have, or one whose meaning is fixed.
     """
     if isinstance(speeds, str):
         raise InputError(f"speeds is {speeds!r}; expected a list of names, such as ['fast']")
@@ -41,6 +41,8 @@ def named_speeds(speeds: Sequence[str] | Mapping[str, Speed]) -> dict[str, Speed
         _check_name(name)
         if not isinstance(speed, Speed):
             raise InputError(f"speed {name} is {shown(speed)}; expected a Speed")
+    if chosen.get(EXACT, Speed()) != Speed():
+        raise InputError(f"speed {EXACT} is {shown(chosen[EXACT])}, which is another one; give it a name of its own")
     return {EXACT: Speed(), **chosen}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
@@ -18,6 +19,7 @@ from lavin_rt.cli.main import main
 from lavin_rt.dit.layout import Shape
 from lavin_rt.dit.modulation import modulation_table
 from lavin_rt.errors import InputError
+from lavin_rt.find.model import find_model
 from lavin_rt.pipeline import Pipeline
 from lavin_rt.sampling.schedule import schedule
 
@@ -134,6 +136,14 @@ def test_an_artifact_that_is_exported_anew_while_it_is_in_use(folder):
     network.loaded("denoiser")
 
 
+def test_a_damaged_manifest_is_not_taken_for_a_checkpoints(folder):
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert refusal(find_model, folder).startswith(f"{path} is no JSON (")
+    (folder / "modulation.safetensors").unlink()
+    assert "expected lavin_dit.safetensors" in refusal(find_model, folder)
+
+
 def test_info_of_an_artifact(sound, folder, capsys):
     assert main(["info", str(sound), "--self-check"]) == 0
     shown = capsys.readouterr().out
@@ -175,6 +185,26 @@ def test_writing_leaves_nothing_behind(checkpoint, tmp_path):
     with pytest.raises(InputError), writing(output, "onnx", checkpoint, torch.float32) as writer:
         writer.write_modulation()  # and no parts: the manifest contradicts itself
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("owner/model@0123abcd", "owner/model@0123abcd"),
+        ("/home/me@work/model", "model"),
+        ("../me@work/model", "model"),
+        ("here/model@2", "model@2"),
+        (".", "the current one"),
+        ("model/", "model"),
+    ],
+)
+def test_what_a_manifest_says_of_the_source(checkpoint, tmp_path, monkeypatch, source, name):
+    (tmp_path / "the current one" / "here" / "model@2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "the current one")
+    with writing(tmp_path / "a", "onnx", dataclasses.replace(checkpoint, source=source), torch.float32) as writer:
+        add_parts(writer)
+        writer.write_modulation()
+    assert Manifest.read(tmp_path / "a").source["name"] == name
 
 
 def test_a_template_that_cannot_be_copied(checkpoint, tmp_path):

@@ -123,6 +123,7 @@ def test_definitions_come_back():
         ("fast", "expected a list of names"),
         ({"Grid": GRID}, "a speed is named 'Grid'"),
         ({"grid": "fast"}, "speed grid is 'fast'; expected a Speed"),
+        ({"exact": Speed(evaluations=4)}, "speed exact is Speed(evaluations=4"),
     ):
         assert said in refusal(named_speeds, given)
 
