@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.contraction import as_compiled
 from support.kernel_checks import run_under_interpreter
 
 from lavin_kernels import Branches, joint_attention, joint_attention_with_lse, tuning
@@ -236,6 +237,18 @@ def test_default_configuration(capability, dtype, counting):
         check(*inputs((150, 70), (40, 3), stored=80, dtype=dtype), 72, counting)
 
 
+def check_as_compiled(counting):
+    """Float32 over 1,370 keys, in the arithmetic that a GPU's compiler makes of it."""
+    config = tuning.default_config("joint_attention", 90, torch.float32)
+    with tuning.override("joint_attention", **config), as_compiled():
+        check(*inputs((1338,), (32,), heads=1, x_only=True), 72, counting)
+
+
+@in_interpreter
+def test_errors_do_not_add_up_over_tiles(counting):
+    check_as_compiled(counting)
+
+
 # Kernels that are wrong in one line: the check that sees it, the line, and what stands there instead.
 MUTATIONS = {
     "scores beyond the branch": ("result", "(row + tl.arange(0, BLOCK_N) < end)[None", "(row < end)[None"),
@@ -255,6 +268,7 @@ MUTATIONS = {
     "keys of another branch": ("result", "_of(before, keys),", "_of(before, queries) * 0,"),
     "scores without the rest": ("result", "scores = _dot(q_rest, keys.T, scores, UPCAST)", "pass"),
     "weights of earlier tiles": ("result", "total * decay + ", "total + "),
+    "decay of a product": ("compiled", "exp2(offset - new_offset)", "exp2(offset / scale * scale - new_offset)"),
     "values of earlier tiles": ("result", "tl.fma(acc, decay[:, None],", "tl.fma(acc, decay[:, None] * 0 + 1,"),
     "values of earlier tiles, 16 bits": ("16 bits", "acc * decay[:, None]", "acc"),
     "last tile dropped": ("result", "range(whole, first_key + keys,", "range(whole, first_key + keys - BLOCK_N,"),
@@ -281,6 +295,8 @@ def test_a_mutated_kernel_is_caught(name, tmp_path, counting):
             q, k, v, branches = inputs((7, 5), (2, 3))
             k[9:], v[9:] = float("nan"), float("nan")
             assert torch.isfinite(joint_attention(q, k, v, branches, 72)[:7]).all()
+        elif test == "compiled":
+            check_as_compiled(counting)
         else:
             heads, dtype = 4 if "head" in name else 2, torch.bfloat16 if test == "16 bits" else torch.float32
             made = inputs((37, 9), (16, 4), heads=heads, kv_heads=heads // 2, dtype=dtype, x_only=test == "x only")

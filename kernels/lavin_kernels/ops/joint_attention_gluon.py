@@ -197,7 +197,7 @@ def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile,
     q_rest = _matrix(q_rest, group)
     acc = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     acc_rest = gl.zeros([ROWS, REST_WIDTH], gl.float32, ACC_REST)
-    largest = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+    offset = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     own_total = _own_sums(gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES))
     OWN: gl.constexpr = own_total.type.layout
     columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
@@ -210,12 +210,11 @@ def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile,
         mbarrier.arrive(k_free.index(stage))
         if tile == 0:
             scores = gl.where((columns < first_tile)[None, :], scores, float("-inf"))
-        new_largest = gl.maximum(largest, gl.max(scores, 1))
-        offset = new_largest * scale
-        decay = gl.exp2(largest * scale - offset)
-        weights = gl.exp2(scores * scale - offset[:, None])
+        new_offset = gl.maximum(offset, gl.max(scores, 1) * scale)
+        decay = gl.exp2(offset - new_offset)  # as in the Triton kernel, not of a product
+        weights = gl.exp2(scores * scale - new_offset[:, None])
         own_total = own_total * gl.convert_layout(decay, gl.SliceLayout(1, OWN))[:, None] + _own_sums(weights)
-        largest = new_largest
+        offset = new_offset
         acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, ACC))[:, None]
         if REST:
             acc_rest = acc_rest * gl.convert_layout(decay, gl.SliceLayout(1, ACC_REST))[:, None]
@@ -247,7 +246,7 @@ def _consume(group: gl.constexpr, buffers, barriers, outputs, place, first_tile,
         )
     if WITH_LSE:
         rows, stored = _out_rows(table_ptr, branch, tile_row, queries, X_ONLY, gl.SliceLayout(1, SCORES))
-        natural = (largest * scale + gl.log2(total)) * 0.6931471805599453  # ln 2
+        natural = (offset + gl.log2(total)) * 0.6931471805599453  # ln 2
         gl.store(lse_ptr + rows * HEADS + head, natural, mask=stored)
 
 

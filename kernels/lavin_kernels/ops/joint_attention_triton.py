@@ -112,7 +112,7 @@ def _attend_tile(
     end,
     head,
     scale,
-    state,  # (largest score, sum of weights, weighted sum of values, its rest) of the keys so far
+    state,  # (largest scaled score, sum of weights, weighted sum of values, its rest) of the keys so far
     HEAD_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     REST: tl.constexpr,
@@ -121,7 +121,7 @@ def _attend_tile(
     UPCAST: tl.constexpr,
 ):
     """One step of the running softmax, over the keys from `row` on; with MASK those before `end` alone."""
-    largest, total, acc, acc_rest = state
+    offset, total, acc, acc_rest = state
     k_source, k_row_stride, k_head_stride = k
     v_source, v_row_stride, v_head_stride = v
     keys = _load_tile(k_source, row, end, head, k_row_stride, k_head_stride, BLOCK_N, 0, WIDTH, HEAD_SIZE, MASK)
@@ -131,10 +131,11 @@ def _attend_tile(
         scores = _dot(q_rest, keys.T, scores, UPCAST)
     if MASK:
         scores = tl.where((row + tl.arange(0, BLOCK_N) < end)[None, :], scores, float("-inf"))
-    new_largest = tl.maximum(largest, tl.max(scores, 1))
-    offset = new_largest * scale
-    decay = tl.exp2(largest * scale - offset)
-    weights = tl.exp2(scores * scale - offset[:, None])  # one multiply-add and one exp2 a score
+    # The difference of two rounded numbers, exactly 0 where nothing changes. Of `largest * scale - offset` the compiler
+    # makes a multiply-add, which leaves the rounding of `offset`: 1e-7 the same way in every tile.
+    new_offset = tl.maximum(offset, tl.max(scores, 1) * scale)
+    decay = tl.exp2(offset - new_offset)
+    weights = tl.exp2(scores * scale - new_offset[:, None])  # one multiply-add and one exp2 a score
     total = total * decay + tl.sum(weights, 1)
     values = _load_tile(v_source, row, end, head, v_row_stride, v_head_stride, BLOCK_N, 0, WIDTH, HEAD_SIZE, MASK)
     weights = weights.to(values.dtype)
@@ -144,7 +145,7 @@ def _attend_tile(
             v_source, row, end, head, v_row_stride, v_head_stride, BLOCK_N, WIDTH, REST, HEAD_SIZE, MASK
         )
         acc_rest = _weighted(weights, values, acc_rest, decay, UPCAST)
-    return new_largest, total, acc, acc_rest
+    return new_offset, total, acc, acc_rest
 
 
 @triton.jit
@@ -212,7 +213,7 @@ def joint_attention_kernel(
         state = _attend_tile(
             q, q_rest, k, v, row, row, kv_head, scale, state, HEAD_SIZE, WIDTH, REST, BLOCK_N, False, UPCAST
         )
-    largest, total, acc, acc_rest = state
+    offset, total, acc, acc_rest = state
 
     # Read only now: held over the loop, these three would cost the registers of a second program on the multiprocessor.
     rows = tile_row + tl.arange(0, BLOCK_M)
@@ -230,5 +231,5 @@ def joint_attention_kernel(
     if REST:
         _store_tile(out_ptr + head * HEAD_SIZE, out_rows, stored, acc_rest * inverse, WIDTH, HEAD_SIZE, HEADS)
     if WITH_LSE:
-        natural = (largest * scale + tl.log2(total)) * 0.6931471805599453  # ln 2
+        natural = (offset + tl.log2(total)) * 0.6931471805599453  # ln 2
         tl.store(lse_ptr + out_rows * HEADS + head, natural, mask=stored)
