@@ -28,6 +28,19 @@ def runs_kernel(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and interpreted())
 
 
+@functools.cache
+def driver_fault() -> str:
+    """What keeps Triton from launching anything on a GPU here, one line; empty where nothing does.
+
+    Its driver is C, built when it is first asked for: that takes a C compiler and Python's headers.
+    """
+    try:
+        _ = triton.runtime.driver.active.utils
+    except Exception as error:  # no compiler, a compiler's exit code, no libcuda, a folder that cannot be written
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return ""
+
+
 def operator(
     name: str, reference: Callable[..., Any], mutates_args: Iterable[str] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:

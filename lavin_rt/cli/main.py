@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from pkgutil import resolve_name
+from subprocess import SubprocessError
 
 from lavin_rt.cli.options import (
     COMPILE_HELP,
@@ -175,9 +176,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             return _fail(f"{where}{error.strerror or error}", 2)
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
+            if not isinstance(error, RuntimeError | MemoryError | SubprocessError) and not _of_triton(error):
+                raise
             return _fail(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, 1)
     return 0
+
+
+def _of_triton(error: Exception) -> bool:
+    """Whether it is one of Triton's own, which are of no common kind: told without importing Triton."""
+    return any(kind.__module__.split(".")[0] == "triton" for kind in type(error).__mro__)
 
 
 def _fail(message: str, code: int) -> int:

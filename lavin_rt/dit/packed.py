@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -41,7 +42,8 @@ def check_impl(impl: str) -> None:
 
 def resolve_impl(impl: str, device: torch.device, config: DiTConfig) -> str:
     """The implementation that `impl` names on this device; `"auto"` is Triton on CUDA of compute capability 8.0 or
-    newer where the head size is a multiple of 8 up to 128 and Triton is installed, else torch.
+    newer where the head size is a multiple of 8 up to 128 and Triton is installed, else torch. Where Triton is and
+    cannot launch, it warns.
 
     Raises:
         InputError: an unknown name, Triton kernels for a head size that they do not cover, or where they cannot run.
@@ -51,7 +53,11 @@ def resolve_impl(impl: str, device: torch.device, config: DiTConfig) -> str:
     if impl == "auto":
         # Older devices lack what the kernels are made for: bfloat16, asynchronous copies.
         modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        return "triton" if modern and fits and _kernels_run_on(device) else "torch"
+        if not (modern and fits and _kernels_run_on(device)):
+            return "torch"
+        if fault := _driver_fault(device):
+            warnings.warn(f"{fault}; impl='torch' runs instead, slower", stacklevel=1)
+        return "torch" if fault else "triton"
     if impl == "triton" and not fits:
         raise InputError(
             f"impl is 'triton', whose kernels take head sizes that are a multiple of 8 up to 128; this model's is "
@@ -62,6 +68,8 @@ def resolve_impl(impl: str, device: torch.device, config: DiTConfig) -> str:
             f"impl is 'triton', whose kernels need a CUDA device and the package triton; the model is on {device}; "
             "use impl='torch'"
         )
+    if impl == "triton" and (fault := _driver_fault(device)):
+        raise InputError(f"impl is 'triton': {fault}, or use impl='torch'")
     return impl
 
 
@@ -71,6 +79,15 @@ def _kernels_run_on(device: torch.device) -> bool:
     from lavin_kernels.launch import runs_kernel
 
     return runs_kernel(device)
+
+
+def _driver_fault(device: torch.device) -> str:
+    """Why Triton, which is installed, cannot launch kernels on this device and what to do; empty where it can."""
+    from lavin_kernels.launch import driver_fault
+
+    fault = driver_fault() if device.type == "cuda" else ""
+    what = "; install a C compiler and Python's headers (Debian: apt-get install gcc python3-dev)"
+    return f"Triton cannot launch kernels here: {fault}{what}" if fault else ""
 
 
 def operators(impl: str) -> ModuleType:

@@ -12,9 +12,11 @@ import sys
 import tarfile
 from pathlib import Path
 from pkgutil import resolve_name
+from unittest.mock import Mock
 
 import pytest
 import torch
+import triton
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -318,6 +320,19 @@ def test_info_fails_where_the_machine_computes_wrong(capsys, monkeypatch):
     assert main(["info", "--self-check"]) == 1
     out, err = capsys.readouterr()
     assert "FAILED" in out and "self-check failed" in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        subprocess.CalledProcessError(1, ["gcc", "driver.c"]),  # as Triton builds its driver
+        triton.runtime.errors.OutOfResources(114688, 101376, "shared memory"),
+    ],
+)
+def test_errors_of_kernels_are_one_line(error, capsys, monkeypatch):
+    monkeypatch.setattr("lavin_rt.cli.info.machine", Mock(side_effect=error))
+    assert main(["info"]) == 1
+    assert capsys.readouterr().err == f"lavin-rt: error: {type(error).__name__}: {error}\n"
 
 
 def test_info_refuses_what_run_would(checkpoint, tmp_path, capsys):

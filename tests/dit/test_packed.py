@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
+import triton
 from support.golden import golden_cases, relative_error
 from torch._dynamo.testing import CompileCounter
 
+from lavin_kernels import launch
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.dit.model import JDiT, randomize_
 from lavin_rt.dit.packed import resolve_impl
 from lavin_rt.errors import Cancelled, InputError, NonFiniteError
 from lavin_rt.sampling.sampler import sample
+
+FALSE = shutil.which("false")  # a compiler that fails, as gcc does where Python.h is missing
 
 
 def random_dit(config: DiTConfig, seed: int = 0) -> JDiT:
@@ -132,6 +138,7 @@ def test_auto_is_settled_by_device_and_head_size(monkeypatch):
     fits = DiTConfig(hidden_size=144, depth=1, num_heads=2, kv_group=1)  # head size 72
     odd = DiTConfig(hidden_size=84, depth=1, num_heads=2, kv_group=1)  # head size 42
     assert resolve_impl("auto", torch.device("cpu"), fits) == "torch"
+    monkeypatch.setattr(launch, "driver_fault", lambda: "")
     for capability, impl in (((7, 5), "torch"), ((8, 0), "triton"), ((12, 0), "triton")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert resolve_impl("auto", torch.device("cuda"), fits) == impl
@@ -141,6 +148,27 @@ def test_auto_is_settled_by_device_and_head_size(monkeypatch):
         resolve_impl("triton", torch.device("cpu"), fits)
     with pytest.raises(InputError, match="multiple of 8"):
         resolve_impl("triton", torch.device("cuda"), odd)
+
+
+@pytest.mark.parametrize(("compiler", "fault"), [(FALSE, "CalledProcessError"), ("", "Failed to find C compiler")])
+def test_a_machine_where_triton_cannot_build_its_driver(compiler, fault, monkeypatch, tmp_path):
+    nvidia = import_module("triton.backends.nvidia.driver")
+    config = DiTConfig(hidden_size=144, depth=1, num_heads=2, kv_group=1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(nvidia.CudaDriver, "is_active", lambda: True)
+    monkeypatch.setattr(nvidia, "library_dirs", lambda: [])
+    monkeypatch.setattr(triton.runtime, "driver", type(triton.runtime.driver)())
+    monkeypatch.setattr(launch, "driver_fault", launch.driver_fault.__wrapped__)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if compiler:
+        monkeypatch.setenv("CC", compiler)
+    else:
+        monkeypatch.delenv("CC", raising=False)
+    with pytest.warns(UserWarning, match=f"{fault}.*gcc python3-dev.*impl='torch' runs instead"):
+        assert resolve_impl("auto", torch.device("cuda"), config) == "torch"
+    with pytest.raises(InputError, match=f"impl is 'triton'.*{fault}.*gcc python3-dev.*or use impl='torch'"):
+        resolve_impl("triton", torch.device("cuda"), config)
 
 
 def test_the_plain_model_is_differentiable(golden_dit):
