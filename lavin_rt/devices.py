@@ -86,15 +86,18 @@ def memory_at_hand(device: torch.device) -> int:
     """
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
-        segments = torch.cuda.memory_snapshot()
-        unused = sum(
-            segment["total_size"] - segment["active_size"]
-            for segment in segments
-            if segment["device"] == device.index and tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)
-        )
+        reserved = torch.cuda.memory_reserved(device)
+        if torch.cuda.get_allocator_backend() == "native":
+            unused = sum(
+                segment["total_size"] - segment["active_size"]
+                for segment in torch.cuda.memory_snapshot()
+                if segment["device"] == device.index and tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)
+            )
+        else:  # the driver's pool, which has no snapshot, and in which no graph's memory is counted
+            unused = reserved - torch.cuda.memory_allocated(device)
         free, total = torch.cuda.mem_get_info(device)
         allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-        return min(free, max(0, allowed - torch.cuda.memory_reserved(device))) + unused
+        return min(free, max(0, allowed - reserved)) + unused
     give_back_freed_memory()  # which the command line keeps, and which is at hand
     try:
         with open("/proc/meminfo") as file:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -66,6 +68,7 @@ def test_memory_of_a_graphs_pool_is_not_at_hand(monkeypatch):
         return {"device": device, "total_size": total, "active_size": active, "segment_pool_id": pool}
 
     segments = [segment(100, 60), segment(50, 50), segment(700, 0, (0, 1)), segment(900, 10, device=1)]
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -73,3 +76,15 @@ def test_memory_of_a_graphs_pool_is_not_at_hand(monkeypatch):
     for fraction, free in ((1.0, 1000), (0.5, 150), (0.4, 0)):  # what a process may take beside what it has
         monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, share=fraction: share)
         assert memory_at_hand(torch.device("cuda")) == memory_at_hand(torch.device("cuda:0")) == free + 40
+
+
+def test_memory_of_the_drivers_own_pool(monkeypatch):
+    """`PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync`, whose snapshot raises."""
+    refuses = Mock(side_effect=RuntimeError("Calling snapshot with backend:cudaMallocAsync is not meaningful."))
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", refuses)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 850)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 810)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    assert memory_at_hand(torch.device("cuda:0")) == 1040
