@@ -62,6 +62,18 @@ def test_no_barrier_lies_where_partitions_are_handed_their_arguments(tmp_path, m
     assert overwritten(config)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_float32_adds_up_in_pieces(capability):
+    config = tuning.default_config("joint_attention", capability, torch.float32)
+    ptx = module.static_case(config, torch.float32, x_only=False).compile(capability).asm["ptx"]
+    chain: dict[str, int] = {}
+    for result, added in re.findall(r"fma\.rn\.f32\s+(\S+), \S+, \S+, (\S+);", ptx):
+        chain[result] = chain.get(added, 0) + 1
+    assert max(chain.values()) == 33  # of 32 keys and what was there before, decayed; a score's are of 16
+    # Of a product the compiler would make a multiply-add, whose rounding scales all earlier tiles.
+    assert set(re.findall(r"sub\.f32\s+(\S+),", ptx)) & set(re.findall(r"ex2\S+\s+\S+, (\S+);", ptx))
+
+
 def test_default_of_sm_90_is_not_bound_by_issue():
     counts, _ = attention_counts(tuning.default_config("joint_attention", 90, torch.bfloat16), 90)
     assert counts.issue / counts.products <= 1.02

@@ -58,7 +58,7 @@ def test_default_with_lse(dtype):
     result, lse = joint_attention_with_lse(q, k, v, branches, HEAD_SIZE)
     truth, true_lse = reference.joint_attention_with_lse(q.double(), k.double(), v.double(), branches, HEAD_SIZE)
     assert_within_budget(result, reference.joint_attention(q, k, v, branches, HEAD_SIZE), truth)
-    assert (lse - true_lse).abs().max() < 1e-4
+    assert (lse - true_lse).abs().max() < (3e-6 if dtype == torch.float32 else 1e-4)
 
 
 @pytest.mark.gpu
