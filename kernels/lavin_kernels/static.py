@@ -23,11 +23,11 @@ import torch
 from lavin_kernels.static_case import StaticCase
 from lavin_kernels.table import KERNELS, OPERATORS
 
-CAPABILITIES = (80, 89, 90, 100, 120)
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
 # Those that launch kernels of their own.
 MODULES = tuple(dict.fromkeys(OPERATORS[name].module for name in KERNELS.values()))
 # KiB of shared memory that one block may ask for (CUDA C++ Programming Guide, compute capabilities).
-SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 # What one H200 reaches: the bytes/s of a copy and the FLOP/s of bfloat16 products as measured on such cards, and the
 # float32 FLOP/s of its data sheet, since float32 products use no tensor core here. Times are for these on any target.
 COPY = 4.3e12

@@ -250,7 +250,7 @@ def static_cases(capability: int) -> list[StaticCase]:
     """The launches of the standard run (512 px, 4 pairs, two branches): 32 query, 8 key/value heads of 72 stored in 80.
 
     Blocks and last block (x rows as queries) at the capability's default, and on compute capability 9.0 in the form
-    that compiled graphs launch instead of the Gluon kernel.
+    that compiled graphs launch instead of the Gluon kernel; one more over kept rows and with log-sum-exps.
     """
     cases = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -259,16 +259,18 @@ def static_cases(capability: int) -> list[StaticCase]:
         if config["variant"] == "gluon":
             configs["pointer"] = PLAIN
         cases += [static_case(config, dtype, x_only) for config in configs.values() for x_only in (False, True)]
+        cases.append(static_case(configs["pointer"], dtype, x_only=False, kept=8192))
     return cases
 
 
-def static_case(config: tuning.Launch, dtype: torch.dtype, x_only: bool) -> StaticCase:
+def static_case(config: tuning.Launch, dtype: torch.dtype, x_only: bool, kept: int = 0) -> StaticCase:
+    """One of them; with `kept`, so many of the first branch's rows are keys alone, and log-sum-exps are stored."""
     heads, kv_heads, head_size, stored = 32, 8, 72, 80
-    branches = [(1024 if x_only else cond + 1024, cond + 1024) for cond in (9216, 2048)]
+    branches = [(1024 if x_only else cond + 1024 - kept, cond + 1024) for cond, kept in ((9216, kept), (2048, 0))]
     queries, keys = (sum(rows) for rows in zip(*branches, strict=True))
     variant = config["variant"]
     block_m, block_n = _blocks(config, variant, x_only)
-    shape = _shape(heads, kv_heads, head_size, x_only, with_lse=False, branches=len(branches))
+    shape = _shape(heads, kv_heads, head_size, x_only, bool(kept), len(branches), columns=5 if kept else 4)
     if variant == "gluon":
         from lavin_kernels.ops import joint_attention_gluon as hopper
 
@@ -292,7 +294,7 @@ def static_case(config: tuning.Launch, dtype: torch.dtype, x_only: bool) -> Stat
             signature[name] = "constexpr"
         else:
             signature[name] = {"lse_ptr": "*fp32", "table_ptr": "*i32", "scale": "fp32"}.get(name, "i32")
-    form_name = f"{variant}/last_block" if x_only else variant
+    form_name = variant + ("/last_block" if x_only else "/kept_with_lse" if kept else "")
     return StaticCase(
         name=f"joint_attention/{form_name}/{str(dtype).removeprefix('torch.')}",
         fn=kernel,
