@@ -14,6 +14,14 @@ from lavin_rt.artifact.tensorrt_library import check_version, import_tensorrt, s
 from lavin_rt.process import Terminated, terminating
 
 
+@pytest.fixture
+def interruptible():
+    """As on a terminal: what runs in the background ignores SIGINT, and so does what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     message = refusal(import_tensorrt, "running a TensorRT artifact")
@@ -59,6 +67,7 @@ def test_versions_of_plans(built, installed, fits):
         assert installed in refusal(check_version, built, installed)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_a_call_into_tensorrt_waits_for_its_end(number):
     after = []
@@ -69,6 +78,7 @@ def test_a_signal_in_a_call_into_tensorrt_waits_for_its_end(number):
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_only_the_main_threads_signals_are_noted():
     found = []
 

@@ -191,7 +191,9 @@ def builds(trt: ModuleType, classes: dict) -> None:
         assert "refuses the profile" in failure(InputError, build, "profile")
         message = failure(RuntimeError, build, "build")
         assert message == "denoiser.onnx: TensorRT cannot build the engine: no tactic for node_7", message
-        # Signals end a build at its next step, in silence or not, and then mean what they did before.
+        # Signals end a build at its next step, in silence or not, and then mean what they did before. What runs in the
+        # background would ignore SIGINT.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for fault in ("SIGINT", "SIGTERM"):
             for quiet in (True, False):
                 with terminating():
