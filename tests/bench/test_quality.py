@@ -278,7 +278,7 @@ def test_a_mapping_is_taught_and_asked_for(tmp_path, capsys):
     assert record["better_than"]["before"][0] != 0 and record["apart"] == {}
     shown = capsys.readouterr().out
     assert "12 pairs, 2 steps of rank 16" in shown and report.render(record) in shown + "\n"
-    assert taught.main(["--queries", "1"]) == 2 and "--queries 1" in capsys.readouterr().err
+    assert taught.main(["--queries", "1"]) == 2 and "--queries is 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [quality_strangers.main, taught.main])
