@@ -54,7 +54,7 @@ def _sums(steps: np.ndarray) -> np.ndarray:
 
 def quantile(count: int) -> float:
     """Half the width of a 95 % interval of a mean of `count` values, at least two, in standard errors: of Student's t,
-    which is twice the normal distribution's at four values and a fiftieth more at 64.
+    which is 1.6 times the normal distribution's at four values and a fiftieth more at 64.
     """
     return float(stdtrit(count - 1, 0.975))
 
