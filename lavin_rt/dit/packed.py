@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 import lavin_kernels
 import lavin_kernels.reference.dit
 from lavin_rt.compiling import compiling
+from lavin_rt.dit import cpu_operators
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.dit.layout import Layout
 from lavin_rt.dit.model import (
@@ -90,11 +92,13 @@ def _driver_fault(device: torch.device) -> str:
     return f"Triton cannot launch kernels here: {fault}{what}" if fault else ""
 
 
-def operators(impl: str) -> ModuleType:
-    """The module whose functions a packed step calls: the kernels or their plain references, with the same
-    signatures.
+def operators(impl: str, device: torch.device, compiled: bool = False) -> ModuleType:
+    """The module whose functions a packed step calls, with the same signatures: the kernels, or what PyTorch computes,
+    eagerly on a CPU in forms that take less time there.
     """
-    return lavin_kernels if impl == "triton" else lavin_kernels.reference.dit
+    if impl == "triton":
+        return lavin_kernels
+    return cpu_operators if device.type == "cpu" and not compiled else lavin_kernels.reference.dit
 
 
 def padded_head_size(head_size: int, impl: str) -> int:
@@ -114,13 +118,16 @@ class PackedStep:
     def __init__(self, dit: JDiT, layout: Layout, impl: str):
         self.dit = dit
         self.layout = layout
-        self.ops: Any = operators(impl)
+        self.impl = impl
+        self.ops: Any = operators(impl, layout.positions.device)
         self.padded_head_size = padded_head_size(dit.config.head_size, impl)
 
     def compiled(self) -> Callable[..., torch.Tensor]:
         """The step through `torch.compile`, once for every shape; torch's cache on disk outlives the process."""
+        step = copy.copy(self)
+        step.ops = operators(self.impl, self.layout.positions.device, compiled=True)
         with compiling("the step"):
-            network = torch.compile(self.__call__, dynamic=False, fullgraph=True)
+            network = torch.compile(step.__call__, dynamic=False, fullgraph=True)
 
         def call(*arguments: torch.Tensor) -> torch.Tensor:
             # Every shape is a compilation of the same code, of which torch allows eight unless told otherwise.
@@ -164,7 +171,10 @@ class PackedStep:
             update = self._attend(block.attention, normed, last, kept[2 * index : 2 * index + 2])
             if last:
                 residual, split = residual[split:], 0
-            update = self._linear(update, split, block.attention.proj)
+            if isinstance(block.attention.proj, PrepackedLinear):
+                update = block.attention.proj.both(update, split)
+            else:
+                update = ops.stream_linear(update, split, block.attention.proj)
             residual, normed = ops.gated_residual_ada_rms_norm(
                 residual, update, split, modulation[index, :, GATE_MSA], modulation[index, :, SCALE_MLP], NORM_EPS
             )
@@ -183,11 +193,6 @@ class PackedStep:
         tokens = dit.head.linear(normed).unflatten(0, (layout.branches.table.shape[0], -1))
         return unpatchify(tokens, shape.target_frames, shape.height, shape.width)
 
-    def _linear(self, rows: torch.Tensor, split: int, weight: torch.Tensor) -> torch.Tensor:
-        if isinstance(weight, PrepackedLinear):
-            return weight.both(rows, split)
-        return self.ops.stream_linear(rows, split, weight)
-
     def _attend(
         self, attention: JointAttention, normed: torch.Tensor, last: bool, kept: Sequence[torch.Tensor]
     ) -> torch.Tensor:
@@ -201,7 +206,11 @@ class PackedStep:
             cond = F.linear(normed[:split], attention.qkv[0, config.hidden_size :])
             x = F.linear(normed[split:], attention.qkv[1])
         else:
-            cond, x = self._linear(normed, split, attention.qkv).tensor_split((split,))
+            qkv = attention.qkv
+            if isinstance(qkv, PrepackedLinear):
+                cond, x = qkv(normed[:split], 0), qkv(normed[split:], 1)
+            else:
+                cond, x = ops.stream_linear(normed, split, qkv).tensor_split((split,))
         rotation = (
             *(layout.branches, layout.positions, layout.cos, layout.sin),
             *(attention.q_norm, attention.k_norm, config.head_size, NORM_EPS),

@@ -148,11 +148,11 @@ class PackedNetwork:
     def workspace(self, shape: Shape) -> int:
         """Bytes of a step's condition and activations, and of the keys and values that the shape keeps.
 
-        The most lives in the reference SwiGLU, `D + 4 mlp_size` a row: the residual, gate and up, and two rows of
-        `mlp_size`.
+        The most lives in SwiGLU, `D + 3 mlp_size` a row: the residual, gate and up, and their product. Its reference,
+        which a GPU may run, has one of `mlp_size` more.
         """
         rows = shape.rows
-        width = self.config.hidden_size + 4 * self.config.mlp_size
+        width = self.config.hidden_size + (3 if self.device.type == "cpu" else 4) * self.config.mlp_size
         step = rows * width * self.dtype.itemsize * 17 // 16
         return step + (self.kept_bytes(rows) if shape.kept else 0)
 

@@ -316,7 +316,7 @@ def test_info(checkpoint, capsys):
 
 
 def test_info_fails_where_the_machine_computes_wrong(capsys, monkeypatch):
-    monkeypatch.setattr("lavin_kernels.reference.dit.swiglu", lambda gate_up: gate_up.chunk(2, dim=-1)[1])
+    monkeypatch.setattr("lavin_rt.dit.cpu_operators.swiglu", lambda gate_up: gate_up.chunk(2, dim=-1)[1])
     assert main(["info", "--self-check"]) == 1
     out, err = capsys.readouterr()
     assert "FAILED" in out and "self-check failed" in err
