@@ -10,7 +10,7 @@ import torch
 
 from lavin_rt.devices import out_of_memory
 from lavin_rt.dit.model import JDiT
-from lavin_rt.errors import TooLittleMemory
+from lavin_rt.errors import NonFiniteError, TooLittleMemory
 from lavin_rt.kept_keys import transformer_fingerprint
 from lavin_rt.pictures import images
 from lavin_rt.sampling.denoisers import Denoiser, make_network
@@ -117,14 +117,22 @@ class Engine:
         return list(self._within_memory(run, f"encode {_shown(clips[0])}").split(1))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures of scaled latents `[n, 16, t, h, w]`: `[n * T, 3, H, W]` uint8 on the CPU."""
-        pixels_of = partial(_pixels_of, self.vae, self.tile, self.chunk)
+        """Pictures of scaled latents `[n, 16, t, h, w]`: `[n * T, 3, H, W]` uint8 on the CPU.
+
+        Raises:
+            NonFiniteError: a pixel is NaN or infinite.
+        """
+        frames_of = partial(_frames_of, self.vae, self.tile, self.chunk)
 
         def run() -> torch.Tensor:
             together = 1 if self.executor.graphs else max(1, PIXELS_DECODED // (64 * latents[0, 0].numel()))
-            return torch.cat([self._replayed("decode", pixels_of, part) for part in latents.split(together)]).cpu()
+            return torch.cat([self._replayed("decode", frames_of, part) for part in latents.split(together)]).cpu()
 
-        return self._within_memory(run, f"decode {_shown(latents)} latents")
+        frames = self._within_memory(run, f"decode {_shown(latents)} latents")
+        if not frames[:, -1].all():
+            raise NonFiniteError
+        height, width = (8 * side for side in latents.shape[3:])
+        return frames[:, :-1].unflatten(1, (3, height, width)).contiguous()
 
     def ready_decoder(self, latents: tuple[int, ...]) -> None:
         """Decodes latents of this shape once before the first step is captured, where decoding will be captured too.
@@ -172,9 +180,11 @@ def _latents_of(
     return scale_latents((posterior.mode() if generator is None else posterior.sample(generator)).float())
 
 
-def _pixels_of(vae: VAE, tile: int | None, chunk: int | None, latents: torch.Tensor) -> torch.Tensor:
-    pixels = vae.decode(unscale_latents(latents), tile=tile, chunk=chunk)
-    return images.from_pixels(pixels.float()).transpose(1, 2).flatten(0, 1)
+def _frames_of(vae: VAE, tile: int | None, chunk: int | None, latents: torch.Tensor) -> torch.Tensor:
+    """Every frame's uint8 pixels in a row, and behind them 1 where all were finite, which clamping hides, or 0."""
+    pixels = vae.decode(unscale_latents(latents), tile=tile, chunk=chunk).float().transpose(1, 2).flatten(0, 1)
+    finite = pixels.isfinite().flatten(1).all(dim=1, keepdim=True)
+    return torch.cat([images.from_pixels(pixels).flatten(1), finite.to(torch.uint8)], dim=1)
 
 
 def _shown(clip: torch.Tensor) -> str:

@@ -15,13 +15,18 @@ class TooLittleMemory(InputError):
 
 
 class NonFiniteError(RuntimeError):
-    """The sampler's latents stopped being finite numbers."""
+    """The sampler's latents, or what the decoder makes of them, stopped being finite numbers.
 
-    def __init__(self, step: int, evaluations: int):
+    Attributes:
+        step: after which the latents were not; None where they were and the pixels are not.
+    """
+
+    def __init__(self, step: int | None = None, evaluations: int = 0):
         self.step = step
+        what = "the decoder's pixels are" if step is None else "latents became"
+        where = "" if step is None else f" in step {step} of {evaluations}"
         super().__init__(
-            f"latents became NaN or infinite in step {step} of {evaluations}; "
-            "check the weights, or run with --dtype float32 if they are sound"
+            f"{what} NaN or infinite{where}; check the weights, or run with --dtype float32 if they are sound"
         )
 
 

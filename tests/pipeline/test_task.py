@@ -81,6 +81,14 @@ def test_nan_weights_name_the_step_and_the_next_task_works(tmp_path):
     assert torch.equal(latents(sound.task([(picture(0), picture(1))], size=SIZE), 5), expected)
 
 
+def test_pixels_that_are_nan_are_no_picture():
+    dit, vae = load_dit(GOLDEN / "dit_c.safetensors", dtype=torch.float32), load_vae(GOLDEN / "stvae.pt")
+    list(vae.decoder.parameters())[-1].data.fill_(float("nan"))
+    task = Pipeline(dit, vae).task([(picture(0), picture(1))], size=SIZE)
+    with pytest.raises(NonFiniteError, match="the decoder's pixels are NaN or infinite; check the weights"):
+        latents(task, 5)
+
+
 def test_batches_are_sized_to_the_memory_at_hand(pipe, task, monkeypatch):
     queries = [picture(seed) for seed in range(4)]
     expected = task.run(queries, steps=4, batch_size=4)
