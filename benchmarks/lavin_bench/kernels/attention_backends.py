@@ -45,7 +45,7 @@ def attention_backends(
     if q.device.type != "cuda":
         skipped = dict.fromkeys(("cudnn", "efficient"), "needs a CUDA device")
         skipped["flex"] = "takes a compilation of every branch's shape"
-        found = {name: attempts for name, attempts in found.items() if name not in skipped}
+        found = {"flash": found["flash"], **_attempts_on_cpu(q, k, v, lens, key_lens)}
     for name, attempts in found.items():
         for make in attempts:
             try:
@@ -102,3 +102,55 @@ def _branches(q, k, v, lens: list[int], key_lens: list[int], width: int) -> list
         one_q, one_k, one_v = (part.transpose(0, 1).unsqueeze(0).contiguous() for part in wide)
         parts.append((one_q, one_k, one_v))
     return parts
+
+
+def _attempts_on_cpu(q, k, v, lens: list[int], key_lens: list[int]) -> dict[str, list[Callable[[], Call]]]:
+    """Ways around the head size, where PyTorch's kernel has a form of its own for multiples of 64 in 16 bits."""
+    head_size, scale = q.shape[-1], q.shape[-1] ** -0.5
+
+    def padded(width: int) -> Call:
+        parts = _branches(q, k, v, lens, key_lens, width)
+        return lambda: [F.scaled_dot_product_attention(*part, scale=scale) for part in parts]
+
+    def grouped(rows: int) -> Call:
+        """The query heads of a key/value head as rows of one product, so many of them at a time."""
+        kv_heads, parts = k.shape[1], []
+        for of_branch in zip(q.split(lens), k.split(key_lens), v.split(key_lens), strict=True):
+            of_q, of_k, of_v = (part.transpose(0, 1).contiguous() for part in of_branch)
+            parts.append((of_q.view(kv_heads, -1, head_size), of_k.transpose(1, 2), of_v, of_q.shape))
+
+        def call() -> list[torch.Tensor]:
+            outputs = []
+            for of_q, of_k, of_v, shape in parts:
+                blocks = [torch.softmax(block @ of_k * scale, -1) @ of_v for block in of_q.split(rows, dim=1)]
+                outputs.append(torch.cat(blocks, dim=1).view(1, *shape))
+            return outputs
+
+        return call
+
+    def split(first: int) -> Call:
+        """Scores of the first columns by the kernel, those of the rest added as a mask; the columns of the values
+        in two calls, as the kernel wants them as wide as the queries.
+        """
+        parts = []
+        for of_q, of_k, of_v in _branches(q, k, v, lens, key_lens, head_size):
+            halves = [(part[..., :first].contiguous(), part[..., first:].contiguous()) for part in (of_q, of_k, of_v)]
+            rest_of_v = F.pad(halves[2][1], (0, 2 * first - head_size))
+            parts.append((*halves[0], halves[1][0], halves[1][1].transpose(2, 3), halves[2][0], rest_of_v))
+
+        def call() -> list[torch.Tensor]:
+            outputs = []
+            for of_q, rest_of_q, of_k, rest_of_k, of_v, rest_of_v in parts:
+                mask = rest_of_q @ rest_of_k * scale
+                both = [
+                    F.scaled_dot_product_attention(of_q, of_k, values, attn_mask=mask, scale=scale)
+                    for values in (of_v, rest_of_v)
+                ]
+                outputs.append(torch.cat(both, dim=-1))
+            return outputs
+
+        return call
+
+    attempts: dict[str, list[Callable[[], Call]]] = {f"padded to {w}": [partial(padded, w)] for w in (96, 128)}
+    attempts |= {f"grouped, {rows} rows": [partial(grouped, rows)] for rows in (256, 1024)}
+    return {**attempts, "64 + 8": [partial(split, 64)]} if head_size == 72 else attempts

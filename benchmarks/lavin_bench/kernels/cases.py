@@ -14,6 +14,7 @@ from lavin_bench.kernels.attention_backends import attention_backends
 from lavin_kernels.branches import Branches
 from lavin_kernels.reference import dit as reference
 from lavin_kernels.reference import vae as reference_vae
+from lavin_rt.dit import cpu_operators
 from lavin_rt.dit.config import PRESETS, DiTConfig
 from lavin_rt.dit.layout import REUSED, Form, Layout, Shape
 from lavin_rt.dit.prepacked import PrepackedLinear, can_prepack
@@ -136,8 +137,11 @@ def plain_operator(operator: str) -> Callable[..., Any]:
 def variants(
     operator: str, arguments: tuple[Any, ...], device: torch.device
 ) -> tuple[dict[str, OperatorVariant], dict[str, str]]:
-    """Ours, eager PyTorch and compiled PyTorch of an operator; and what is skipped, with the reason."""
-    plain, ours = plain_operator(operator), getattr(lavin_kernels, operator)
+    """Ours, eager PyTorch and compiled PyTorch of an operator; and what is skipped, with the reason. Ours on a CPU is
+    what a packed step calls there eagerly, where that is not the reference.
+    """
+    plain = plain_operator(operator)
+    ours = getattr(lavin_kernels if device.type == "cuda" else cpu_operators, operator, plain)
     # torch compiles the same code eight times at most and then runs it eagerly: every case starts afresh.
     torch._dynamo.reset()
     compiled = torch.compile(plain, dynamic=False)
@@ -145,9 +149,9 @@ def variants(
         "eager": OperatorVariant(lambda: plain(*arguments)),
         "compiled": OperatorVariant(lambda: compiled(*arguments)),
     }
-    if device.type == "cuda":
-        return {"ours": OperatorVariant(lambda: ours(*arguments)), **calls}, {}
-    return calls, {"ours": "the kernels need a CUDA device"}
+    if ours is plain:
+        return calls, {"ours": "the kernels need a CUDA device"}
+    return {"ours": OperatorVariant(lambda: ours(*arguments)), **calls}, {}
 
 
 def _double(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
