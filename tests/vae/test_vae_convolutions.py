@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lavin_rt.artifact.aoti
 import lavin_rt.vae.layers
-from lavin_rt.vae.layers import chosen_by_process, convolution
+from lavin_rt.vae.layers import as_clips, as_pictures, chosen_by_process, convolution
 from lavin_rt.vae.model import STVAE, warn_of_slow_clips
 
 
@@ -94,3 +94,15 @@ def test_a_trace_computes_nothing_from_the_weights_of_a_clips_shortcuts():
     ]
     assert block.conv_shortcut is not None and not [node for node in computed if node.all_input_nodes]
     torch.testing.assert_close(traced.module()(x, latents), block(x, latents))
+
+
+@pytest.mark.parametrize(("clips", "frames"), [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_pictures_of_channels_last_clips_are_channels_last_views(clips, frames):
+    """By their strides, too, which decide how PyTorch pads, normalizes and convolves, of a single picture as well."""
+    x = torch.randn(clips, 6, frames, 8, 10).contiguous(memory_format=torch.channels_last_3d)
+    pictures = as_pictures(x)
+    canonical = torch.empty_like(pictures, memory_format=torch.channels_last).stride()
+    assert pictures.stride() == canonical and pictures.data_ptr() == x.data_ptr()
+    assert torch.equal(pictures.unflatten(0, (clips, frames)), x.transpose(1, 2))
+    again = as_clips(pictures, clips)
+    assert again.stride() == x.stride() and again.data_ptr() == x.data_ptr() and torch.equal(again, x)
