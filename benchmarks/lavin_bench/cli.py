@@ -53,6 +53,9 @@ def add_bench(commands) -> None:
         "--error-steps", type=int, default=20, help="knots of the samplings that errors are taken of (default: 20)"
     )
     pipeline.add_argument(
+        "--full", action="store_true", help="on a CPU the released widths, two blocks, 256 px: samplings of three steps"
+    )
+    pipeline.add_argument(
         "--quick", action="store_true", help="a tiny model and picture, once: shows that it works, not how fast"
     )
     pipeline.add_argument(

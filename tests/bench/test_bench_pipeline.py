@@ -5,6 +5,7 @@ timed.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import xml.etree.ElementTree as ElementTree
 
@@ -244,6 +245,8 @@ def test_settings_of_a_device():
     ]
     [setting] = pipeline.settings(CPU)
     assert (setting.size, setting.pairs, setting.config) == (128, 4, CPU_CONFIG)
+    [setting] = pipeline.settings(CPU, full=True)
+    assert (setting.size, setting.pairs, setting.config) == (256, 4, dataclasses.replace(RELEASED, depth=2))
     assert Setting(512, 4).useful_flops / 1e12 == pytest.approx(55.82, abs=0.01)
     with torch.device("meta"):
         full = JDiT(RELEASED).to(torch.bfloat16)
@@ -251,7 +254,9 @@ def test_settings_of_a_device():
 
 
 def test_like_is_held_against_like():
-    """Eager against eager, compiled against compiled, and both against another engine of the same dtype."""
+    """Eager against eager, compiled against compiled, and both against another engine of the same dtype; in another
+    dtype, eager, against the run's own.
+    """
 
     def row(name: str, seconds: float, **more) -> dict:
         return {"variant": name, "seconds": {"median": seconds, "samples": [seconds, 2 * seconds]}, **more}
@@ -261,6 +266,8 @@ def test_like_is_held_against_like():
         *(row("savings, compiled", 3.0), row("savings, compiled, fast", 0.1, speed="fast")),
         *(row("savings, bfloat16", 1.0, dtype="bfloat16"), row("OpenVINO", 5.0, peer=True)),
         row("OpenVINO, bfloat16", 1.5, dtype="bfloat16", peer=True),
+        row(f"{AUTHORS_COMPILED}, bfloat16", 2.0, dtype="bfloat16"),
+        row("savings, compiled, bfloat16", 0.8, dtype="bfloat16"),
     ]
     assert {(gain["base"], gain["fast"]): gain["times"] for gain in pipeline.speedups({"rows": rows})} == {
         (AUTHORS_EAGER, "savings, prepacked"): 2.0,
@@ -268,6 +275,9 @@ def test_like_is_held_against_like():
         ("OpenVINO", "savings, prepacked"): 1.25,
         ("OpenVINO", "savings, compiled"): 5 / 3,
         ("OpenVINO, bfloat16", "savings, bfloat16"): 1.5,
+        ("OpenVINO, bfloat16", "savings, compiled, bfloat16"): 1.5 / 0.8,
+        (f"{AUTHORS_COMPILED}, bfloat16", "savings, compiled, bfloat16"): 2.5,
+        ("savings, prepacked", "savings, bfloat16"): 4.0,
     }
     [gain] = pipeline.speedups({"calls": [row(AUTHORS_COMPILED, 6.0), row("task(query)", 2.0)]})
     assert (gain["times"], gain["low"], gain["high"]) == (3.0, 3.0, 3.0)
@@ -310,6 +320,7 @@ def test_command(tmp_path, capsys):
         ["pipeline", "--repeats", "0"],
         ["pipeline", "--threads", "0"],
         ["pipeline", "--error-steps", "3"],
+        ["pipeline", "--full", "--quick"],
         ["pipeline", "--device", "nosuch"],
         ["pipeline", "-o", "/dev/null/file.json"],
         ["startup", "--model", "huge"],

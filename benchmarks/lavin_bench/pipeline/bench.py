@@ -28,9 +28,11 @@ from lavin_bench.pipeline.variants import (
     AUTHORS_COMPILED,
     AUTHORS_EAGER,
     CPU_CONFIG,
+    CPU_CONFIGS,
     CPU_VAE,
     GUIDANCE,
     QUICK_CONFIG,
+    TWO_BLOCKS,
     Baselines,
     Sampling,
     Setting,
@@ -55,11 +57,14 @@ CHECKS = {"memory": memory_of_the_standard_run, "graphs": graphs_equal_eager}
 AUTHORS_BOUND = 0.05  # of the authors' way in 16 bits, which sets the budget of the others
 
 
-def settings(device: torch.device, sizes: Sequence[int] = (), pairs: Sequence[int] = ()) -> list[Setting]:
-    """What is measured on a device unless something else is asked for."""
+def settings(
+    device: torch.device, sizes: Sequence[int] = (), pairs: Sequence[int] = (), full: bool = False
+) -> list[Setting]:
+    """What is measured on a device unless something else is asked for; `full` of a CPU, the released widths."""
     if device.type == "cuda":
         return [Setting(size, count) for size in sizes or (256, 512) for count in pairs or (1, 4, 8)]
-    return [Setting(size, count, CPU_CONFIG, CPU_VAE) for size in sizes or (128,) for count in pairs or (4,)]
+    config, size = (TWO_BLOCKS, 256) if full else (CPU_CONFIG, 128)
+    return [Setting(size, count, config, CPU_VAE) for size in sizes or (size,) for count in pairs or (4,)]
 
 
 def run(
@@ -275,33 +280,39 @@ class Meter:
             return max(torch.cuda.max_memory_reserved(self.device) - before - brought, 0)
         command = [sys.executable, "-m", "lavin_bench.pipeline.variants", name, "--size", str(self.setting.size)]
         command += ["--pairs", str(self.setting.pairs), "--steps", str(self.steps)]
-        command += ["--threads", str(torch.get_num_threads())]
-        command += ["--quick"] if self.setting.config == QUICK_CONFIG else []
+        command += ["--threads", str(torch.get_num_threads()), "--dtype", str(self.dtype).removeprefix("torch.")]
+        command += ["--config", next(name for name, one in CPU_CONFIGS.items() if one == self.setting.config)]
         return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def speedups(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """Ours, exact, against the authors' way, like against like where a CPU offers it, else against the compiled one;
-    and against other engines in the same dtype. Medians' ratios, and the least and the most of a round.
+    against other engines in the same dtype; and of the run's dtype and another one, eager, the other against the run's.
+    Medians' ratios, and the least and the most of a round.
     """
     found = []
     for key, what in (("rows", "sampling"), ("calls", "whole call")):
         rows = {row["variant"]: row for row in figures.get(key, []) if "speed" not in row}
         peers = [name for name, row in rows.items() if "peer" in row]
-        ours = [name for name in rows if name not in (AUTHORS_EAGER, AUTHORS_COMPILED, *peers)]
-        for base in (AUTHORS_EAGER, AUTHORS_COMPILED, *peers):
-            if base not in rows:
-                continue
+        authors = [name for name in rows if name.startswith((AUTHORS_EAGER, AUTHORS_COMPILED))]
+        ours = [name for name in rows if name not in (*authors, *peers)]
+        for base in (*authors, *peers):
             same = [name for name in ours if rows[name].get("dtype") == rows[base].get("dtype")]
             compiled = [name for name in same if "compiled" in name]
             eager = [name for name in same if "compiled" not in name]
             if base in peers:
                 fast = eager[-1:] + compiled[-1:]
             elif compiled:
-                fast = (compiled if base == AUTHORS_COMPILED else eager)[-1:]
+                fast = (compiled if base.startswith(AUTHORS_COMPILED) else eager)[-1:]
             else:
                 fast = eager[-1:]
             found += [{"what": what, "fast": one, "base": base, **_ratio(rows[base], rows[one])} for one in fast]
+        eager = [name for name in ours if "compiled" not in name]
+        plain, coarse = ([name for name in eager if ("dtype" in rows[name]) == other][-1:] for other in (False, True))
+        found += [
+            {"what": what, "fast": one, "base": base, **_ratio(rows[base], rows[one])}
+            for base, one in zip(plain, coarse, strict=False)
+        ]
     return found
 
 
@@ -346,13 +357,15 @@ def bench_pipeline(options: argparse.Namespace) -> None:
     repeats = (1 if options.quick else 7) if options.repeats is None else options.repeats
     if repeats < 1:
         raise InputError(f"--repeats is {repeats}; expected at least 1")
-    chosen, steps = settings(device, options.size, options.pairs), STEPS
+    if options.full and (options.quick or device.type != "cpu"):
+        raise InputError("--full is a CPU's run of the released widths; leave it out on a GPU and with --quick")
+    chosen, steps = settings(device, options.size, options.pairs, options.full), 4 if options.full else STEPS
     if options.quick:
         chosen, steps = [Setting(32, 1, QUICK_CONFIG, CPU_VAE)], 6
     with torch.no_grad(), current_device(device):
-        error_steps, whole = min(options.error_steps, steps), not options.quick
-        peers = whole and device.type == "cpu"
-        record = run(chosen, device, dtype, repeats, steps, error_steps, speeds=whole, with_peers=peers)
+        error_steps, whole = min(options.error_steps, steps), not (options.quick or options.full)
+        peers = device.type == "cpu" and not options.quick
+        record = run(chosen, device, dtype, repeats, steps, error_steps, whole=whole, speeds=whole, with_peers=peers)
     if options.output:
         from lavin_bench.pipeline.waterfall import waterfall
 

@@ -19,7 +19,7 @@ from lavin_bench.pipeline.authors_way import AuthorsWay
 from lavin_bench.pipeline.flops import speed_flops
 from lavin_bench.pipeline.peers import Peer, Peers, peers_of
 from lavin_bench.timing import resident_bytes
-from lavin_rt.devices import fast_in_bfloat16
+from lavin_rt.devices import DTYPES, fast_in_bfloat16
 from lavin_rt.dit.config import PRESETS, DiTConfig
 from lavin_rt.dit.layout import Shape
 from lavin_rt.dit.model import JDiT
@@ -42,6 +42,9 @@ CPU_CONFIG = DiTConfig(hidden_size=576, depth=6, num_heads=8, kv_group=4)
 # released one's at 512 px: a wider VAE would flatter whoever encodes the context once.
 CPU_VAE = VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1)
 QUICK_CONFIG = DiTConfig(hidden_size=48, depth=2, num_heads=2, kv_group=2)
+TWO_BLOCKS = dataclasses.replace(RELEASED, depth=2)
+# What a CPU runs, by the names that a child process is told.
+CPU_CONFIGS = {"small": CPU_CONFIG, "quick": QUICK_CONFIG, "full": TWO_BLOCKS}
 GUIDANCE = 1.5
 
 AUTHORS_EAGER, AUTHORS_COMPILED = "authors' way, eager", "authors' way, compiled"
@@ -196,12 +199,12 @@ def variants(
     """
     cond, noise = setting.latents(dit.device)
 
-    def authors(compile: bool) -> Variant:
+    def authors(compile: bool, of: Callable[[], Baselines] = lambda: baselines, **more: Any) -> Variant:
         def make() -> Sampling:
-            baselines.way(compile)
-            return lambda steps: baselines.way(compile, steps).sample(cond, noise)
+            of().way(compile)
+            return lambda steps: of().way(compile, steps).sample(cond, noise)
 
-        return Variant(make, modulates=True)
+        return Variant(make, modulates=True, **more)
 
     def ours(network: Callable[[], Denoiser], graphs: bool = False, speed: str = "exact", **more: Any) -> Variant:
         chosen = SPEEDS[speed]
@@ -252,6 +255,8 @@ def variants(
     half = torch.bfloat16
     if dit.dtype == torch.float32 and fast_in_bfloat16(dit.device):
         halved = functools.cache(lambda: as_loaded(copy.deepcopy(dit).to(half), shared=False))
+        theirs = functools.cache(lambda: Baselines(copy.deepcopy(dit).to(half)))
+        found[f"{AUTHORS_COMPILED}, bfloat16"] = authors(True, theirs, dtype=half)
         found["savings, bfloat16"] = ours(lambda: PackedNetwork(halved(), "torch"), dtype=half)
         found["savings, compiled, bfloat16"] = ours(lambda: PackedNetwork(halved(), "torch", compile=True), dtype=half)
         for name, peer in peers_of(half).items():
@@ -363,11 +368,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--config", choices=CPU_CONFIGS, required=True)
+    parser.add_argument("--dtype", choices=DTYPES, required=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    setting = Setting(options.size, options.pairs, QUICK_CONFIG if options.quick else CPU_CONFIG)
-    dit = random_model(setting.config, torch.device("cpu"))
+    setting = Setting(options.size, options.pairs, CPU_CONFIGS[options.config])
+    dit = random_model(setting.config, torch.device("cpu"), DTYPES[options.dtype])
     variant = variants(dit, setting, Baselines(dit), shared=False)[options.variant]
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here on
