@@ -181,10 +181,7 @@ def _latents_of(
 
 
 def _frames_of(vae: VAE, tile: int | None, chunk: int | None, latents: torch.Tensor) -> torch.Tensor:
-    """Every frame's uint8 pixels in a row, and behind them 1 where all were finite, which clamping hides, or 0."""
-    pixels = vae.decode(unscale_latents(latents), tile=tile, chunk=chunk).float().transpose(1, 2).flatten(0, 1)
-    finite = pixels.isfinite().flatten(1).all(dim=1, keepdim=True)
-    return torch.cat([images.from_pixels(pixels).flatten(1), finite.to(torch.uint8)], dim=1)
+    return images.flagged_frames(vae.decode(unscale_latents(latents), tile=tile, chunk=chunk))
 
 
 def _shown(clip: torch.Tensor) -> str:

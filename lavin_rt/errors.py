@@ -19,15 +19,19 @@ class NonFiniteError(RuntimeError):
 
     Attributes:
         step: after which the latents were not; None where they were and the pixels are not.
+        evaluations: of the sampler.
     """
 
     def __init__(self, step: int | None = None, evaluations: int = 0):
-        self.step = step
-        what = "the decoder's pixels are" if step is None else "latents became"
-        where = "" if step is None else f" in step {step} of {evaluations}"
-        super().__init__(
-            f"{what} NaN or infinite{where}; check the weights, or run with --dtype float32 if they are sound"
-        )
+        self.step, self.evaluations = step, evaluations
+        what = f"latents became NaN or infinite in step {step} of {evaluations}"
+        if step is None:
+            what = "the decoder's pixels are NaN or infinite"
+        super().__init__(f"{what}; check the weights, or run with --dtype float32 if they are sound")
+
+    def __reduce__(self) -> tuple:
+        """Pickled by what it was made of, not by its message."""
+        return type(self), (self.step, self.evaluations)
 
 
 class Cancelled(RuntimeError):

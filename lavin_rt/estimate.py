@@ -74,7 +74,7 @@ def estimate(
     weights, modulation, coder = parameters(config, vae_config)
     evaluations = len(schedule(steps)) - 1
     head, block, prepare = _transformer(config, shape, device, dtype, impl, steps)
-    workspace = _step_bytes(config, shape, dtype, resolve_impl(impl, device, config))
+    workspace = _step_bytes(config, shape, device, dtype, resolve_impl(impl, device, config))
     encode, decode = _autoencoder(vae_config, shape, device, dtype)
     evaluation = head + (config.depth - 1) * block
     used = max(workspace, _decoder_bytes(vae_config, shape, dtype))
@@ -155,11 +155,13 @@ def _autoencoder(config: VAEConfig, shape: Shape, device: torch.device, dtype: t
     return encode * larger, decode * larger
 
 
-def _step_bytes(config: DiTConfig, shape: Shape, dtype: torch.dtype, impl: str) -> int:
+def _step_bytes(config: DiTConfig, shape: Shape, device: torch.device, dtype: torch.dtype, impl: str) -> int:
     """What a step takes at most, besides the weights; `impl` as it is on the device."""
     with META:
         dit = JDiT(dataclasses.replace(config, depth=1)).to(dtype)
-    return (PlainNetwork(dit) if impl == "plain" else PackedNetwork(dit, impl)).workspace(shape)
+    network = PlainNetwork(dit) if impl == "plain" else PackedNetwork(dit, impl)
+    network.device = device  # what it takes there, told by a model that takes nothing
+    return network.workspace(shape)
 
 
 def _decoder_bytes(config: VAEConfig, shape: Shape, dtype: torch.dtype) -> int:

@@ -18,7 +18,7 @@ import torch
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.dit.layout import Form, Shape
 from lavin_rt.dit.model import JDiT
-from lavin_rt.pictures.images import from_pixels
+from lavin_rt.pictures.images import flagged_frames
 from lavin_rt.sampling.allocator import MIB, Allocator, Modelled
 from lavin_rt.sampling.denoisers import PackedNetwork
 from lavin_rt.sampling.executor import EVALUATIONS
@@ -93,7 +93,7 @@ def predict(
         pixels = torch.empty(1, 3, 1, height, width, device=META)
         latents = torch.empty(1, config.in_channels, 1, shape.height, shape.width, device=META)
         encode = lambda: scale_latents(vae.encode(pixels).mode().float())  # noqa: E731
-        decode = lambda: from_pixels(vae.decode(unscale_latents(latents)).float())  # noqa: E731
+        decode = lambda: flagged_frames(vae.decode(unscale_latents(latents)))  # noqa: E731
         encode()
         kept["workspace"] = _bytes(WORKSPACE)
         decode()

@@ -1,7 +1,8 @@
 """The operators of a packed step as PyTorch runs them fastest on a CPU without a compiler: fewer passes over memory.
 
 Functions of the same names in `lavin_kernels.reference.dit` say what they compute, and run where a step is compiled.
-The two differ by rounding. Rows are taken a part at a time, so that what a row becomes on its way stays in the cache.
+The two differ by rounding, and these have no gradients: results are written into buffers. Rows are taken a part at a
+time, so that what a row becomes on its way stays in the cache.
 """
 
 from __future__ import annotations

@@ -171,10 +171,7 @@ class PackedStep:
             update = self._attend(block.attention, normed, last, kept[2 * index : 2 * index + 2])
             if last:
                 residual, split = residual[split:], 0
-            if isinstance(block.attention.proj, PrepackedLinear):
-                update = block.attention.proj.both(update, split)
-            else:
-                update = ops.stream_linear(update, split, block.attention.proj)
+            update = self._linear(update, split, block.attention.proj)
             residual, normed = ops.gated_residual_ada_rms_norm(
                 residual, update, split, modulation[index, :, GATE_MSA], modulation[index, :, SCALE_MLP], NORM_EPS
             )
@@ -193,6 +190,11 @@ class PackedStep:
         tokens = dit.head.linear(normed).unflatten(0, (layout.branches.table.shape[0], -1))
         return unpatchify(tokens, shape.target_frames, shape.height, shape.width)
 
+    def _linear(self, rows: torch.Tensor, split: int, weight: torch.Tensor) -> torch.Tensor:
+        if isinstance(weight, PrepackedLinear):
+            return weight.both(rows, split)
+        return self.ops.stream_linear(rows, split, weight)
+
     def _attend(
         self, attention: JointAttention, normed: torch.Tensor, last: bool, kept: Sequence[torch.Tensor]
     ) -> torch.Tensor:
@@ -207,7 +209,7 @@ class PackedStep:
             x = F.linear(normed[split:], attention.qkv[1])
         else:
             qkv = attention.qkv
-            if isinstance(qkv, PrepackedLinear):
+            if isinstance(qkv, PrepackedLinear):  # not joined, to be split again
                 cond, x = qkv(normed[:split], 0), qkv(normed[split:], 1)
             else:
                 cond, x = ops.stream_linear(normed, split, qkv).tensor_split((split,))

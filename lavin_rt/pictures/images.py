@@ -193,6 +193,15 @@ def from_pixels(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels.to(torch.float32) / 2 + 0.5).clamp_(0, 1).mul_(255).to(torch.uint8)
 
 
+def flagged_frames(pixels: torch.Tensor) -> torch.Tensor:
+    """The VAE's values `[N, 3, T, H, W]` to `[N * T, 3 * H * W + 1]` uint8: of every frame its pixels (`from_pixels`),
+    and behind them 1 where all values were finite, or 0, which clamping hides.
+    """
+    frames = pixels.to(torch.float32).transpose(1, 2).flatten(0, 1)
+    finite = frames.isfinite().flatten(1).all(dim=1, keepdim=True)
+    return torch.cat([from_pixels(frames).flatten(1), finite.to(torch.uint8)], dim=1)
+
+
 def to_pil(frame: torch.Tensor) -> Image.Image:
     """uint8 `[3, H, W]` as an RGB PIL image."""
     return Image.fromarray(np.ascontiguousarray(frame.cpu().permute(1, 2, 0).numpy()))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from lavin_rt.compiling import compiling
+from lavin_rt.dit import cpu_operators
 from lavin_rt.dit.config import DiTConfig
 from lavin_rt.dit.layout import REUSED, Form, Layout, Shape
 from lavin_rt.dit.model import JDiT, KeptBlock, patchify
@@ -149,12 +150,15 @@ class PackedNetwork:
         """Bytes of a step's condition and activations, and of the keys and values that the shape keeps.
 
         The most lives in SwiGLU, `D + 3 mlp_size` a row: the residual, gate and up, and their product. Its reference,
-        which a GPU may run, has one of `mlp_size` more.
+        which a GPU may run, has one of `mlp_size` more; a CPU's norms, `5 D` a row in and out, pass a part of the rows
+        through float32 three times.
         """
-        rows = shape.rows
-        width = self.config.hidden_size + (3 if self.device.type == "cpu" else 4) * self.config.mlp_size
-        step = rows * width * self.dtype.itemsize * 17 // 16
-        return step + (self.kept_bytes(rows) if shape.kept else 0)
+        rows, size, on_cpu = shape.rows, self.dtype.itemsize, self.device.type == "cpu"
+        hidden, inner = self.config.hidden_size, self.config.mlp_size
+        step = rows * (hidden + (3 if on_cpu else 4) * inner) * size
+        if on_cpu:
+            step = max(step, 5 * rows * hidden * size + 12 * min(rows * hidden, cpu_operators.PART))
+        return step * 17 // 16 + (self.kept_bytes(rows) if shape.kept else 0)
 
     def kept_bytes(self, rows: int) -> int:
         """Bytes of the keys and values of so many rows in all blocks."""

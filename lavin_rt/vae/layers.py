@@ -51,7 +51,7 @@ def upsampled(x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
 
 
 def as_pictures(x: torch.Tensor) -> torch.Tensor:
-    """`[N, C, T, H, W]` as `[N * T, C, H, W]`, without a copy where the memory is channels-last.
+    """`[N, C, T, H, W]` as `[N * T, C, H, W]`, without a copy where the memory is channels-last; a copy is.
 
     Flattened behind the channels, the stride of a single picture would be the channels', by which PyTorch takes the
     memory for contiguous: paddings and norms would copy it. A trace keeps the plain way, as engines copy permutations.
@@ -62,7 +62,7 @@ def as_pictures(x: torch.Tensor) -> torch.Tensor:
 
 
 def as_clips(x: torch.Tensor, clips: int) -> torch.Tensor:
-    """The inverse of `as_pictures`, as a view where the memory is channels-last."""
+    """The inverse of `as_pictures`, as a view."""
     if torch.compiler.is_compiling():
         return x.unflatten(0, (clips, -1)).transpose(1, 2)
     return x.permute(0, 2, 3, 1).unflatten(0, (clips, -1)).permute(0, 4, 1, 2, 3)

@@ -15,9 +15,12 @@ from support.golden import golden_cases, relative_error
 from torch._dynamo.testing import CompileCounter
 
 from lavin_kernels import launch
+from lavin_kernels.reference import dit as reference
+from lavin_rt.dit import cpu_operators
 from lavin_rt.dit.config import DiTConfig
+from lavin_rt.dit.layout import Layout, Shape
 from lavin_rt.dit.model import JDiT, randomize_
-from lavin_rt.dit.packed import resolve_impl
+from lavin_rt.dit.packed import PackedStep, resolve_impl
 from lavin_rt.errors import Cancelled, InputError, NonFiniteError
 from lavin_rt.sampling.sampler import sample
 
@@ -35,6 +38,15 @@ def random_latents(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def small_dit() -> JDiT:
     return random_dit(DiTConfig(hidden_size=144, depth=3, num_heads=2, kv_group=2))
+
+
+def test_a_compiled_step_calls_the_references(small_dit, monkeypatch):
+    """What a CPU calls eagerly writes into buffers part by part, of which a compiler makes little."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda step, **options: compiled.append(step.__self__.ops))
+    step = PackedStep(small_dit, Layout.make(small_dit.config, Shape(1, 3, 1, 1, 4, 4, guided=True)), "torch")
+    step.compiled()
+    assert compiled == [reference] and step.ops is cpu_operators
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from lavin_rt.find.model import find_checkpoint
 from lavin_rt.mini.train import dit as train_dit
 from lavin_rt.mini.train import latents
 from lavin_rt.mini.train import vae as train_vae_module
-from lavin_rt.mini.train.__main__ import main
+from lavin_rt.mini.train.__main__ import Stages, main
 from lavin_rt.mini.train.compiled import Compiled
 from lavin_rt.mini.train.dit import BatchShape, Plan, TransformerRun, flow_loss, initialise_, shapes_of, task_shares
 from lavin_rt.mini.train.latents import LatentPool, TaskLatents, encode, encode_pieces, to_device
@@ -93,6 +93,13 @@ def test_a_state_of_another_network_is_refused(tmp_path):
     wider = dataclasses.replace(SMALL, hidden_size=72)
     with pytest.raises(InputError, match=r"dit-state.pt belongs to another network .*; choose another output folder"):
         TransformerRun(wider, tmp_path, plan, compile=False).train(contexts(SHORT))
+
+
+@pytest.mark.parametrize("content", [b"", b"yesterday", b"nan", b"\xff\xfe"])
+def test_a_damaged_time_of_the_start_is_said(content, tmp_path):
+    (tmp_path / "started").write_bytes(content)
+    with pytest.raises(InputError, match="started is damaged; expected the seconds of the first start; delete it"):
+        Stages(tmp_path, 10)
 
 
 def test_a_run_without_time_saves_what_it_has(tmp_path):

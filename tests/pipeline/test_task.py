@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 
 import pytest
@@ -87,6 +88,12 @@ def test_pixels_that_are_nan_are_no_picture():
     task = Pipeline(dit, vae).task([(picture(0), picture(1))], size=SIZE)
     with pytest.raises(NonFiniteError, match="the decoder's pixels are NaN or infinite; check the weights"):
         latents(task, 5)
+
+
+@pytest.mark.parametrize("error", [NonFiniteError(3, 19), NonFiniteError()])
+def test_an_error_of_numbers_comes_through_processes(error):
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.step, again.evaluations) == (str(error), error.step, error.evaluations)
 
 
 def test_batches_are_sized_to_the_memory_at_hand(pipe, task, monkeypatch):

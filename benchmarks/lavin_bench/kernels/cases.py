@@ -137,11 +137,12 @@ def plain_operator(operator: str) -> Callable[..., Any]:
 def variants(
     operator: str, arguments: tuple[Any, ...], device: torch.device
 ) -> tuple[dict[str, OperatorVariant], dict[str, str]]:
-    """Ours, eager PyTorch and compiled PyTorch of an operator; and what is skipped, with the reason. Ours on a CPU is
-    what a packed step calls there eagerly, where that is not the reference.
+    """Ours, eager PyTorch and compiled PyTorch of an operator; and what is skipped, with the reason.
+
+    Ours on a CPU is what a packed step calls there eagerly, where that is not the reference.
     """
     plain = plain_operator(operator)
-    ours = getattr(lavin_kernels if device.type == "cuda" else cpu_operators, operator, plain)
+    ours = getattr(lavin_kernels, operator) if device.type == "cuda" else getattr(cpu_operators, operator, plain)
     # torch compiles the same code eight times at most and then runs it eagerly: every case starts afresh.
     torch._dynamo.reset()
     compiled = torch.compile(plain, dynamic=False)
@@ -150,7 +151,7 @@ def variants(
         "compiled": OperatorVariant(lambda: compiled(*arguments)),
     }
     if ours is plain:
-        return calls, {"ours": "the kernels need a CUDA device"}
+        return calls, {"ours": "the kernels need a CUDA device, and a CPU runs the reference"}
     return {"ours": OperatorVariant(lambda: ours(*arguments)), **calls}, {}
 
 

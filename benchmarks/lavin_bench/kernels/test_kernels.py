@@ -17,7 +17,10 @@ from lavin_bench.timing import graph_sampler, wall_clock
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-VARIANTS = ("ours", "eager", "compiled", "prepacked", "flash", "cudnn", "efficient", "flex")
+VARIANTS = (
+    *("ours", "eager", "compiled", "prepacked", "flash", "cudnn", "efficient", "flex"),
+    *("padded to 96", "padded to 128", "grouped, 256 rows", "grouped, 1024 rows", "64 + 8"),
+)
 
 
 class DeviceClock:

@@ -120,7 +120,7 @@ def _normed_rotated(cond, x, positions, cos, sin, q_weight, k_weight, head_size:
         if not part.shape[1]:
             return part.unflatten(-1, (0, head_size))
         normed = F.rms_norm(part.to(compute), part.shape[-1:], weight.to(compute), eps)
-        # As a compiler makes vector code of it, where halves exchanged and elements put side by side later are scalar.
+        # `apply_rope`, with pairs side by side: this form, because a compiler makes vector code of it.
         first, second = normed.unflatten(-1, (-1, 3, 2, head_size // 6)).unbind(-2)
         cos_of, sin_of = (table[rows].unsqueeze(1) for table in (cos, sin))
         turned = first * cos_of - second * sin_of, second * cos_of + first * sin_of

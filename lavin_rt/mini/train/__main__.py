@@ -62,7 +62,7 @@ class Stages:
         output.mkdir(parents=True, exist_ok=True)
         if not started.is_file():
             _write(started, str(time.time()))
-        self.started = float(started.read_text())
+        self.started = _seconds_in(started)
         self.end = None if total_minutes is None else self.started + 60 * total_minutes
 
     @property
@@ -72,6 +72,16 @@ class Stages:
 
     def note(self, stage: str, **figures: float | str) -> None:
         add_line({"stage": stage, "seconds": round(time.time() - self.started, 1), **figures}, self.file)
+
+
+def _seconds_in(started: Path) -> float:
+    try:
+        seconds = float(started.read_text())
+    except ValueError:  # no text, or no number
+        seconds = float("nan")
+    if not math.isfinite(seconds):
+        raise InputError(f"{started} is damaged; expected the seconds of the first start; delete it to start anew")
+    return seconds
 
 
 @dataclasses.dataclass(frozen=True)
