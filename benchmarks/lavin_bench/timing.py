@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 import platform
 import statistics
 import subprocess
@@ -189,6 +190,7 @@ def header(device: torch.device | str = "cpu") -> dict[str, Any]:
         "lavin_rt": installed_version("lavin-rt"),
         "commit": commit(),
         "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 1),  # of the last minute: what else ran when this began
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
