@@ -363,9 +363,11 @@ def bench_pipeline(options: argparse.Namespace) -> None:
     if options.quick:
         chosen, steps = [Setting(32, 1, QUICK_CONFIG, CPU_VAE)], 6
     with torch.no_grad(), current_device(device):
-        error_steps, whole = min(options.error_steps, steps), not (options.quick or options.full)
+        error_steps, speeds = min(options.error_steps, steps), not (options.quick or options.full)
         peers = device.type == "cpu" and not options.quick
-        record = run(chosen, device, dtype, repeats, steps, error_steps, whole=whole, speeds=whole, with_peers=peers)
+        record = run(
+            chosen, device, dtype, repeats, steps, error_steps, whole=not options.full, speeds=speeds, with_peers=peers
+        )
     if options.output:
         from lavin_bench.pipeline.waterfall import waterfall
 
