@@ -183,7 +183,7 @@ class Task:
 
         Raises:
             InputError: a query that cannot be read or does not fit the context, a bad option, or too little memory.
-            NonFiniteError: naming the step at which the latents stopped being finite, or of pixels that are not.
+            NonFiniteError: naming the step at which the latents stopped being finite; or the decoder's pixels are not.
         """
         clips = [self._read(query) for query in queries]
         if not clips:

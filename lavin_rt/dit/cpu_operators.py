@@ -14,7 +14,16 @@ import torch
 from lavin_kernels.branches import Branches
 from lavin_kernels.reference.dit import joint_attention, stream_linear
 
-__all__ = ["joint_attention", "stream_linear"]  # nothing is gained on them here
+# `joint_attention` and `stream_linear` are the references: nothing is gained on them here.
+__all__ = [
+    "ada_rms_norm",
+    "gated_residual_ada_rms_norm",
+    "joint_attention",
+    "qk_norm_rope",
+    "qk_norm_rope_into",
+    "stream_linear",
+    "swiglu",
+]
 
 PART = 2**19  # elements, two megabytes in float32
 

@@ -51,7 +51,7 @@ def upsampled(x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
 
 
 def as_pictures(x: torch.Tensor) -> torch.Tensor:
-    """`[N, C, T, H, W]` as `[N * T, C, H, W]`, without a copy where the memory is channels-last; a copy is.
+    """`[N, C, T, H, W]` as `[N * T, C, H, W]`, a view where the memory is channels-last, else a copy that is.
 
     Flattened behind the channels, the stride of a single picture would be the channels', by which PyTorch takes the
     memory for contiguous: paddings and norms would copy it. A trace keeps the plain way, as engines copy permutations.

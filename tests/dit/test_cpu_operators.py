@@ -39,10 +39,13 @@ def assert_alike(results: torch.Tensor | tuple, truths: torch.Tensor | tuple, dt
         assert not len(truth) or relative_error(result.double(), truth) <= LIMITS[dtype]
 
 
+@pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("split", [0, 5, 7])
-def test_norms(dtype, split):
+def test_norms(dtype, split, wide):
+    """With factors in float32, as a table of modulation has them, and in the dtype of the rows."""
     rows, update = (100 * numbers(7, WIDTH, dtype=dtype, seed=seed) for seed in range(2))
-    gate, scale = (numbers(2, WIDTH, dtype=dtype, seed=seed) for seed in range(2, 4))
+    of_factors = torch.promote_types(dtype, torch.float32) if wide else dtype
+    gate, scale = (numbers(2, WIDTH, dtype=of_factors, seed=seed) for seed in range(2, 4))
     for name, arguments in {
         "ada_rms_norm": (rows, split, scale),
         "gated_residual_ada_rms_norm": (rows, update, split, gate, scale),

@@ -63,8 +63,8 @@ def settings(
     """What is measured on a device unless something else is asked for; `full` of a CPU, the released widths."""
     if device.type == "cuda":
         return [Setting(size, count) for size in sizes or (256, 512) for count in pairs or (1, 4, 8)]
-    config, size = (TWO_BLOCKS, 256) if full else (CPU_CONFIG, 128)
-    return [Setting(size, count, config, CPU_VAE) for size in sizes or (size,) for count in pairs or (4,)]
+    config, usual = (TWO_BLOCKS, 256) if full else (CPU_CONFIG, 128)
+    return [Setting(size, count, config, CPU_VAE) for size in sizes or (usual,) for count in pairs or (4,)]
 
 
 def run(
@@ -287,7 +287,7 @@ class Meter:
 
 def speedups(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """Ours, exact, against the authors' way, like against like where a CPU offers it, else against the compiled one;
-    against other engines in the same dtype; and of the run's dtype and another one, eager, the other against the run's.
+    against other engines in the same dtype; and where there are rungs in another dtype, eager, against the run's own.
     Medians' ratios, and the least and the most of a round.
     """
     found = []

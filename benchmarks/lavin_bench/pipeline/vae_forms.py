@@ -97,9 +97,11 @@ def compare(direction: str, options: argparse.Namespace) -> list[dict[str, Any]]
     vae = random_vae(VAEConfig(), torch.device("cpu"))
     truth = one_pass(vae, "plain", direction, options.size)().double()
     vae = vae.to(options.device)
-    runs = {} if dtype == torch.float32 else {FLOAT32: one_pass(copy.deepcopy(vae), FLOAT32, direction, options.size)}
+    in_float32 = copy.deepcopy(vae)
     vae = vae.to(dtype)
-    runs = {form: one_pass(vae, form, direction, options.size) for form in forms} | runs
+    runs = {form: one_pass(vae, form, direction, options.size) for form in forms}
+    if dtype != torch.float32:
+        runs[FLOAT32] = one_pass(in_float32, FLOAT32, direction, options.size)
     errors = checked_errors(runs, truth, dtype)
     timings = measure(runs, options.repeats, device=options.device)
     rows = []

@@ -80,7 +80,7 @@ class Answers:
 
         Raises:
             InputError: a shape that the pipeline cannot run.
-            NonFiniteError: naming the step at which latents stopped being finite, or of pixels that are not.
+            NonFiniteError: naming the step at which latents stopped being finite; or the decoder's pixels are not.
         """
         executor, sampling, found = self.pipe.executor, self.sampling, []
         knots = speed.knots(None if speed.owns_grid else sampling.steps)
